@@ -1,0 +1,19 @@
+"""The one exception that a user's mistake raises."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message says what was expected, what came, and what to do.
+
+    The command line prints it as one line and exits with a non-zero status; from Python it is a ``ValueError``.
+    """
+
+
+def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:
+    """``", did you mean 'a' or 'b'?"`` for the `names` closest to `name`, or an empty string if none is close."""
+    found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(match) for match in found)}?" if found else ""

@@ -1,0 +1,189 @@
+"""Thin modules and the EMD-l2 loss over the pure functions of transport, channels and smoothing."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_sfr import smoothing as S
+from timm_sfr.channels import match_channels
+from timm_sfr.config import SFRConfig
+from timm_sfr.errors import UserError
+from timm_sfr.transport import MARGINALS, cost_matrix, cross_marginals, transport_plan, uniform_marginals, unit
+
+MATCHINGS = ("emd", "grid")
+
+
+def emd_l2(
+    shallow: Tensor,
+    deep: Tensor,
+    *,
+    weights: str = "uniform",
+    solver: str = "sinkhorn",
+    matching: str = "emd",
+) -> Tensor:
+    """The squared distance between two sets of local features under their optimal transport plan; a scalar.
+
+        C_ij = ||u_i - v_j||^2,    P* = argmin_{P in U(a, b)} <P, C>,    L = mean over the batch of <P*, C>
+
+    with u, v the unit-length features. `deep` is a constant, and so is P*: the gradient through C alone is the exact
+    gradient of the transport cost at fixed marginals (envelope theorem). Computed in float32 outside autocast.
+
+    Args:
+        shallow: Shallow local features, (B, N, C).
+        deep: Deep local features matched to the shallow channels, (B, M, C).
+        weights: Node weights a, b: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
+        solver: `transport_plan`'s solver.
+        matching: ``"emd"``, or ``"grid"``: P the identity / N on a common grid (plain l2, the ablation); the row
+            weights then come from `weights`.
+
+    Raises:
+        UserError: if shapes or options do not fit.
+    """
+    if shallow.ndim != 3 or deep.ndim != 3 or shallow.shape[0] != deep.shape[0] or shallow.shape[2] != deep.shape[2]:
+        raise UserError(
+            "expected shallow (batch, nodes, channels) and deep (batch, nodes, channels) with equal batch and channels; "
+            f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
+        )
+    if weights not in MARGINALS or matching not in MATCHINGS:
+        raise UserError(f"expected weights in {MARGINALS} and matching in {MATCHINGS}; got {weights!r}, {matching!r}")
+    with torch.autocast(shallow.device.type, enabled=False):
+        u, v = unit(shallow), unit(deep.detach())
+        if matching == "grid":
+            if u.shape != v.shape:
+                raise UserError(f"grid matching needs equal node counts; got {u.shape[1]} and {v.shape[1]}")
+            a = cross_marginals(u, v)[0] if weights == "cross" else u.new_full(u.shape[:2], 1 / u.shape[1])
+            return (a * (u - v).square().sum(-1)).sum(-1).mean()
+        cost = cost_matrix(u, v)
+        a, b = cross_marginals(u, v) if weights == "cross" else uniform_marginals(cost)
+        return (transport_plan(cost, a, b, solver) * cost).sum((1, 2)).mean()
+
+
+class ChannelProjection(nn.Module):
+    """Learned 1x1 maps from each shallow tap's channels to the deep tap's; used in training and thrown away after it."""
+
+    def __init__(self, shallow_channels: tuple[int, ...], deep_channels: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(channels, deep_channels, bias=False) for channels in shallow_channels)
+
+    def forward(self, shallow: list[Tensor]) -> list[Tensor]:
+        """(B, N_s, C_s) to (B, N_s, C_d) for every tap s."""
+        return [project(x) for project, x in zip(self.maps, shallow, strict=True)]
+
+
+class FeatureLoss(nn.Module):
+    """(1/S) sum_s L_emd(f_s, sg f_d): the feature part of SFR, over all shallow taps. Holds options only."""
+
+    def __init__(self, config: SFRConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, shallow: list[Tensor], deep: Tensor) -> Tensor:
+        """A scalar from S shallow taps (B, N_s, C_s), already projected if any, and the deep tap (B, M, C_d)."""
+        deep = deep.detach()
+        total = deep.new_zeros((), dtype=torch.float32)
+        for features in shallow:
+            total = total + emd_l2(
+                features,
+                self._match(features, deep),
+                weights=self.config.weights,
+                solver=self.config.solver,
+                matching=self.config.matching,
+            )
+        return total / len(shallow)
+
+    def _match(self, shallow: Tensor, deep: Tensor) -> Tensor:
+        method = "groups" if self.config.channels == "projection" else self.config.channels
+        return match_channels(deep, shallow.shape[-1], method, shallow=shallow.detach())
+
+
+class DynamicLabelSmoothing(nn.Module):
+    """Soft cross-entropy against targets smoothed dynamically: L = -sum_k y~_k log softmax(z)_k, mean over the batch.
+
+        y~ = (1 - eps_t) y + eps_t q
+
+    Args:
+        num_classes: K.
+        epsilon: The smoothing eps (timm's ``--smoothing``); 0 is plain cross-entropy.
+        source: q. ``"uniform"``: 1/K. ``"classes"``: the model's mean prediction for the sample's class over the
+            samples it got right in the last epoch that had any (uniform until then); for a mixture, the mixture of q.
+        schedule: eps_t. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per sample, larger
+            where the model is surer.
+
+    The class table is a (K, K) buffer; `end_epoch` renews it, summed over all processes.
+    """
+
+    epsilon_t: Tensor
+    table: Tensor
+    sums: Tensor
+    counts: Tensor
+
+    def __init__(
+        self, num_classes: int, epsilon: float = 0.1, source: str = "uniform", schedule: str = "constant"
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise UserError(f"label smoothing needs at least 2 classes; got num_classes={num_classes}")
+        if not 0 <= epsilon < 1:
+            raise UserError(f"expected smoothing in [0, 1); got {epsilon}")
+        if source not in S.SOURCES or schedule not in S.SCHEDULES:
+            raise UserError(
+                f"expected source in {S.SOURCES} and schedule in {S.SCHEDULES}; got {source!r}, {schedule!r}"
+            )
+        self.num_classes, self.epsilon, self.source, self.schedule = num_classes, epsilon, source, schedule
+        self.register_buffer("epsilon_t", torch.tensor(0.0 if schedule == "ramp" else epsilon))
+        rows = num_classes if source == "classes" else 0
+        self.register_buffer("table", torch.full((rows, num_classes), 1 / num_classes))
+        self.register_buffer("sums", torch.zeros(rows, num_classes), persistent=False)
+        self.register_buffer("counts", torch.zeros(rows), persistent=False)
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Sets eps_t for epoch `epoch` of `epochs`."""
+        if self.schedule == "ramp":
+            self.epsilon_t.fill_(S.ramp(self.epsilon, epoch, epochs))
+
+    def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The smoothed targets y~ (B, K) and the mean eps of the batch (a scalar).
+
+        Args:
+            logits: (B, K); only the ``confidence`` schedule looks at them, as constants.
+            target: Class indices (B,) or mixtures (B, K).
+        """
+        y = S.soft_targets(target, self.num_classes)
+        epsilon = S.confidence(logits, self.epsilon) if self.schedule == "confidence" else self.epsilon_t
+        # A matrix product makes the q of a mixture the mixture of its classes' q.
+        q = y @ self.table if self.source == "classes" else y.new_full((self.num_classes,), 1 / self.num_classes)
+        return S.smooth(y, epsilon, q), epsilon.mean()
+
+    def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss (a scalar) and the mean eps of the batch (a scalar); in training, adds the batch to the table's sums.
+
+        Args:
+            logits: (B, K).
+            target: Class indices (B,) or mixtures (B, K).
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            if self.epsilon == 0:
+                return F.cross_entropy(logits, target), self.epsilon_t
+            with torch.no_grad():
+                smoothed, epsilon = self.targets(logits, target)
+                if self.source == "classes" and self.training:
+                    label, predictions, right = S.right_predictions(logits, S.soft_targets(target, self.num_classes))
+                    self.sums.index_add_(0, label, predictions)
+                    self.counts.index_add_(0, label, right)
+            return F.cross_entropy(logits, smoothed), epsilon
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """Sums the epoch's predictions over all processes and makes them the table of the next epoch."""
+        if self.source != "classes":
+            return
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.sums)
+            dist.all_reduce(self.counts)
+        self.table.copy_(S.update_table(self.table, self.sums, self.counts))
+        self.sums.zero_()
+        self.counts.zero_()

@@ -1,0 +1,74 @@
+"""Dynamic label smoothing: y~ = (1 - eps_t) y + eps_t q, as pure functions on batches.
+
+Shape suffixes: B batch, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SOURCES = ("uniform", "classes")
+SCHEDULES = ("constant", "ramp", "confidence")
+
+
+def soft_targets(target: Tensor, num_classes: int) -> Tensor:
+    """Targets as distributions, float32 (B, K): one-hot for class indices (B,), unchanged for mixtures (B, K)."""
+    return F.one_hot(target, num_classes).float() if target.ndim == 1 else target.float()
+
+
+def ramp(epsilon: float, epoch: int, epochs: int) -> float:
+    """eps_t of the ``ramp`` schedule: from 0 in the first epoch to `epsilon` in the last, linearly."""
+    return epsilon * min(1.0, epoch / (epochs - 1)) if epochs > 1 else epsilon
+
+
+def confidence(logits: Tensor, epsilon: float) -> Tensor:
+    """eps of the ``confidence`` schedule, (B,): larger where the model is surer; a constant (no gradient).
+
+    eps_i = epsilon (max_k p_ik - 1/K) / (1 - 1/K), so 0 for a uniform prediction and `epsilon` for a certain one.
+
+    Args:
+        logits: (B, K).
+        epsilon: The largest smoothing.
+    """
+    floor = 1 / logits.shape[-1]
+    top = logits.detach().float().softmax(-1).amax(-1)
+    return epsilon * (top - floor).clamp_min(0) / max(1 - floor, floor)
+
+
+def smooth(target: Tensor, epsilon: Tensor | float, q: Tensor) -> Tensor:
+    """Smoothed targets (1 - eps) y + eps q, (B, K); each row sums to 1 where those of `target` and `q` do.
+
+    Args:
+        target: y as distributions, (B, K).
+        epsilon: A number, or one value per sample (B,).
+        q: What to smooth towards, (B, K) or (K,).
+    """
+    if isinstance(epsilon, Tensor) and epsilon.ndim == 1:
+        epsilon = epsilon[:, None]
+    return target + epsilon * (q - target)
+
+
+def right_predictions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What each sample adds to its class's mean prediction: nothing where the model is wrong.
+
+    A mixture (mixup, CutMix) counts for its largest class.
+
+    Args:
+        logits: (B, K).
+        target: Distributions, (B, K).
+
+    Returns:
+        The class (B,), softmax(logits) or 0 where wrong (B, K), and 1 or 0 where wrong (B,).
+    """
+    prediction = logits.detach().float().softmax(-1)
+    label = target.argmax(-1)
+    right = (prediction.argmax(-1) == label).float()
+    return label, prediction * right[:, None], right
+
+
+def update_table(table: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
+    """The class table after an epoch, (K, K): mean predictions where a class has any, the old row where it has none."""
+    fresh = sums / counts[:, None].clamp_min(1)
+    return torch.where(counts[:, None] > 0, fresh / fresh.sum(-1, keepdim=True).clamp_min(1e-12), table)

@@ -1,0 +1,207 @@
+"""`SFRTask`: Self-Feature Regularization as a timm training task, the one seam to timm's training code."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from timm_sfr.config import SFRConfig
+from timm_sfr.errors import UserError
+from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss
+from timm_sfr.taps import TapPlan, TappedModel, choose_taps
+
+_logger = logging.getLogger(__name__)
+
+
+def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
+    """lambda(t): `config.weight`, rising linearly over the first epochs and falling over the last; constant in an epoch.
+
+        lambda(e) = weight * min(1, (e + 1) / (warmup + 1), (epochs - e) / (decay + 1))
+
+    A warm-up of None is a fifth of the epochs, at most 5.
+    """
+    warmup = min(5, epochs // 5) if config.warmup_epochs is None else config.warmup_epochs
+    return config.weight * min(1.0, (epoch + 1) / (warmup + 1), (epochs - epoch) / (config.decay_epochs + 1))
+
+
+class SFRTask(TrainingTask):
+    """Trains a timm classifier with Self-Feature Regularization.
+
+        L = L_cls(z, y~) + lambda(t) (1/S) sum_s L_emd(f_s, sg f_d)
+
+    `trainable_module` is one module from images to (logits, tapped nodes): that is what DDP or Accelerate wraps and
+    autocast covers. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.
+
+    Call `set_epoch` before each epoch and `end_epoch` after it; without them lambda and the smoothing stay at their
+    final values and the class table stays uniform.
+
+    Args:
+        model: Any timm classifier.
+        config: SFR's options; the defaults if None.
+        input_size: (C, H, W) of the training images; the model's own if None.
+        base: A timm task over the same model that turns images into logits once, such as `LogitDistillationTask`; its
+            loss then takes the place of L_cls, and the smoothing is left to it.
+        device: Where the task's tensors live; the model's device if None.
+        dtype: As in timm.
+        verbose: Logs the chosen taps.
+
+    Raises:
+        UserError: if the model cannot be tapped at this size, or `base` does not train this model.
+
+    Examples:
+        ```python
+        model = timm.create_model("resnet18", num_classes=10)
+        task = timm_sfr.SFRTask(model)
+        task(images, targets)["loss"].backward()
+        ```
+    """
+
+    weight: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SFRConfig | None = None,
+        *,
+        input_size: tuple[int, int, int] | None = None,
+        base: TrainingTask | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
+        device = device or next(model.parameters()).device
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.config = config or SFRConfig()
+        self.plan: TapPlan | None = None
+        indices: list[int] = []
+        grids: list[tuple[int, int]] = []
+        projection: ChannelProjection | None = None
+        if self.config.weight > 0:
+            self.plan = choose_taps(model, input_size or resolve_model_data_config(model)["input_size"], self.config.taps)
+            indices = self.plan.indices
+            # A location of one tap stands for the same place as that of the other only on a common grid.
+            common = self.config.matching == "grid" or self.config.channels == "transport"
+            grids = self.plan.node_grids(self.config.max_nodes, common)
+            if self.config.channels == "projection":
+                shallow = tuple(tap.channels for tap in self.plan.shallow)
+                projection = ChannelProjection(shallow, self.plan.deep.channels)
+            if verbose:
+                _logger.info("SFR taps:\n%s", self.plan)
+        self.trainable_module: nn.Module = TappedModel(model, indices, grids, projection).to(device)
+        self.feature_loss = FeatureLoss(self.config)
+        self.smoothing = DynamicLabelSmoothing(
+            model.num_classes, self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
+        ).to(device)
+        self.smoothing.epsilon_t.fill_(self.config.smoothing)
+        self.register_buffer("weight", torch.tensor(self.config.weight, device=device), persistent=False)
+        self.base = base
+        if base is not None and unwrap_model(base.trainable_module) is not model:
+            raise UserError(
+                "base: expected a timm task whose trainable_module is this model (such as LogitDistillationTask); got "
+                f"{type(base).__name__} over {type(base.trainable_module).__name__}"
+            )
+        if base is not None:
+            base.trainable_module = _Given()
+
+    @property
+    def plain_model(self) -> nn.Module:
+        """The timm model that is trained, without any wrapper."""
+        return unwrap_model(self.trainable_module).model
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """One pass and its losses.
+
+        Args:
+            input: Images, (B, C, H, W).
+            target: Class indices (B,), or distributions (B, K) from mixup or CutMix.
+
+        Returns:
+            ``loss`` = ``task_loss`` + ``sfr_weight`` * ``sfr_loss`` (scalars), ``output`` (B, K), and ``smoothing``,
+            the batch's mean epsilon. With a base task, ``task_loss`` is its loss and its terms keep their names under
+            ``base_``.
+        """
+        logits, nodes = self.trainable_module(input)
+        extra: dict[str, Tensor] = {}
+        if self.base is None:
+            task_loss, epsilon = self.smoothing(logits, target)
+        else:
+            self.base.trainable_module.output = logits
+            extra = self.base(input, target)
+            task_loss, epsilon = extra["loss"], self.weight.new_zeros(())
+            extra = {f"base_{name}": value for name, value in extra.items() if name not in ("loss", "output")}
+        sfr_loss = self.feature_loss(nodes[:-1], nodes[-1]) if nodes else self.weight.new_zeros(())
+        return {
+            "loss": task_loss + self.weight * sfr_loss,
+            "output": logits,
+            "task_loss": task_loss,
+            "sfr_loss": sfr_loss,
+            "sfr_weight": self.weight,
+            "smoothing": epsilon,
+            **extra,
+        }
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Sets lambda and epsilon for epoch `epoch` (from 0) of `epochs`."""
+        self.weight.fill_(weight_at(self.config, epoch, epochs))
+        self.smoothing.set_epoch(epoch, epochs)
+
+    def end_epoch(self) -> None:
+        """Renews the class table from this epoch's predictions, summed over all processes."""
+        self.smoothing.end_epoch()
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> SFRTask:  # noqa: ANN401
+        """Wraps the trainable module in DDP, for timm's own training script; with Accelerate, `prepare` that module."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:  # noqa: ANN401
+        """Compiles the trainable module; returns the model that evaluation uses."""
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return self.get_eval_model()
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The plain timm model, or its moving average."""
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        return None if module is None else unwrap_model(module).model
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """What training needs besides the model's weights: the class table and the projection."""
+        module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        state = {"smoothing": self.smoothing.state_dict()}
+        if module.projection is not None:
+            state["projection"] = module.projection.state_dict()
+        return state
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Loads what `get_task_state` gave."""
+        if not state:
+            return
+        module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        self.smoothing.load_state_dict(state["smoothing"], strict=strict)
+        if module.projection is not None:
+            module.projection.load_state_dict(state["projection"], strict=strict)
+
+
+class _Given(nn.Module):
+    """Stands in for the model inside a base task: hands out the logits that the one pass already gave."""
+
+    output: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output
+
+
