@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from timm_sfr.errors import UserError, near_matches
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] = (), name: str = "", short: str = "") -> Any:  # noqa: ANN401
+def option(default: Any, text: str, *, choices: tuple[str, ...] = (), name: str = "", short: str = "") -> Any:
     """A documented option: its default, help text, allowed values, outside name if it differs, and short flag."""
     return field(default=default, metadata={"help": text, "choices": choices, "name": name, "short": short})
 
@@ -59,7 +59,7 @@ def outside_name(item: dataclasses.Field, prefix: str = "") -> str:
     return item.metadata.get("name") or prefix + item.name
 
 
-def coerce(value: Any, hint: Any, name: str) -> Any:  # noqa: ANN401
+def coerce(value: Any, hint: Any, name: str) -> Any:
     """`value` as the annotated type `hint`: integers become floats and lists tuples; anything else is an error."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:

@@ -17,3 +17,9 @@ def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:
     """``", did you mean 'a' or 'b'?"`` for the `names` closest to `name`, or an empty string if none is close."""
     found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(match) for match in found)}?" if found else ""
+
+
+def one_line(error: UserError) -> str:
+    """The error's message alone, also where a data loading process has wrapped it in its traceback."""
+    text = str(error)
+    return text.rsplit("UserError: ", 1)[-1].strip() if text.startswith("Caught UserError") else text

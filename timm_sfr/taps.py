@@ -174,7 +174,7 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> list[Feature]:
     ]
 
 
-def forward_taps(model: Any, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:  # noqa: ANN401
+def forward_taps(model: Any, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:
     """Logits (B, K) and the features `indices`, each (B, C, H, W), in one pass over images (B, C, H, W)."""
     # stop_early and norm off: the final features must be whole, and some heads fail without.
     final, maps = model.forward_intermediates(
@@ -224,7 +224,7 @@ class TappedModel(nn.Module):
         names = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
 
-    def group_matcher(self, coarse: bool = False) -> Any:  # noqa: ANN401
+    def group_matcher(self, coarse: bool = False) -> Any:
         """The model's own layer groups under its names here, for timm's layer-wise learning rates."""
         matcher = self.model.group_matcher(coarse=coarse)
         if callable(matcher):
@@ -232,7 +232,7 @@ class TappedModel(nn.Module):
         return {group: _prefixed(patterns) for group, patterns in matcher.items()}
 
 
-def _prefixed(patterns: Any) -> Any:  # noqa: ANN401
+def _prefixed(patterns: Any) -> Any:
     """timm's group patterns (a regex, or (regex, order) pairs) with ``model.`` allowed before every name."""
     if isinstance(patterns, str):
         return "|".join(
@@ -259,5 +259,5 @@ def _name(model: nn.Module) -> str:
     return config.get("architecture") or type(model).__name__
 
 
-def _describe(x: Any) -> str:  # noqa: ANN401
+def _describe(x: Any) -> str:
     return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__

@@ -155,14 +155,14 @@ class SFRTask(TrainingTask):
         """Renews the class table from this epoch's predictions, summed over all processes."""
         self.smoothing.end_epoch()
 
-    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> SFRTask:  # noqa: ANN401
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> SFRTask:
         """Wraps the trainable module in DDP, for timm's own training script; with Accelerate, `prepare` that module."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:  # noqa: ANN401
+    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
         """Compiles the trainable module; returns the model that evaluation uses."""
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.get_eval_model()

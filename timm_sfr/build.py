@@ -1,0 +1,199 @@
+"""Makes the parts of a run from its configuration, all with timm's factories: model, task, optimizer, schedule, mixing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.models import load_checkpoint, resolve_model_input_args
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask, TrainingTask
+from torch import nn
+
+from timm_sfr.config import AugConfig, ModelConfig, OptimConfig, SFRConfig
+from timm_sfr.errors import UserError, near_matches
+from timm_sfr.loader import Preprocessing
+from timm_sfr.task import SFRTask
+
+DEFAULT_MODEL = "resnet18"
+
+
+def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The timm model with `num_classes` outputs at the configured input.
+
+    Raises:
+        UserError: for a name that timm lacks (with near matches), or arguments or weights that do not fit the model.
+    """
+    name = config.model or DEFAULT_MODEL
+    plain = name.split(":", 1)[-1] if ":" in name else name.split(".")[0]
+    if ":" not in name and not timm.is_model(plain):
+        hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
+        raise UserError(f"model: timm has no model {name!r}{hint}")
+    arguments = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, **(config.model_kwargs or {})}
+    request = {"img_size": config.img_size, "in_chans": config.in_chans}
+    try:
+        model = timm.create_model(
+            pretrained=config.pretrained,
+            num_classes=num_classes,
+            **resolve_model_input_args(name, request, **arguments),
+        )
+        if config.initial_checkpoint:
+            load_checkpoint(model, config.initial_checkpoint)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+    except (RuntimeError, TypeError, ValueError, OSError, AssertionError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"model: cannot create {name!r}: {reason}") from error
+    if getattr(model, "num_classes", 0) != num_classes:
+        raise UserError(f"model: {name!r} has no classifier for {num_classes} classes")
+    return model
+
+
+def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
+    """timm's data configuration for this model, with what the options override."""
+    overrides = {
+        "in_chans": config.in_chans,
+        "img_size": config.img_size,
+        "mean": config.mean,
+        "std": config.std,
+        "interpolation": config.interpolation,
+        "crop_pct": config.crop_pct,
+    }
+    try:
+        resolved = resolve_data_config({k: v for k, v in overrides.items() if v is not None}, model=model)
+    except AssertionError as error:
+        raise UserError(f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}") from error
+    channels = resolved["input_size"][0]
+    for name in ("mean", "std"):
+        if len(resolved[name]) != channels:
+            # The model's values are for colour: their mean serves any other number of channels, as timm does it.
+            resolved[name] = (sum(resolved[name]) / len(resolved[name]),) * channels
+    return Preprocessing(**{name: _tuple(resolved[name]) for name in Preprocessing.__dataclass_fields__})
+
+
+def create_task(model: nn.Module, sfr: SFRConfig, input_size: tuple[int, int, int], device: torch.device) -> TrainingTask:
+    """An `SFRTask`, or timm's own `ClassificationTask` where SFR is off."""
+    if sfr.enabled:
+        return SFRTask(model.to(device), sfr, input_size=input_size, device=device, verbose=False)
+    return ClassificationTask(model.to(device), PlainLoss(sfr.smoothing), device=device, verbose=False)
+
+
+class PlainLoss(nn.Module):
+    """Cross-entropy with constant uniform smoothing, of class indices or mixtures: PyTorch's own, in float32."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """A scalar from logits (B, K) and targets (B,) or (B, K)."""
+        return nn.functional.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
+
+
+def create_mixup(aug: AugConfig, num_classes: int) -> Mixup | None:
+    """timm's mixup and CutMix, on batches on the device; smoothing is left to the loss."""
+    if not aug.mixes:
+        return None
+    return Mixup(
+        mixup_alpha=aug.mixup,
+        cutmix_alpha=aug.cutmix,
+        cutmix_minmax=aug.cutmix_minmax,
+        prob=aug.mixup_prob,
+        switch_prob=aug.mixup_switch_prob,
+        mode=aug.mixup_mode,
+        label_smoothing=0.0,
+        num_classes=num_classes,
+    )
+
+
+def learning_rate(config: OptimConfig, global_batch: int) -> float:
+    """lr, or lr_base scaled with the global batch: linearly, or by the square root for adaptive optimizers, as timm."""
+    if config.lr is not None:
+        return config.lr
+    adaptive = any(part in config.opt.lower() for part in ("ada", "lamb"))
+    ratio = global_batch / config.lr_base_size
+    return config.lr_base * (ratio**0.5 if (config.lr_base_scale or ("sqrt" if adaptive else "linear")) == "sqrt" else ratio)
+
+
+def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer over the trainable module's parameters.
+
+    Raises:
+        UserError: for a name or arguments that timm does not take.
+    """
+    arguments: dict[str, Any] = dict(config.opt_kwargs or {})
+    if config.opt_eps is not None:
+        arguments["eps"] = config.opt_eps
+    if config.opt_betas is not None:
+        arguments["betas"] = config.opt_betas
+    try:
+        return create_optimizer_v2(
+            module,
+            opt=config.opt,
+            lr=lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+            **arguments,
+        )
+    except (ValueError, AssertionError, TypeError, KeyError) as error:
+        hint = near_matches(config.opt, list_optimizers())
+        raise UserError(f"opt: timm cannot make the optimizer {config.opt!r}: {error}{hint}") from error
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """timm's scheduler, stepped by hand: once per update whatever the number of processes (never `prepare` it)."""
+
+    scheduler: Any
+    epochs: int
+
+    def after_update(self, updates: int) -> None:
+        """Sets the rate for the update after the first `updates` ones."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=updates)
+
+    def after_epoch(self, epoch: int, metric: float | None) -> None:
+        """Sets the rate for the epoch after epoch `epoch`; plateau looks at the metric."""
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1, metric)
+
+
+def create_schedule(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int, eval_metric: str = "top1"
+) -> Schedule:
+    """timm's schedule for `optimizer` and the number of epochs it takes (with cooldown and cycles).
+
+    Raises:
+        UserError: for a schedule that timm does not have or cannot make.
+    """
+    warmup = min(5, config.epochs // 5) if config.warmup_epochs is None else config.warmup_epochs
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=warmup,
+            warmup_lr=config.warmup_lr,
+            warmup_prefix=config.warmup_prefix,
+            min_lr=config.min_lr,
+            cooldown_epochs=config.cooldown_epochs,
+            decay_epochs=config.decay_epochs,
+            decay_milestones=list(config.decay_milestones),
+            decay_rate=config.decay_rate,
+            patience_epochs=config.patience_epochs,
+            plateau_mode="min" if eval_metric == "loss" else "max",
+            step_on_epochs=not config.sched_on_updates or config.sched == "plateau",
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"sched: timm cannot make the schedule {config.sched!r}: {error}") from error
+    return Schedule(scheduler, epochs)
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,204 @@
+"""`fit`: puts a run together from its configuration and trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from timm_sfr import build, report
+from timm_sfr.checkpoint import load_newest
+from timm_sfr.config import RunConfig
+from timm_sfr.data import Split, open_splits
+from timm_sfr.engine import FiniteGuard, Trainer
+from timm_sfr.errors import UserError
+from timm_sfr.hub import Exporter
+from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.workspace import open_workspace
+
+
+def fit(config: RunConfig, resume: Path | None = None) -> Path:
+    """Trains as configured, or goes on with the run in `resume`; returns the run's folder.
+
+    Raises:
+        UserError: for anything in the options, the data or the model that fits no run, and for a non-finite loss.
+    """
+    trainer = prepare(config, resume)
+    say, run = trainer.workspace.say, trainer.workspace.run
+    try:
+        if resume is not None:
+            trainer.load(load_newest(run / "checkpoints", say))
+            trainer.rows = report.read_summary(run / "summary.csv", trainer.start_epoch)
+            say(f"resuming {run} at epoch {trainer.start_epoch + 1}")
+        trainer.fit()
+    finally:
+        trainer.accelerator.end_training()
+    best, last = trainer.best, trainer.last
+    say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}")
+    say(f"the model is in {run / 'model'}")
+    say(f'load it with timm.create_model("local-dir:{run / "model"}", pretrained=True)')
+    return run
+
+
+def prepare(config: RunConfig, resume: Path | None = None) -> Trainer:
+    """Everything that `Trainer.fit` needs, on the device and wrapped by Accelerate; writes args.yaml.
+
+    Raises:
+        UserError: as `fit`.
+    """
+    accelerator = make_accelerator(config)
+    set_seed(config.engine.seed)
+    img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
+    train, val = open_splits(config.data, img_mode, config.engine.seed)
+    num_classes = _num_classes(config, train)
+    model = build.create_model(config.model, num_classes)
+    prep = build.preprocessing(config.model, model)
+    device = accelerator.device
+    names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
+    exporter = Exporter(model, prep, names) if accelerator.is_main_process else None
+    task = build.create_task(model, config.sfr, prep.input_size, device)
+    batches = TrainBatches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
+
+    module: nn.Module = task.trainable_module
+    if config.model.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    if config.engine.sync_bn and accelerator.num_processes > 1:
+        module = convert_sync_batchnorm(module)
+    task.trainable_module = module
+    if config.optim.model_ema:
+        task.setup_ema(decay=config.optim.model_ema_decay, use_warmup=config.optim.model_ema_warmup)
+    lr = build.learning_rate(
+        config.optim, config.data.batch_size * accelerator.num_processes * config.optim.grad_accum_steps
+    )
+    optimizer = build.create_optimizer(config.optim, module, lr)
+    updates = -(-len(batches) // config.optim.grad_accum_steps)
+    schedule = build.create_schedule(config.optim, optimizer, updates, config.engine.eval_metric)
+    loader = eval_loader(val, config.data, prep, config.engine.seed)
+    if not val.streamed:
+        loader = accelerator.prepare(loader)
+    # The schedule stays out of this: Accelerate would step it once per process.
+    task.trainable_module, optimizer = accelerator.prepare(module, optimizer)
+
+    workspace = open_workspace(
+        config.engine.output, config.engine.experiment, config.model.model or build.DEFAULT_MODEL, resume, accelerator
+    )
+    resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
+    if accelerator.is_main_process:
+        report.write_args(workspace.run / "args.yaml", resolved.flat())
+    parameters = sum(p.numel() for p in model.parameters())
+    workspace.say(_headline(resolved, accelerator, train, val, parameters))
+    if getattr(task, "plan", None) is not None:
+        workspace.say(str(task.plan))
+    return Trainer(
+        config=config,
+        accelerator=accelerator,
+        workspace=workspace,
+        task=task,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches,
+        val_loader=loader,
+        prep=prep,
+        mixup=build.create_mixup(config.aug, num_classes),
+        guard=FiniteGuard(device),
+        exporter=exporter,
+        facts={
+            "model": config.model.model or build.DEFAULT_MODEL,
+            "dataset": config.data.dataset or config.data.data_dir,
+            "sfr": config.sfr.enabled,
+            "parameters": parameters,
+            "seed": config.engine.seed,
+            "hardware": report.hardware(device, accelerator.num_processes),
+            "mixed_precision": accelerator.mixed_precision,
+            "versions": report.versions(),
+        },
+    )
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Accelerate's devices, processes and precision.
+
+    Raises:
+        UserError: if the device cannot compute in the asked precision.
+    """
+    engine = config.engine
+    try:
+        return Accelerator(
+            cpu=engine.device == "cpu",
+            mixed_precision=engine.mixed_precision,
+            dynamo_backend=engine.torchcompile,
+        )
+    except (ValueError, ImportError) as error:
+        what = "torchcompile" if "backend" in str(error).lower() else "mixed-precision"
+        raise UserError(f"{what}: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs") from error
+
+
+def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
+    """`config` with every default that depended on data, model or machine written out, as args.yaml keeps it."""
+    epochs = config.optim.epochs
+    fifth = min(5, epochs // 5)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model,
+            model=config.model.model or build.DEFAULT_MODEL,
+            num_classes=num_classes,
+            img_size=config.model.img_size or (prep.input_size[1] if prep.input_size[1] == prep.input_size[2] else None),
+            in_chans=prep.input_size[0],
+            mean=prep.mean,
+            std=prep.std,
+            interpolation=prep.interpolation,
+            crop_pct=prep.crop_pct,
+        ),
+        data=dataclasses.replace(
+            config.data,
+            validation_batch_size=config.data.validation_batch_size or config.data.batch_size,
+            input_img_mode=config.data.input_img_mode or prep.img_mode,
+        ),
+        optim=dataclasses.replace(
+            config.optim, lr=lr, warmup_epochs=_or(config.optim.warmup_epochs, fifth)
+        ),
+        sfr=dataclasses.replace(config.sfr, warmup_epochs=_or(config.sfr.warmup_epochs, fifth)),
+        engine=dataclasses.replace(config.engine, mixed_precision=precision),
+    )
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _num_classes(config: RunConfig, train: Split) -> int:
+    """As given, or as in the data."""
+    if config.model.num_classes is None:
+        if not train.class_names:
+            raise UserError("num-classes: the dataset does not say how many classes it has; give --num-classes")
+        if len(train.class_names) < 2:
+            raise UserError(f"data: expected at least 2 classes; got {len(train.class_names)}: {list(train.class_names)}")
+        return len(train.class_names)
+    if train.class_names and len(train.class_names) > config.model.num_classes:
+        raise UserError(
+            f"num-classes: the data has {len(train.class_names)} classes; got {config.model.num_classes}; leave the option out"
+        )
+    return config.model.num_classes
+
+
+def _headline(config: RunConfig, accelerator: Any, train: Split, val: Split, parameters: int) -> str:
+    sfr = config.sfr
+    method = (
+        f"SFR (lambda {sfr.weight:g}, {sfr.matching}, {sfr.channels}; smoothing {sfr.smoothing:g} {sfr.smoothing_source} "
+        f"{sfr.smoothing_schedule})"
+        if sfr.enabled
+        else f"plain training (smoothing {sfr.smoothing:g})"
+    )
+    counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (train, val))
+    return (
+        f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
+        f"{config.model.img_size} px; {counts} train/val images; {method}; {config.optim.epochs} epochs on "
+        f"{report.hardware(accelerator.device, accelerator.num_processes)}, {accelerator.mixed_precision} mixed precision"
+    )

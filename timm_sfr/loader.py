@@ -1,0 +1,235 @@
+"""From samples to batches, with an order and an augmentation that depend on the seed alone.
+
+A training sample is drawn by a key that holds its epoch and its index, and augmented with random numbers from
+(seed, epoch, index): the same sample looks the same in a given epoch whatever the number of workers and processes.
+
+Shape suffixes: B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset, create_transform
+from timm.data.dataset import IterableImageDataset
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from timm_sfr.config import AugConfig, DataConfig
+from timm_sfr.data import Split
+from timm_sfr.errors import UserError
+
+
+class Samples(Dataset):
+    """Decoded and transformed samples of a map-style dataset: (uint8 image (C, H, W), class index) by key.
+
+    A key is ``epoch * len + index`` (`EpochSampler`); the transform's random numbers come from (seed, epoch, index).
+    """
+
+    def __init__(self, dataset: Any, transform: Callable, img_mode: str, seed: int) -> None:
+        self.dataset, self.transform, self.img_mode, self.seed = dataset, transform, img_mode, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int) -> tuple[Any, int]:
+        epoch, index = divmod(key, len(self.dataset))
+        try:
+            image, target = self._read(index)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(
+                f"data: cannot decode image {self._name(index)}: {error}; replace or delete the file"
+            ) from error
+        with seeded(self.seed, epoch, index):
+            return self.transform(image), target
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        # timm's own __getitem__ would replace a file that does not decode by its neighbour, with a warning.
+        if isinstance(self.dataset, ImageDataset):
+            stream, target = self.dataset.reader[index]
+            with contextlib.closing(stream) if hasattr(stream, "close") else contextlib.nullcontext():
+                return Image.open(stream).convert(self.img_mode), int(target)
+        image, target = self.dataset[index]
+        return image.convert(self.img_mode), int(target)
+
+    def _name(self, index: int) -> str:
+        try:
+            return str(self.dataset.filename(index, absolute=True))
+        except (AttributeError, AssertionError, NotImplementedError, TypeError):
+            return f"number {index}"
+
+
+@contextlib.contextmanager
+def seeded(*entropy: int) -> Iterator[None]:
+    """Random numbers of Python, NumPy and torch (CPU) from `entropy` inside, and as they were outside."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class EpochSampler(Sampler[int]):
+    """Keys of one process's samples in an order that depends on (seed, epoch) alone.
+
+    The order is cut into global batches of `batch_size` * `processes`; process r takes the r-th part of each, so any
+    number of processes sees the same global batches. What does not fill a global batch is left out of that epoch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, process: int = 0, processes: int = 1) -> None:
+        if count < batch_size * processes:
+            raise UserError(
+                f"batch-size: the training split has {count} images, fewer than one global batch of "
+                f"{batch_size} x {processes} processes; lower --batch-size"
+            )
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.process, self.processes = process, processes
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.count // (self.batch_size * self.processes) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(self.count, generator=generator)[: len(self) * self.processes]
+        own = order.view(-1, self.processes, self.batch_size)[:, self.process].flatten()
+        yield from (own + self.epoch * self.count).tolist()
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Image size and normalisation, as timm's ``resolve_data_config`` gives them."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+    crop_mode: str = "center"
+
+    @property
+    def img_mode(self) -> str:
+        """The PIL mode with this many channels."""
+        return "L" if self.input_size[0] == 1 else "RGB"
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images (B, C, H, W) as float32 with the mean taken off and divided by the deviation."""
+        mean, std = (
+            torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std)
+        )
+        return (images.float() - mean) / std
+
+    def eval_transform(self) -> Callable:
+        """timm's validation transform, to uint8."""
+        return create_transform(
+            self.input_size,
+            interpolation=self.interpolation,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            use_prefetcher=True,
+        )
+
+    def train_transform(self, aug: AugConfig) -> Callable:
+        """timm's training transform, to uint8."""
+        return create_transform(
+            self.input_size,
+            is_training=True,
+            no_aug=aug.no_aug,
+            train_crop_mode=aug.train_crop_mode,
+            scale=aug.scale,
+            ratio=aug.ratio,
+            hflip=aug.hflip,
+            vflip=aug.vflip,
+            color_jitter=aug.color_jitter,
+            auto_augment=aug.aa,
+            interpolation=aug.train_interpolation,
+            mean=self.mean,
+            std=self.std,
+            use_prefetcher=True,
+        )
+
+
+class TrainBatches:
+    """Training batches on the device: normalised images (B, C, H, W) and class indices (B,)."""
+
+    def __init__(
+        self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
+    ) -> None:
+        transform = prep.train_transform(aug)
+        self.dataset = split.dataset
+        self.sampler: EpochSampler | None = None
+        if split.streamed:
+            dataset = _streamed(split.dataset, transform, config.workers)
+        else:
+            place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+            dataset = Samples(split.dataset, transform, config.input_img_mode or prep.img_mode, seed)
+            self.sampler = EpochSampler(len(dataset), config.batch_size, seed, **place)
+        self.loader = DataLoader(dataset, config.batch_size, sampler=self.sampler, drop_last=True, **_workers(config))
+        self.batches = PrefetchLoader(
+            self.loader,
+            mean=prep.mean,
+            std=prep.std,
+            channels=prep.input_size[0],
+            device=accelerator.device,
+            re_prob=0.0 if aug.no_aug else aug.reprob,
+            re_mode=aug.remode,
+            re_count=aug.recount,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `epoch`, in its own order."""
+        if self.sampler is not None:
+            self.sampler.epoch = epoch
+        else:
+            self.dataset.set_epoch(epoch)
+        return iter(self.batches)
+
+
+def eval_loader(split: Split, config: DataConfig, prep: Preprocessing, seed: int) -> DataLoader:
+    """Validation batches, uint8 images (B, C, H, W) and class indices (B,), every sample once, in order."""
+    batch = config.validation_batch_size or config.batch_size
+    transform = prep.eval_transform()
+    if split.streamed:
+        return DataLoader(_streamed(split.dataset, transform, config.workers), batch, **_workers(config))
+    dataset = Samples(split.dataset, transform, config.input_img_mode or prep.img_mode, seed)
+    return DataLoader(dataset, batch, shuffle=False, **_workers(config))
+
+
+def _streamed(dataset: IterableImageDataset, transform: Callable, workers: int) -> IterableImageDataset:
+    dataset.transform = transform
+    dataset.set_loader_cfg(num_workers=workers)
+    return dataset
+
+
+def _workers(config: DataConfig) -> dict[str, Any]:
+    return {
+        "num_workers": config.workers,
+        "persistent_workers": config.workers > 0,
+        "pin_memory": config.pin_mem,
+        "collate_fn": fast_collate,
+    }
+
+
+def reseed(*entropy: int) -> None:
+    """Seeds Python, NumPy and torch (all devices) from `entropy`: dropout, mixup and erasing of (seed, epoch, process)."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

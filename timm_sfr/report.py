@@ -1,0 +1,94 @@
+"""What a run says and writes: the log line of an epoch, summary.csv, args.yaml, metrics.json."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import huggingface_hub
+import ot
+import safetensors
+import timm
+import torch
+import yaml
+
+from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.version import __version__
+
+COLUMNS = (
+    "epoch", "lr", "train_loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing", "val_loss", "val_top1", "val_top5",
+    "images_per_second",
+)  # fmt: skip
+
+
+def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
+    """A row of summary.csv: train_loss = task_loss + sfr_weight * sfr_loss, each the mean over the epoch's images."""
+    row = {"epoch": epoch, "lr": lr, "train_loss": train["loss"], **{name: train[name] for name in COLUMNS if name in train}}
+    for name in ("loss", "top1", "top5"):
+        row[f"val_{name}"] = val[name] if val else ""
+    return {name: row[name] for name in COLUMNS}
+
+
+def log_line(row: dict[str, Any], epochs: int) -> str:
+    """One line on an epoch."""
+    parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"lr {row['lr']:.3g}", f"loss {row['train_loss']:.4f}"]
+    if row["sfr_weight"]:
+        parts.append(f"= task {row['task_loss']:.4f} + {row['sfr_weight']:.3g} x sfr {row['sfr_loss']:.4f}")
+    if row["val_top1"] != "":
+        parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f} top5 {row['val_top5']:.2f}")
+    return " ".join([*parts, f"| {row['images_per_second']:.0f} images/s"])
+
+
+def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes summary.csv whole, numbers to 9 digits."""
+
+    def write(fresh: Path) -> None:
+        with fresh.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+
+    replace_atomically(path, write)
+
+
+def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """The rows of the first `epochs` epochs of a summary.csv, to go on from."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+
+
+def write_args(path: Path, values: dict[str, Any]) -> None:
+    """Writes args.yaml, which ``--config`` reads back."""
+    replace_atomically(path, lambda fresh: _text(fresh, yaml.safe_dump(values, sort_keys=False)))
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole."""
+    replace_atomically(path, lambda fresh: _text(fresh, json.dumps(values, indent=2) + "\n"))
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a figure can depend on."""
+    modules = {"timm": timm, "torch": torch, "POT": ot, "accelerate": accelerate, "safetensors": safetensors,
+               "huggingface_hub": huggingface_hub}  # fmt: skip
+    found = {name: str(module.__version__) for name, module in modules.items()}
+    return {"timm_sfr": __version__, "python": platform.python_version(), **found}
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, {os.cpu_count()} cores, {processes} process{'es' if processes > 1 else ''}"
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text)

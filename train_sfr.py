@@ -1,0 +1,32 @@
+"""Train any timm model with Self-Feature Regularization: parse, configure, fit.
+
+python train_sfr.py                                             trains a small model on the built-in digits
+python train_sfr.py --model resnet18 --data-dir DIR             trains on DIR/train/CLASS/*.jpg
+accelerate launch train_sfr.py ...                              the same on many processes
+python train_sfr.py --help                                      lists the options
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    from timm_sfr.cli import fail, parse
+    from timm_sfr.errors import UserError, one_line
+    from timm_sfr.fit import fit
+
+    try:
+        config, resume = parse(arguments)
+        fit(config, resume)
+    except UserError as error:
+        return fail(one_line(error))
+    except KeyboardInterrupt:
+        return fail("interrupted; --resume RUN goes on from the last finished epoch")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
