@@ -17,9 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from timm_sfr.cli import fail, parse
     from timm_sfr.errors import UserError, one_line
     from timm_sfr.fit import fit
+    from timm_sfr.launch import start_cpu_processes
 
     try:
         config, resume = parse(arguments)
+        status = start_cpu_processes(__file__, sys.argv[1:] if arguments is None else arguments)
+        if status is not None:
+            return status
         fit(config, resume)
     except UserError as error:
         return fail(one_line(error))

@@ -10,7 +10,7 @@ import torch
 from timm.data import Mixup, resolve_data_config
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
@@ -151,6 +151,18 @@ class Schedule:
 
     scheduler: Any
     epochs: int
+
+    def resume(self, epoch: int, updates: int, state: dict[str, Any] | None) -> None:
+        """Sets the rate for the update after `updates` ones and `epoch` epochs.
+
+        timm's schedules are functions of that count alone, so that a resumed run may be given more epochs; plateau
+        is not, and takes its `state`.
+        """
+        if isinstance(self.scheduler, PlateauLRScheduler) and state is not None:
+            self.scheduler.load_state_dict(state)
+        elif self.scheduler is not None:
+            self.scheduler.step(epoch)
+            self.scheduler.step_update(num_updates=updates)
 
     def after_update(self, updates: int) -> None:
         """Sets the rate for the update after the first `updates` ones."""

@@ -277,7 +277,8 @@ SECTIONS: dict[str, type] = {
 DIGITS: dict[str, Any] = {
     "dataset": "digits",
     "model": "resnet20_cifar",
-    "img_size": 32,
+    "img_size": 16,
+    "lr": 0.1,
     "epochs": 20,
     "batch_size": 64,
     "workers": 0,

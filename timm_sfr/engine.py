@@ -210,14 +210,15 @@ class Trainer:
                 ema.module.load_state_dict(state["ema"])
             self.task.load_task_state(state["task"])
             self.optimizer.load_state_dict(state["optimizer"])
-            if self.schedule.scheduler is not None and state["schedule"] is not None:
-                self.schedule.scheduler.load_state_dict(state["schedule"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"resume: the checkpoint does not fit these options: {str(error).splitlines()[0]}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"resume: the checkpoint does not fit these options: {reason}; leave out what differs from "
+                            f"{self.workspace.run / 'args.yaml'}") from error  # fmt: skip
         self.start_epoch, self.updates, self.seconds = state["epoch"], state["updates"], state["seconds"]
         self.best, self.last = state["best"], state["last"]
+        self.schedule.resume(self.start_epoch, self.updates, state["schedule"])
 
     def _update(self, optim: Any) -> None:
         if optim.clip_grad is not None:

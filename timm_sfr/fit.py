@@ -36,6 +36,9 @@ def fit(config: RunConfig, resume: Path | None = None) -> Path:
             trainer.load(load_newest(run / "checkpoints", say))
             trainer.rows = report.read_summary(run / "summary.csv", trainer.start_epoch)
             say(f"resuming {run} at epoch {trainer.start_epoch + 1}")
+        if trainer.accelerator.is_main_process:
+            # Only now: options that do not fit the run to resume must not replace its own.
+            report.write_args(run / "args.yaml", trainer.config.flat())
         trainer.fit()
     finally:
         trainer.accelerator.end_training()
@@ -47,7 +50,7 @@ def fit(config: RunConfig, resume: Path | None = None) -> Path:
 
 
 def prepare(config: RunConfig, resume: Path | None = None) -> Trainer:
-    """Everything that `Trainer.fit` needs, on the device and wrapped by Accelerate; writes args.yaml.
+    """Everything that `Trainer.fit` needs, on the device and wrapped by Accelerate.
 
     Raises:
         UserError: as `fit`.
@@ -89,14 +92,12 @@ def prepare(config: RunConfig, resume: Path | None = None) -> Trainer:
         config.engine.output, config.engine.experiment, config.model.model or build.DEFAULT_MODEL, resume, accelerator
     )
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
-    if accelerator.is_main_process:
-        report.write_args(workspace.run / "args.yaml", resolved.flat())
     parameters = sum(p.numel() for p in model.parameters())
     workspace.say(_headline(resolved, accelerator, train, val, parameters))
     if getattr(task, "plan", None) is not None:
         workspace.say(str(task.plan))
     return Trainer(
-        config=config,
+        config=resolved,
         accelerator=accelerator,
         workspace=workspace,
         task=task,
@@ -129,7 +130,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """
     engine = config.engine
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             cpu=engine.device == "cpu",
             mixed_precision=engine.mixed_precision,
             dynamo_backend=engine.torchcompile,
@@ -137,6 +138,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     except (ValueError, ImportError) as error:
         what = "torchcompile" if "backend" in str(error).lower() else "mixed-precision"
         raise UserError(f"{what}: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs") from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would go on in float32 without a word.
+        raise UserError("mixed-precision: fp16 needs a GPU and this run is on the CPU; use bf16 or no")
+    return accelerator
 
 
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:

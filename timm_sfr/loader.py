@@ -144,7 +144,18 @@ class Preprocessing:
         )
 
     def train_transform(self, aug: AugConfig) -> Callable:
-        """timm's training transform, to uint8."""
+        """timm's training transform, to uint8.
+
+        Raises:
+            UserError: if timm does not know the augmentation policy.
+        """
+        try:
+            return self._train_transform(aug)
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise UserError(f"aa: timm cannot make the training transform: {error}; a policy is such as "
+                            "rand-m9-mstd0.5-inc1, original or augmix-m5") from error  # fmt: skip
+
+    def _train_transform(self, aug: AugConfig) -> Callable:
         return create_transform(
             self.input_size,
             is_training=True,

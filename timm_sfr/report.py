@@ -45,14 +45,14 @@ def log_line(row: dict[str, Any], epochs: int) -> str:
 
 
 def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes summary.csv whole, numbers to 9 digits."""
+    """Writes summary.csv whole, numbers to 8 digits."""
 
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             for row in rows:
-                writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+                writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
 
     replace_atomically(path, write)
 

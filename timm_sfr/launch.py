@@ -1,0 +1,48 @@
+"""Starting as many CPU processes as ``accelerate launch --cpu --num_processes N`` was asked for.
+
+Accelerate starts one process for that line unless MPI is installed (huggingface/accelerate issue 2741). We start the N
+processes with torch's own launcher, which Accelerate then recognises.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import psutil
+from accelerate.commands.launch import launch_command_parser
+
+
+def cpu_processes(command: Sequence[str]) -> int:
+    """How many processes an ``accelerate launch --cpu`` command line asks for; 1 for any other command."""
+    words = list(command)
+    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+        return 1
+    try:
+        asked = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])[0]
+    except SystemExit:  # argparse's way to say that it does not understand the line
+        return 1
+    if not asked.cpu or asked.multi_gpu or asked.mpirun_hostfile or (asked.num_machines or 1) > 1:
+        return 1
+    return asked.num_processes or 1
+
+
+def start_cpu_processes(script: str, arguments: Sequence[str]) -> int | None:
+    """Runs `script` in the processes that our parent, ``accelerate launch``, was asked for and did not start.
+
+    Returns:
+        Their exit status, or None where there is nothing to do: another launcher, or one process.
+    """
+    if "WORLD_SIZE" in os.environ or os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        return None
+    try:
+        parent = psutil.Process().parent()
+        count = cpu_processes(parent.cmdline()) if parent is not None else 1
+    except psutil.Error:
+        return None
+    if count < 2:
+        return None
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    return subprocess.call([*launcher, script, *arguments])
