@@ -14,8 +14,9 @@ from timm_sfr.errors import UserError
 SOLVERS = ("sinkhorn", "exact")
 MARGINALS = ("uniform", "cross")
 
-# A local feature whose largest entry is below this carries no direction: it counts as zero rather than being blown up.
-_DEAD = 1e-12
+# A local feature whose largest entry is below this carries no direction: it counts as zero rather than being blown up,
+# and no gradient of 1 / ||x|| overflows fp16.
+_DEAD = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def unit(x: Tensor) -> Tensor:
     """
     x = x.float()
     scale = x.detach().abs().amax(-1, keepdim=True)
-    x = x / scale.clamp_min(_DEAD)
+    x = x / scale.clamp_min(1e-12)
     # The clamp matters only for all-zero features: any other has norm >= 1 after the division.
     return torch.where(scale > _DEAD, x * x.square().sum(-1, keepdim=True).clamp_min(1e-6).rsqrt(), 0.0)
 
@@ -134,7 +135,7 @@ def sinkhorn(
     cost = cost - cost.amin(2, keepdim=True)
     cost = cost - cost.amin(1, keepdim=True)
     # A constant cost has mean 0 here and any plan is optimal: the clamp keeps 0 / 0 away.
-    cost = cost / cost.mean((1, 2), keepdim=True).clamp_min(_DEAD)
+    cost = cost / cost.mean((1, 2), keepdim=True).clamp_min(1e-12)
     log_a, log_b = a.log(), b.log()
     f, g = torch.zeros_like(a), torch.zeros_like(b)
     eps = eps_last

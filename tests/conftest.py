@@ -1,0 +1,78 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+
+import timm_sfr  # noqa: E402
+from timm_sfr.channels import group_channels  # noqa: E402
+from timm_sfr.data import Digits  # noqa: E402
+from timm_sfr.taps import choose_taps, forward_taps, to_nodes  # noqa: E402
+from timm_sfr.transport import cost_matrix, unit  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = [sys.executable, str(ROOT / "train_sfr.py")]
+
+
+def run(*words, timeout=600, **env):
+    """Runs a command as a user would; its exit status, and what it printed on standard output and error."""
+    return subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}, cwd=ROOT
+    )
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """A finished run on the digits: all defaults but four epochs."""
+    output = tmp_path_factory.mktemp("digits")
+    done = run(*TRAIN, "--epochs", 4, "--output", output, "--experiment", "run")
+    assert done.returncode == 0, done.stderr
+    return output / "run", done.stdout
+
+
+@pytest.fixture(scope="session")
+def real_features(digits_run):
+    """Costs between real tapped features: shallow and matched deep taps of that run's model on validation digits."""
+    model = timm.create_model(f"local-dir:{digits_run[0] / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    digits = Digits(train=False, mode="RGB")
+    images = torch.stack([transform(digits[i][0]) for i in range(64)])
+    plan = choose_taps(model)
+    with torch.no_grad():
+        _, maps = forward_taps(model, images, plan.indices)
+    pairs = []
+    for grid in ((4, 4), (2, 2)):
+        deep = to_nodes(maps[-1], grid)
+        for tap in maps[:-1]:
+            for nodes in (to_nodes(tap, (4, 4)), to_nodes(tap, (7, 7))):
+                u, v = unit(nodes), unit(group_channels(deep, nodes.shape[-1]))
+                pairs.append((u, v, cost_matrix(u, v)))
+    return pairs
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder dataset of real images: 3 classes of digits, 20 to train and 7 to validate on each."""
+    root = tmp_path_factory.mktemp("data") / "folder"
+    for training, split, count in ((True, "train", 20), (False, "val", 7)):
+        digits = Digits(train=training, mode="RGB")
+        for name in ("0", "1", "2"):
+            (root / split / f"class{name}").mkdir(parents=True)
+            chosen = [i for i in range(len(digits)) if str(digits[i][1]) == name][:count]
+            for i in chosen:
+                digits[i][0].resize((32, 32)).save(root / split / f"class{name}" / f"{i}.png")
+    return root
+
+
+assert timm_sfr.__version__

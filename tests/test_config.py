@@ -1,0 +1,82 @@
+"""Options: checked, flat, and the same from YAML, the command line and Python."""
+
+import pytest
+import yaml
+
+from timm_sfr import RunConfig, SFRConfig, UserError
+from timm_sfr.cli import make_parser, parse
+from timm_sfr.config import options
+
+
+def test_flat_yaml_round_trip():
+    config = RunConfig.from_flat({"lr": "1e-3", "sfr_taps": [1, "layer3"], "scale": [0.5, 1], "model_kwargs": {"a": 1}})
+    assert config.optim.lr == 1e-3 and config.sfr.taps == ("1", "layer3") and config.aug.scale == (0.5, 1.0)
+    assert RunConfig.from_flat(yaml.safe_load(yaml.safe_dump(config.flat()))) == config
+
+
+def test_command_line_equals_python():
+    config, resume = parse("--model resnet18 --data-dir x --sfr-weight 0.3 --no-sfr -b 32 --smoothing 0 --aa original "
+                           "--model-kwargs act_layer=silu depth=3 --cutmix-minmax 0.2 0.8 --torchcompile".split())  # fmt: skip
+    assert resume is None and config.data.batch_size == 32 and not config.sfr.enabled and config.sfr.weight == 0.3
+    assert config.model.model_kwargs == {"act_layer": "silu", "depth": 3} and config.aug.cutmix_minmax == (0.2, 0.8)
+    assert config.engine.torchcompile == "inductor" and config.data.dataset is None
+
+
+def test_no_data_means_digits():
+    config, _ = parse([])
+    assert config.data.dataset == "digits" and config.model.model == "resnet20_cifar"
+    assert parse(["--model", "resnet18"])[0].model.model == "resnet18"
+
+
+def test_config_file_under_the_command_line(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: resnet18\nbatch-size: 16\nlr: 0.5\n")
+    config, _ = parse(["--config", str(file), "--lr", "0.1"])
+    assert (config.model.model, config.data.batch_size, config.optim.lr) == ("resnet18", 16, 0.1)
+
+
+@pytest.mark.parametrize(
+    "values,message",
+    [
+        ({"modle": "resnet18"}, "unknown option 'modle'; did you mean 'model'"),
+        ({"epochs": "many"}, "epochs: expected int; got 'many'"),
+        ({"epochs": 0}, "epochs: expected at least 1; got 0"),
+        ({"lr": [1]}, "lr: expected float"),
+        ({"sfr_channels": "group"}, "sfr_channels: expected one of groups, transport, projection; got 'group'"),
+        ({"smoothing": 1.0}, "smoothing: expected a value in"),
+        ({"scale": [1.0]}, "scale: expected two positive numbers"),
+        ({"hflip": 2}, "hflip: expected a value from 0 to 1"),
+        ({"mixup": 0.2, "batch_size": 15}, "need an even size; got 15"),
+        ({"sfr": "maybe"}, "sfr: expected bool"),
+        ({"drop_path": 1.5}, "drop_path: expected a value from 0 to 1"),
+    ],
+)
+def test_bad_values_are_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        RunConfig.from_flat(values)
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("--sfr-wieght 1", "did you mean '--sfr-weight'"),
+        ("--epochs x", "invalid int value: 'x'"),
+        ("--model-kwargs a", "expected KEY=VALUE; got 'a'"),
+        ("--config /does/not/exist.yaml", "cannot read '/does/not/exist.yaml'"),
+        ("--resume /does/not/exist", "is no run"),
+    ],
+)
+def test_bad_command_lines_are_refused(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(words.split())
+
+
+def test_every_option_is_documented_once():
+    names = [name for _, name, _ in options()]
+    assert len(names) == len(set(names)) and all(item.metadata["help"] for _, _, item in options())
+    assert "--sfr-weight" in make_parser().format_help()
+
+
+def test_configs_are_frozen():
+    with pytest.raises(AttributeError):
+        SFRConfig().weight = 1.0

@@ -1,0 +1,135 @@
+"""Datasets, order, augmentation and scores."""
+
+import random
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from sklearn.metrics import top_k_accuracy_score
+
+from timm_sfr import UserError
+from timm_sfr.config import AugConfig, DataConfig
+from timm_sfr.data import open_splits
+from timm_sfr.evaluate import Scores
+from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader, seeded
+
+PREP = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 1.0)
+
+
+def test_digits_split():
+    train, val = open_splits(DataConfig(dataset="digits"), "RGB", 0)
+    assert (len(train.dataset), len(val.dataset)) == (1437, 360) and train.class_names == tuple("0123456789")
+    again = open_splits(DataConfig(dataset="digits"), "RGB", 1)[1]
+    assert np.array_equal(val.dataset.pixels, again.dataset.pixels)
+    assert {p.tobytes() for p in train.dataset.pixels}.isdisjoint({p.tobytes() for p in val.dataset.pixels})
+
+
+def test_folder(folder):
+    train, val = open_splits(DataConfig(data_dir=str(folder)), "RGB", 0)
+    assert (len(train.dataset), len(val.dataset)) == (60, 21)
+    assert train.class_names == ("class0", "class1", "class2")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_same_global_batches(processes):
+    count, batch = 107, 16
+    reference = EpochSampler(count, batch, seed=3)
+    reference.epoch = 2
+    whole = torch.tensor(list(reference)).view(-1, batch)
+    parts = []
+    for process in range(processes):
+        sampler = EpochSampler(count, batch // processes, 3, process, processes)
+        sampler.epoch = 2
+        parts.append(torch.tensor(list(sampler)).view(-1, batch // processes))
+    assert torch.equal(torch.cat(parts, 1), whole)
+    assert len(whole.unique()) == whole.numel() and (whole // count == 2).all()
+    reference.epoch = 3
+    assert not torch.equal(torch.tensor(list(reference)).view(-1, batch) % count, whole % count)
+
+
+def batches(config, epoch, aug=None):
+    split = open_splits(config, "RGB", 0)[0]
+    return list(TrainBatches(split, config, aug or AugConfig(aa="rand-m9"), PREP, 5, Accelerator(cpu=True)).epoch(epoch))
+
+
+def test_images_do_not_depend_on_workers_or_batches():
+    config = DataConfig(dataset="digits", batch_size=32, workers=0)
+    alone, helped = batches(config, 1), batches(DataConfig(dataset="digits", batch_size=64, workers=2), 1)
+    ours, theirs = torch.cat([b[0] for b in alone[:4]]), torch.cat([b[0] for b in helped[:2]])
+    assert torch.equal(ours, theirs)
+    assert not torch.equal(batches(config, 2)[0][0], alone[0][0])
+
+
+def test_seeded_restores_what_was():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with seeded(1, 2, 3):
+        first = random.random(), np.random.rand(), torch.rand(1).item()
+    with seeded(1, 2, 3):
+        assert (random.random(), np.random.rand(), torch.rand(1).item()) == first
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+def test_normalisation_is_the_same_in_training_and_validation():
+    config = DataConfig(dataset="digits", batch_size=360, workers=0)
+    train, val = open_splits(config, "RGB", 0)
+    images, _ = next(iter(eval_loader(val, config, PREP, 0)))
+    assert images.dtype == torch.uint8 and images.shape == (360, 3, 16, 16)
+    expected = (images.double() / 255 - torch.tensor(PREP.mean).view(1, 3, 1, 1)) / torch.tensor(PREP.std).view(1, 3, 1, 1)
+    assert torch.allclose(PREP.normalize(images), expected.float(), atol=1e-5)
+    got = TrainBatches(val, config, AugConfig(no_aug=True), PREP, 0, Accelerator(cpu=True))
+    image, target = next(got.epoch(0))
+    order = [key % 360 for key in got.sampler]
+    assert torch.allclose(image, PREP.normalize(images)[order], atol=1e-5)
+    assert target.tolist() == [val.dataset.labels[i] for i in order]
+
+
+def test_scores_against_scikit_learn():
+    logits, target = torch.randn(500, 8), torch.randint(0, 8, (500,))
+    scores = Scores(torch.device("cpu"))
+    for part in range(0, 500, 64):
+        scores.add(logits[part : part + 64], target[part : part + 64])
+    result = scores.result()
+    for k, name in ((1, "top1"), (5, "top5")):
+        expected = top_k_accuracy_score(target.numpy(), logits.numpy(), k=k)
+        assert result[name] == pytest.approx(100 * expected)
+    assert result["images"] == 500 and result["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
+    confidence, predicted = logits.softmax(1).max(1)
+    right = (predicted == target).double()
+    edges = torch.linspace(0, 1, 16)
+    expected = 0.0
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        inside = (confidence >= low) & (confidence < high)
+        if inside.any():
+            expected += inside.double().mean() * (right[inside].mean() - confidence[inside].double().mean()).abs()
+    assert result["ece"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_named(folder, tmp_path, workers):
+    shutil.copytree(folder, tmp_path / "broken")
+    victim = next((tmp_path / "broken" / "train" / "class1").iterdir())
+    victim.write_bytes(b"garbage")
+    with pytest.raises(UserError, match=victim.name):
+        batches(DataConfig(data_dir=str(tmp_path / "broken"), batch_size=20, workers=workers), 0)
+
+
+def test_data_that_cannot_be_trained_on(folder, tmp_path):
+    cases = {"missing": "no such file", "empty": "found nothing", "noval": "no 'validation' part", "differ": "expected the same"}
+    for name in ("empty", "noval", "differ"):
+        (tmp_path / name).mkdir()
+    shutil.copytree(folder / "train", tmp_path / "noval" / "train")
+    shutil.copytree(folder, tmp_path / "differ", dirs_exist_ok=True)
+    (tmp_path / "differ" / "val" / "class2").rename(tmp_path / "differ" / "val" / "other")
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            open_splits(DataConfig(data_dir=str(tmp_path / name)), "RGB", 0)
+    (tmp_path / "hollow" / "train").mkdir(parents=True)
+    with pytest.raises(UserError, match="Found 0 images"):
+        open_splits(DataConfig(data_dir=str(tmp_path / "hollow")), "RGB", 0)
+    with pytest.raises(UserError, match="fewer than one global batch of 64 x 2"):
+        EpochSampler(100, 64, 0, 0, 2)

@@ -1,0 +1,134 @@
+"""Tap choice and one-pass extraction on twelve families and on our own small-image models."""
+
+import pytest
+import timm
+import timm.optim
+import torch
+
+from timm_sfr import SFRConfig, SFRTask, UserError, choose_taps
+from timm_sfr.models import SMALL_IMAGE_MODELS
+from timm_sfr.taps import TappedModel, forward_taps, to_nodes
+
+# name: (indices, channels, grids) at the model's own size
+EXPECTED = {
+    "resnet18": ([1, 2, 3, 4], [64, 128, 256, 512], [56, 28, 14, 7]),
+    "resnet50": ([1, 2, 3, 4], [256, 512, 1024, 2048], [56, 28, 14, 7]),
+    "mobilenetv3_small_100": ([1, 2, 3, 4], [16, 24, 48, 576], [56, 28, 14, 7]),
+    "efficientnet_lite0": ([1, 2, 3, 4], [24, 40, 112, 320], [56, 28, 14, 7]),
+    "convnext_atto": ([0, 1, 2, 3], [40, 80, 160, 320], [56, 28, 14, 7]),
+    "swin_tiny_patch4_window7_224": ([0, 1, 2, 3], [96, 192, 384, 768], [56, 28, 14, 7]),
+    "vit_tiny_patch16_224": ([2, 5, 8, 11], [192] * 4, [14] * 4),
+    "mixer_s32_224": ([1, 3, 5, 7], [512] * 4, [7] * 4),
+    "densenet121": ([1, 2, 3, 4], [256, 512, 1024, 1024], [56, 28, 14, 7]),
+    "regnetx_002": ([1, 2, 3, 4], [24, 56, 152, 368], [56, 28, 14, 7]),
+    "edgenext_xx_small": ([0, 1, 2, 3], [24, 48, 88, 168], [64, 32, 16, 8]),
+    "mobileone_s0": ([1, 2, 3, 4], [48, 128, 256, 1024], [56, 28, 14, 7]),
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_taps_and_one_step(name):
+    model = timm.create_model(name, num_classes=10)
+    model.train()
+    next(iter(model.children())).eval()
+    modes = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = choose_taps(model)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    taps = [*plan.shallow, plan.deep]
+    assert (plan.indices, [tap.channels for tap in taps], [tap.grid[0] for tap in taps]) == EXPECTED[name]
+
+    size = timm.data.resolve_model_data_config(model)["input_size"]
+    images, target = torch.randn(2, *size), torch.randint(0, 10, (2,))
+    model.eval()
+    with torch.no_grad():
+        logits, maps = forward_taps(model, images, plan.indices)
+        assert torch.allclose(logits, model(images), atol=1e-5)
+    assert [tuple(x.shape[1:]) for x in maps] == [(tap.channels, *tap.grid) for tap in taps]
+
+    task = SFRTask(model.train(), verbose=False)
+    result = task(images, target)
+    result["loss"].backward()
+    assert result["loss"].isfinite() and result["sfr_loss"] > 0
+    missing = [key for key, parameter in task.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    assert not missing
+
+
+@pytest.mark.parametrize("name", SMALL_IMAGE_MODELS)
+def test_small_image_models(name):
+    plan = choose_taps(timm.create_model(name))
+    assert plan.deep.nodes >= 16 and plan.shallow[0].stride == 1
+    assert all(grid[0] * grid[1] <= 49 for grid in plan.node_grids(49))
+
+
+def test_a_small_image_moves_the_deep_tap_forward():
+    plan = choose_taps(timm.create_model("resnet18"), (3, 32, 32))
+    assert (plan.indices, plan.deep.grid) == ([1, 2, 3], (2, 2))
+    assert "layer3" in str(plan) and "3x32x32" in str(plan)
+
+
+def test_node_grids():
+    plan = choose_taps(timm.create_model("resnet18"), (3, 32, 32))
+    assert plan.node_grids(49) == [(2, 2), (4, 4), (2, 2)]
+    assert plan.node_grids(49, common=True) == [(2, 2)] * 3
+    assert choose_taps(timm.create_model("vit_tiny_patch16_224")).node_grids(49) == [(7, 7)] * 4
+
+
+def test_taps_by_index_and_name():
+    model = timm.create_model("resnet18")
+    assert choose_taps(model, taps=["layer2", -1]).indices == [2, 4]
+    assert choose_taps(model, taps=[1, "3"]).indices == [1, 3]
+    for taps, message in (([3, 1], "and then a deeper one"), (["layr2", 4], "did you mean 'layer2'"), ([4], "and then")):
+        with pytest.raises(UserError, match=message):
+            choose_taps(model, taps=taps)
+
+
+@pytest.mark.parametrize(
+    "name,size,message",
+    [
+        ("resnet18", 8, "no usable shallow tap at 8x8"),
+        ("resnet18", 2, "4 locations"),
+        ("mixer_s32_224", 64, "does not take 3x64x64"),
+        ("inception_v3", 16, "does not take 3x16x16 images"),
+    ],
+)
+def test_images_that_are_too_small(name, size, message):
+    with pytest.raises(UserError, match=message):
+        choose_taps(timm.create_model(name), (3, size, size))
+
+
+def test_a_module_that_is_no_timm_model_is_refused():
+    with pytest.raises(UserError, match="needs a timm classifier"):
+        choose_taps(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), (3, 32, 32))
+
+
+def test_nodes_are_locations():
+    x = torch.randn(2, 3, 4, 6)
+    assert torch.equal(to_nodes(x, (4, 6))[:, 7], x[:, :, 1, 1])
+    assert torch.allclose(to_nodes(x, (2, 3))[:, 0], x[:, :, :2, :2].mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["resnet20_cifar", "vit_tiny_patch16_224"])
+def test_the_optimizer_factory_sees_through_the_wrapper(name):
+    model = timm.create_model(name, num_classes=10)
+    tapped = TappedModel(model, [], [])
+
+    def decays(module):
+        prefix = "model." if module is tapped else ""
+        names = {id(parameter): key.removeprefix(prefix) for key, parameter in module.named_parameters()}
+        groups = timm.optim.create_optimizer_v2(module, "sgd", lr=0.1, weight_decay=0.1, layer_decay=0.8).param_groups
+        return {names[id(p)]: (g["weight_decay"], g["lr_scale"]) for g in groups for p in g["params"]}
+
+    assert decays(tapped) == decays(model)
+
+
+def test_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    task = SFRTask(timm.create_model("resnet20_cifar"), SFRConfig(), verbose=False)
+    module = torch.compile(task.trainable_module, backend="eager", fullgraph=True)
+    logits, nodes = module(torch.randn(2, 3, 32, 32))
+    nodes = [node.detach().requires_grad_() for node in nodes]  # dynamo warns of non-leaf inputs
+    loss = torch.compile(task.feature_loss, backend="eager", fullgraph=True)
+    assert torch.allclose(loss(nodes[:-1], nodes[-1]), task.feature_loss(nodes[:-1], nodes[-1]), atol=1e-6)
+    assert logits.shape == (2, 10)

@@ -1,0 +1,132 @@
+"""SFRTask: the terms of its loss, its schedule, its state, and its contract with timm."""
+
+import inspect
+import itertools
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+
+from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, match_channels
+from timm_sfr.taps import forward_taps, to_nodes
+from timm_sfr.task import weight_at
+
+
+def make(config=None, name="resnet20_cifar", **kwargs):
+    model = timm.create_model(name, num_classes=10)
+    return SFRTask(model, config or SFRConfig(), verbose=False, **kwargs)
+
+
+def batch(size=8):
+    return torch.randn(size, 3, 32, 32), torch.randint(0, 10, (size,))
+
+
+FORMS = list(itertools.product(("groups", "transport", "projection"), ("emd", "grid"), ("uniform", "cross")))
+
+
+@pytest.mark.parametrize("channels,matching,weights", FORMS)
+def test_the_terms_add_up_to_the_loss(channels, matching, weights):
+    task = make(SFRConfig(channels=channels, matching=matching, weights=weights, weight=0.5))
+    result = task(*batch())
+    assert result["sfr_loss"] > 0
+    assert torch.allclose(result["loss"], result["task_loss"] + result["sfr_weight"] * result["sfr_loss"])
+    result["loss"].backward()
+    assert all(parameter.grad is not None for parameter in task.trainable_module.parameters())
+
+
+def test_the_feature_loss_by_hand():
+    task = make(SFRConfig(weight=0.3, smoothing=0.0)).eval()
+    images, target = batch()
+    logits, maps = forward_taps(task.plain_model, images, task.plan.indices)
+    deep = to_nodes(maps[2], (4, 4))
+    parts = [emd_l2(to_nodes(m, (4, 4)), match_channels(deep, m.shape[1])) for m in maps[:2]]
+    result = task(images, target)
+    assert torch.allclose(result["sfr_loss"], (parts[0] + parts[1]) / 2)
+    assert torch.allclose(result["task_loss"], F.cross_entropy(logits, target))
+    assert torch.equal(result["output"], logits)
+
+
+def test_deep_layers_learn_from_the_task_alone():
+    task = make(SFRConfig(weight=1.0))
+    task(*batch())["sfr_loss"].backward()
+    grads = {name: parameter.grad for name, parameter in task.plain_model.named_parameters()}
+    assert grads["conv1.weight"].abs().sum() > 0
+    assert grads["stages.2.0.conv1.weight"] is None and grads["fc.weight"] is None
+
+
+def test_weight_zero_leaves_the_smoothing_and_the_plain_pass():
+    task = make(SFRConfig(weight=0.0))
+    result = task(*batch())
+    assert task.plan is None and result["sfr_loss"] == 0 and torch.equal(result["loss"], result["task_loss"])
+
+
+def test_lambda_warms_up_and_decays():
+    config = SFRConfig(weight=1.0, warmup_epochs=3, decay_epochs=2)
+    found = [weight_at(config, epoch, 8) for epoch in range(8)]
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 2 / 3, 1 / 3])
+    assert [weight_at(SFRConfig(weight=1.0), epoch, 10) for epoch in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    task = make(config)
+    task.set_epoch(0, 8)
+    assert task(*batch())["sfr_weight"] == 0.25
+
+
+def test_state_travels():
+    config = SFRConfig(channels="projection", smoothing_source="classes")
+    task, other = make(config), make(config)
+    for _ in range(3):
+        task(*batch(64))
+    task.end_epoch()
+    other.load_checkpoint_state(task.get_checkpoint_state()["state_dict"], task.get_checkpoint_state()["task_state"])
+    task.eval(), other.eval()
+    images, target = batch()
+    ours, theirs = task(images, target), other(images, target)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_exported_state_is_the_plain_models():
+    task = make(SFRConfig(channels="projection"))
+    expected = list(timm.create_model("resnet20_cifar").state_dict())
+    assert list(task.get_checkpoint_state()["state_dict"]) == expected
+    task.setup_ema(decay=0.9)
+    task.update_ema(step=1)
+    assert list(task.get_checkpoint_state(ema=True)["state_dict_ema"]) == expected
+
+
+def test_composes_with_a_distillation_task():
+    student, teacher = (timm.create_model("resnet20_cifar", num_classes=10) for _ in range(2))
+    base = LogitDistillationTask(student, teacher, distill_loss_weight=1.0, task_loss_weight=1.0, verbose=False)
+    images, target = batch()
+    student.eval()
+    expected = base.eval()(images, target)
+    task = SFRTask(student, SFRConfig(weight=0.2), base=base, verbose=False).eval()
+    result = task(images, target)
+    assert torch.allclose(result["task_loss"], expected["loss"])
+    assert torch.allclose(result["loss"], result["task_loss"] + 0.2 * result["sfr_loss"])
+    assert torch.allclose(result["base_kd_loss"], expected["kd_loss"])
+    with pytest.raises(UserError, match="trainable_module is this model"):
+        SFRTask(teacher, base=ClassificationTask(student, verbose=False), verbose=False)
+
+
+def test_soft_targets():
+    result = make()(batch()[0], torch.rand(8, 10).softmax(1))
+    assert result["loss"].isfinite()
+
+
+def test_losses_are_float32_under_autocast():
+    task = make(SFRConfig(channels="projection"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = task(*batch())
+    assert result["loss"].dtype == result["sfr_loss"].dtype == torch.float32
+
+
+def test_the_contract_with_timm_holds():
+    """What we override, and what the engine calls, still exists in timm with these names."""
+    for name in ("prepare_distributed", "compile", "get_eval_model", "get_task_state", "load_task_state", "forward"):
+        ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (SFRTask, TrainingTask))
+        assert [p for p in theirs if p in ours] == list(theirs), name
+    for name in ("setup_ema", "update_ema", "has_ema", "get_clip_parameters", "get_trainable_module", "no_sync",
+                 "get_checkpoint_state", "load_checkpoint_state"):  # fmt: skip
+        assert callable(getattr(SFRTask, name))
+    assert issubclass(SFRTask, TrainingTask)

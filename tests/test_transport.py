@@ -1,0 +1,167 @@
+"""Transport and EMD-l2 against POT and finite differences, and their properties."""
+
+import numpy as np
+import ot
+import pytest
+import torch
+
+from timm_sfr import UserError, emd_l2, transport_plan
+from timm_sfr.transport import cost_matrix, cross_marginals, round_plan, sinkhorn, uniform_marginals, unit
+
+SIZES = [(1, 1), (1, 5), (4, 1), (16, 16), (49, 49), (16, 49), (196, 49), (196, 196)]
+
+
+def oracle(cost, a, b):
+    """ot.emd2 in float64, a problem at a time."""
+    values = []
+    for c, p, q in zip(cost.double().numpy(), a.double().numpy(), b.double().numpy(), strict=True):
+        values.append(ot.emd2(p / p.sum(), q / q.sum(), c))
+    return torch.tensor(np.array(values))
+
+
+def random_problem(n, m, channels=64, batch=4, marginals="uniform"):
+    u, v = unit(torch.randn(batch, n, channels)), unit(torch.randn(batch, m, channels))
+    cost = cost_matrix(u, v)
+    return cost, *(cross_marginals(u, v) if marginals == "cross" else uniform_marginals(cost))
+
+
+@pytest.mark.parametrize("marginals", ["uniform", "cross"])
+@pytest.mark.parametrize("n,m", SIZES)
+def test_exact_is_pots_optimum_on_random_features(n, m, marginals):
+    cost, a, b = random_problem(n, m, marginals=marginals)
+    value = (transport_plan(cost, a, b, "exact").double() * cost).sum((1, 2))
+    assert torch.allclose(value, oracle(cost, a, b), atol=1e-6)
+
+
+@pytest.mark.parametrize("marginals", ["uniform", "cross"])
+@pytest.mark.parametrize("n,m", SIZES)
+def test_sinkhorn_is_within_3_percent_on_random_unit_vectors(n, m, marginals):
+    cost, a, b = random_problem(n, m, marginals=marginals)
+    plan = transport_plan(cost, a, b, "sinkhorn")
+    gap = (plan * cost).sum((1, 2)).double() / oracle(cost, a, b) - 1
+    assert gap.max() <= 0.03 and gap.min() >= -1e-5
+    assert (plan >= 0).all()
+    assert torch.allclose(plan.sum(2), a, atol=1e-5) and torch.allclose(plan.sum(1), b, atol=1e-5)
+
+
+@pytest.mark.parametrize("marginals", ["uniform", "cross"])
+def test_both_solvers_on_real_features(real_features, marginals):
+    for u, v, cost in real_features:
+        a, b = cross_marginals(u, v) if marginals == "cross" else uniform_marginals(cost)
+        best = oracle(cost, a, b)
+        exact = (transport_plan(cost, a, b, "exact").double() * cost).sum((1, 2))
+        assert torch.allclose(exact, best, atol=1e-6)
+        plan = transport_plan(cost, a, b, "sinkhorn")
+        assert torch.allclose(plan.sum(2), a, atol=1e-5) and torch.allclose(plan.sum(1), b, atol=1e-5)
+        value = (plan * cost).sum((1, 2)).double()
+        assert value.sum() / best.sum() - 1 <= 0.01
+
+
+def test_gradient_is_that_of_the_exact_transport_cost():
+    shallow = torch.randn(2, 5, 6, dtype=torch.float64)
+    deep = torch.randn(2, 7, 6, dtype=torch.float64)
+
+    def value(x):
+        u, v = (t / t.norm(dim=-1, keepdim=True) for t in (x, deep))
+        cost = (u[:, :, None] - v[:, None]).square().sum(-1)
+        return oracle(cost, *uniform_marginals(cost)).mean().item()
+
+    x = shallow.float().requires_grad_()
+    emd_l2(x, deep.float(), solver="exact").backward()
+    step = 1e-6
+    for index in np.ndindex(2, 5, 6):
+        up, down = shallow.clone(), shallow.clone()
+        up[index] += step
+        down[index] -= step
+        assert x.grad[index].item() == pytest.approx((value(up) - value(down)) / (2 * step), abs=2e-5)
+
+
+def test_the_deep_side_gets_no_gradient():
+    shallow, deep = torch.randn(2, 4, 8, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
+    emd_l2(shallow, deep).backward()
+    assert deep.grad is None and shallow.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("weights", ["uniform", "cross"])
+def test_identical_sets_cost_nothing(solver, weights):
+    x = torch.randn(3, 16, 64)
+    # Against a mean cost of 2: what float32 rounding leaves, and what the entropy of the last annealing step does.
+    limit = 1e-5 if solver == "exact" else 1e-3
+    assert emd_l2(x, x, weights=weights, solver=solver) <= limit
+    assert emd_l2(x, x[:, torch.randperm(16)], weights=weights, solver=solver) <= limit
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("weights", ["uniform", "cross"])
+def test_the_order_of_nodes_does_not_matter(solver, weights):
+    u, v = torch.randn(3, 16, 32), torch.randn(3, 25, 32)
+    value = emd_l2(u, v, weights=weights, solver=solver)
+    moved = emd_l2(u[:, torch.randperm(16)], v[:, torch.randperm(25)], weights=weights, solver=solver)
+    assert torch.allclose(value, moved, rtol=1e-5)
+
+
+def test_emd_is_at_most_the_grid_cost_and_equals_it_for_one_node():
+    u, v = torch.randn(4, 16, 32), torch.randn(4, 16, 32)
+    assert emd_l2(u, v, solver="exact") <= emd_l2(u, v, matching="grid") + 1e-6
+    one = emd_l2(u[:, :1], v[:, :1])
+    assert torch.allclose(one, emd_l2(u[:, :1], v[:, :1], matching="grid"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (torch.randn(2, 9, 16) * 2e4).clamp(-6e4, 6e4).half(),
+        lambda: (torch.randn(2, 9, 16) * 1e-7).half(),
+        lambda: torch.randn(2, 9, 16) * 1e30,
+        lambda: torch.zeros(2, 9, 16),
+        lambda: torch.ones(2, 9, 16),
+        lambda: torch.randn(2, 9, 16).bfloat16(),
+    ],
+    ids=["fp16-large", "fp16-tiny", "huge", "zero", "equal", "bf16"],
+)
+def test_extreme_features_give_finite_losses_and_gradients(make, solver):
+    x = make().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = emd_l2(x, make(), weights="cross", solver=solver)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and x.grad.isfinite().all()
+
+
+def test_unit_length_and_cost():
+    u, v = unit(torch.randn(2, 5, 8)), unit(torch.randn(2, 6, 8))
+    assert torch.allclose(u.norm(dim=-1), torch.ones(2, 5), atol=1e-6)
+    assert torch.allclose(cost_matrix(u, v), torch.cdist(u, v).square(), atol=1e-5)
+
+
+def test_cross_marginals_by_hand():
+    u, v = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]])
+    a, b = cross_marginals(u, v)
+    assert torch.allclose(a, torch.tensor([[1.001, 0.001]]) / 1.002) and torch.equal(b, torch.ones(1, 1))
+
+
+def test_rounding_mends_any_plan():
+    plan = torch.rand(3, 6, 7)
+    a, b = torch.rand(3, 6).softmax(-1), torch.rand(3, 7).softmax(-1)
+    rounded = round_plan(plan, a, b)
+    assert torch.allclose(rounded.sum(2), a, atol=1e-6) and torch.allclose(rounded.sum(1), b, atol=1e-6)
+
+
+def test_the_solver_compiles_without_graph_breaks():
+    torch._dynamo.reset()
+    solve = torch.compile(sinkhorn, backend="eager", fullgraph=True)
+    cost, a, b = random_problem(9, 16)
+    assert torch.allclose(solve(cost, a, b), sinkhorn(cost, a, b), atol=1e-6)
+
+
+def test_wrong_shapes_and_names_are_refused():
+    cost = torch.rand(2, 3, 4)
+    with pytest.raises(UserError, match=r"expected a \(2, 3\)"):
+        transport_plan(cost, torch.ones(2, 4) / 4, None)
+    with pytest.raises(UserError, match="unknown solver"):
+        transport_plan(cost, solver="simplex")
+    with pytest.raises(UserError, match="equal batch and channels"):
+        emd_l2(torch.rand(2, 3, 4), torch.rand(2, 3, 5))
+    with pytest.raises(UserError, match="equal node counts"):
+        emd_l2(torch.rand(2, 3, 4), torch.rand(2, 5, 4), matching="grid")
