@@ -6,15 +6,15 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import timm
+import torch
 
-import timm_sfr  # noqa: E402
-from timm_sfr.channels import group_channels  # noqa: E402
-from timm_sfr.data import Digits  # noqa: E402
-from timm_sfr.taps import choose_taps, forward_taps, to_nodes  # noqa: E402
-from timm_sfr.transport import cost_matrix, unit  # noqa: E402
+import timm_sfr
+from timm_sfr.channels import group_channels
+from timm_sfr.data import Digits
+from timm_sfr.taps import choose_taps, forward_taps, to_nodes
+from timm_sfr.transport import cost_matrix, unit
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "train_sfr.py")]

@@ -73,7 +73,7 @@ tags: [image-classification, timm, timm_sfr, self-distillation]
 # {architecture}
 
 Trained {"with Self-Feature Regularization" if metrics["sfr"] else "without Self-Feature Regularization"} by
-[timm_sfr](https://pypi.org/project/timm-sfr/) {metrics["versions"]["timm_sfr"]} on {metrics["dataset"]}, seed
+timm_sfr {metrics["versions"]["timm_sfr"]} on {metrics["dataset"]}, seed
 {metrics["seed"]}. Nothing of it remains in the network.
 
 Validation ({best["images"]} images, epoch {best["epoch"] + 1} of {metrics["epochs"]}, the best by val_{metrics["eval_metric"]}):

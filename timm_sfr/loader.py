@@ -235,6 +235,8 @@ def _workers(config: DataConfig) -> dict[str, Any]:
         "persistent_workers": config.workers > 0,
         "pin_memory": config.pin_mem,
         "collate_fn": fast_collate,
+        # Its own, since starting workers draws a number: a resumed run starts them in another epoch.
+        "generator": torch.Generator(),
     }
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from timm_sfr.config import SFRConfig
 from timm_sfr.errors import UserError
 from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss
-from timm_sfr.taps import TapPlan, TappedModel, choose_taps
+from timm_sfr.taps import TappedModel, TapPlan, choose_taps
 
 _logger = logging.getLogger(__name__)
 
 
 def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
-    """lambda(t): `config.weight`, rising linearly over the first epochs and falling over the last; constant in an epoch.
+    """lambda(t): `config.weight`, rising over the first epochs and falling over the last; constant within an epoch.
 
         lambda(e) = weight * min(1, (e + 1) / (warmup + 1), (epochs - e) / (decay + 1))
 
@@ -83,7 +83,8 @@ class SFRTask(TrainingTask):
         grids: list[tuple[int, int]] = []
         projection: ChannelProjection | None = None
         if self.config.weight > 0:
-            self.plan = choose_taps(model, input_size or resolve_model_data_config(model)["input_size"], self.config.taps)
+            size = input_size or resolve_model_data_config(model)["input_size"]
+            self.plan = choose_taps(model, size, self.config.taps)
             indices = self.plan.indices
             # A location of one tap stands for the same place as that of the other only on a common grid.
             common = self.config.matching == "grid" or self.config.channels == "transport"

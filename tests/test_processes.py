@@ -1,0 +1,68 @@
+"""Two processes on the CPU."""
+
+import json
+import re
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+from timm_sfr.launch import cpu_processes
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+# Layer normalisation does not look across the batch, so only rounding differs between one process and two.
+SHARED = {"model": "test_convnext", "img_size": 64, "num_classes": 10, "device": "cpu", "lr": 0.02, "epochs": 2, "workers": 0,
+          "sfr_weight": 1.0, "sfr_smoothing_source": "classes"}  # fmt: skip
+
+
+def updates(tmp_path, processes, **options):
+    out = tmp_path / f"{processes}.json"
+    options = {**SHARED, "output": str(tmp_path), "batch_size": 128 // processes, **options}
+    launcher = TORCHRUN if processes == 2 else [sys.executable]
+    done = run(*launcher, ROOT / "tests" / "updates.py", out, json.dumps(options), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_one_process_and_two_agree(tmp_path):
+    one, two = (updates(tmp_path, processes) for processes in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2) and two["identical"]
+    # The same images in the same order, summed in another order: rounding alone, which ten updates amplify a little.
+    assert len(one["losses"]) >= 10 and two["losses"][:10] == pytest.approx(one["losses"][:10], rel=1e-4)
+    # The schedule moved once per update, not once per process.
+    assert (two["updates"], two["lr"]) == (one["updates"], one["lr"])
+    # 360 images do not divide by 2 x 64: each is counted once all the same.
+    assert two["val"]["images"] == one["val"]["images"] == 360
+    assert two["val"]["loss"] == pytest.approx(one["val"]["loss"], rel=1e-2)
+    # The class table over two processes is that of one on the joined batches.
+    for ours, theirs in zip(two["table"], one["table"], strict=True):
+        assert ours == pytest.approx(theirs, abs=2e-3)
+    assert one["table"] != [[0.1] * 10] * 10
+
+
+def test_batchnorm_statistics_are_shared(tmp_path):
+    one, two = (updates(tmp_path, n, model="resnet20_cifar", img_size=16) for n in (1, 2))
+    assert two["identical"]
+    # BatchNorm normalises each process's half by its own statistics (64 images, not 128): losses agree, not exactly.
+    assert two["losses"][:10] == pytest.approx(one["losses"][:10], rel=0.05)
+
+
+def test_accelerate_launch_on_the_cpu_starts_two_processes(tmp_path):
+    done = run(*LAUNCH, ROOT / "train_sfr.py", "--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--experiment", "run",
+               OMP_NUM_THREADS="1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout and len(re.findall("^epoch 1/1", done.stdout, re.M)) == 1
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["last"]["images"] == 360 and "2 processes" in metrics["hardware"]
+
+
+def test_a_failed_launch_says_why_and_fails(tmp_path):
+    done = run(*LAUNCH, ROOT / "train_sfr.py", "--model", "resnet81", "--output", tmp_path)
+    assert done.returncode != 0 and "did you mean 'resnet18'" in done.stderr
+
+
+def test_reading_the_launchers_command_line():
+    assert cpu_processes(["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "3", "train_sfr.py"]) == 3
+    assert cpu_processes(["python", "/bin/accelerate", "launch", "--num_processes", "3", "train_sfr.py"]) == 1
+    assert cpu_processes(["bash"]) == 1 and cpu_processes(["accelerate", "launch", "--nonsense"]) == 1

@@ -1,0 +1,245 @@
+"""The real script, end to end, as a user runs it."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import TRAIN, run
+from safetensors.torch import load_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+
+from timm_sfr import RunConfig
+from timm_sfr.checkpoint import checkpoints
+from timm_sfr.fit import prepare
+
+
+def train(*words, ok=True, **env):
+    done = run(*TRAIN, *words, **env)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def summary(run_dir):
+    with (run_dir / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def same_state(one, other):
+    """Whether two checkpoints hold the same tensors and numbers, clocks aside."""
+    states = [torch.load(checkpoints(r / "checkpoints")[-1], weights_only=True) for r in (one, other)]
+    for state in states:
+        state.pop("seconds")
+
+    def equal(a, b):
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+
+    return equal(*states)
+
+
+def test_what_a_run_writes(digits_run):
+    folder, printed = digits_run
+    assert {p.name for p in folder.iterdir()} == {"args.yaml", "summary.csv", "checkpoints", "model", "metrics.json"}
+    assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    assert str(folder / "model") in printed and "shallow" in printed
+    assert len([line for line in printed.splitlines() if line.startswith("epoch ")]) == 4
+    assert len(checkpoints(folder / "checkpoints")) == 2
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["best"]["images"] == metrics["last"]["images"] == 360
+    assert metrics["last"]["epoch"] == 3 and metrics["seed"] == 42 and metrics["parameters"] == 272474
+    assert {"val_top1", "val_top5", "ece"} <= metrics["best"].keys() and {"timm", "torch"} <= metrics["versions"].keys()
+    assert metrics["best"]["val_top1"] >= 60  # four epochs of twenty: far above chance, far from done
+    args = yaml.safe_load((folder / "args.yaml").read_text())
+    assert args["model"] == "resnet20_cifar" and args["num_classes"] == 10 and args["lr"] == 0.1
+
+
+def test_logged_is_optimised(digits_run):
+    rows = summary(digits_run[0])
+    assert len(rows) == 4
+    for row in rows:
+        parts = float(row["task_loss"]) + float(row["sfr_weight"]) * float(row["sfr_loss"])
+        assert float(row["train_loss"]) == pytest.approx(parts, abs=1e-6)
+    assert float(rows[-1]["sfr_loss"]) > 0 and float(rows[-1]["smoothing"]) == pytest.approx(0.1)
+
+
+def test_exported_keys_are_the_models(digits_run):
+    found = load_file(digits_run[0] / "model" / "model.safetensors")
+    assert set(found) == set(timm.create_model("resnet20_cifar").state_dict())
+
+
+LOADS = """
+import sys, timm, torch
+{imports}
+model = timm.create_model("local-dir:{model}", pretrained=True).eval()
+with torch.no_grad():
+    torch.save(model(torch.load("{images}", weights_only=True)), "{out}")
+"""
+
+
+@pytest.mark.parametrize("name,plugin", [("resnet20_cifar", True), ("test_resnet", False)])
+def test_plain_timm_loads_the_model_bit_for_bit(name, plugin, digits_run, tmp_path):
+    """In a process that blocks timm_sfr for timm's own models; with `import timm_sfr` for ours."""
+    folder = digits_run[0]
+    if not plugin:
+        train("--model", name, "--img-size", 64, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "-b", 128)
+        folder = tmp_path / "run"
+    state = torch.load(checkpoints(folder / "checkpoints")[-1], weights_only=True)
+    best = json.loads((folder / "metrics.json").read_text())["best"]["epoch"] + 1
+    trained = timm.create_model(name, num_classes=10).eval()
+    images = torch.randn(5, 3, 64, 64)
+    torch.save(images, tmp_path / "x.pt")
+    code = LOADS.format(imports="import timm_sfr" if plugin else "sys.modules['timm_sfr'] = None",
+                        model=folder / "model", images=tmp_path / "x.pt", out=tmp_path / "y.pt")  # fmt: skip
+    done = run(TRAIN[0], "-c", code)
+    assert done.returncode == 0, done.stderr
+    exported = load_file(folder / "model" / "model.safetensors")
+    if state["epoch"] == best:
+        plain = {key.removeprefix("model."): value for key, value in state["module"].items()}
+        assert all(torch.equal(plain[key], value) for key, value in exported.items())
+    trained.load_state_dict(exported)
+    with torch.no_grad():
+        assert torch.equal(trained(images), torch.load(tmp_path / "y.pt", weights_only=True))
+
+
+EVERYTHING = ("--mixup", 0.2, "--cutmix", 1, "--model-ema", "--model-ema-decay", 0.9, "--grad-accum-steps", 2,
+              "--clip-grad", 1, "--aa", "rand-m5", "--reprob", 0.2, "--drop-path", 0.1, "--channels-last", "-j", 1,
+              "--sfr-channels", "projection", "--epochs", 3, "--batch-size", 128, "--img-size", 16)  # fmt: skip
+
+
+def test_resume_is_bit_identical_and_config_repeats_the_run(tmp_path):
+    train(*EVERYTHING, "--output", tmp_path, "--experiment", "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    newest = checkpoints(tmp_path / "cut" / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:-1000])  # the newest is damaged: the one before it counts
+    done = train("--resume", tmp_path / "cut")
+    assert "is damaged" in done.stdout and "at epoch 3" in done.stdout
+    train("--config", tmp_path / "whole" / "args.yaml", "--experiment", "again")
+    for other in ("cut", "again"):
+        assert same_state(tmp_path / "whole", tmp_path / other)
+        drop = "images_per_second"
+        rows = [[{k: v for k, v in r.items() if k != drop} for r in summary(tmp_path / n)] for n in ("whole", other)]
+        assert rows[0] == rows[1]
+
+
+def test_more_epochs_on_resume(digits_run, tmp_path):
+    shutil.copytree(digits_run[0], tmp_path / "run")
+    train("--resume", tmp_path / "run", "--epochs", 5)
+    rows = summary(tmp_path / "run")
+    assert [row["epoch"] for row in rows] == list("01234") and float(rows[4]["lr"]) > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--mixed-precision", "bf16"),
+        ("--sfr-channels", "transport", "--sfr-weights", "cross", "--sfr-matching", "grid", "--opt", "adamw", "--lr", 1e-3),
+        ("--sfr-solver", "exact", "--val-interval", 2, "--sfr-smoothing-source", "uniform",
+         "--sfr-smoothing-schedule", "confidence", "--sched", "plateau"),
+        ("--model", "test_vit", "--img-size", 64, "--sfr-taps", 0, 1, "--in-chans", 1, "--eval-metric", "loss",
+         "--no-sched-on-updates", "--warmup-epochs", 1),
+    ],
+    ids=["bf16", "transport-grid", "exact-plateau", "vit-grey"],
+)  # fmt: skip
+def test_options_train(words, tmp_path):
+    train("--epochs", 2, "--img-size", 16, *words, "--output", tmp_path, "--experiment", "run")
+    row = summary(tmp_path / "run")[-1]
+    parts = float(row["task_loss"]) + float(row["sfr_weight"]) * float(row["sfr_loss"])
+    assert float(row["train_loss"]) == pytest.approx(parts, abs=1e-6) and row["val_top1"]
+
+
+def test_torchcompile(tmp_path):
+    train("--epochs", 1, "--torchcompile", "aot_eager", "--output", tmp_path, "--experiment", "run")
+    assert set(load_file(tmp_path / "run/model/model.safetensors")) == set(timm.create_model("resnet20_cifar").state_dict())
+
+
+def test_folder_of_images(folder, tmp_path):
+    train("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 2, "-b", 20, "-j", 1, "--output", tmp_path,
+          "--experiment", "run")  # fmt: skip
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config["label_names"] == ["class0", "class1", "class2"] and config["num_classes"] == 3
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["last"]["images"] == 21
+
+
+def test_an_export_carries_no_provenance_of_timms_weights(tmp_path):
+    train("--model", "resnet18", "--img-size", 32, "--epochs", 1, "-b", 256, "--output", tmp_path, "--experiment", "run")
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert not {"tag", "origin_url", "paper_ids", "license", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+def test_no_sfr_is_a_plain_timm_loop(tmp_path):
+    """One epoch of the engine against a hand-written loop over the same batches: equal to float rounding."""
+    config = RunConfig.from_flat({"sfr": False, "smoothing": 0.0, "epochs": 2, "output": str(tmp_path), "device": "cpu"})
+    trainer = prepare(config)
+    model = timm.create_model("resnet20_cifar", num_classes=10)
+    model.load_state_dict(trainer.exported_model().state_dict())
+    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=5e-4, momentum=0.9)
+    scheduler, _ = create_scheduler_v2(optimizer, "cosine", 2, warmup_epochs=0, warmup_lr=1e-5, step_on_epochs=False,
+                                       updates_per_epoch=len(trainer.batches))  # fmt: skip
+    means = trainer.train_epoch(0)
+    losses = []
+    model.train()
+    for step, (images, target) in enumerate(trainer.batches.epoch(0)):
+        loss = F.cross_entropy(model(images), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step_update(step + 1)
+        losses.append(loss.item())
+    assert means["loss"] == means["task_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert means["sfr_loss"] == means["sfr_weight"] == 0
+    for ours, theirs in zip(trainer.exported_model().state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (("--model", "resnet81"), "did you mean 'resnet18'"),
+        (("--data-dir", "/does/not/exist"), "no such file or directory"),
+        (("--model", "resnet18", "--img-size", 8), "no usable shallow tap"),
+        (("--mixed-precision", "fp16", "--device", "cpu"), "fp16 needs a GPU"),
+        (("--lr", 1e30), "non-finite loss at epoch 1, update 2: task_loss is nan"),
+        (("--resume", "tests"), "is no run"),
+        (("--batch-size", 5000), "fewer than one global batch"),
+        (("--aa", "foo"), "Unknown AA policy"),
+        (("--opt", "sdg"), "cannot make the optimizer 'sdg'"),
+        (("--sched", "cosin"), "cannot make the schedule 'cosin'"),
+        (("--num-classes", 4), "the data has 10 classes"),
+    ],
+)
+def test_bad_input_gets_one_line(words, message, tmp_path):
+    done = train(*words, "--epochs", 1, "--output", tmp_path, ok=False)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+
+
+def test_a_non_finite_loss_keeps_the_last_checkpoint(digits_run, tmp_path):
+    shutil.copytree(digits_run[0], tmp_path / "run")
+    before = (tmp_path / "run/model/model.safetensors").read_bytes()
+    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
+    done = train("--resume", tmp_path / "run", "--epochs", 6, "--lr", 1e30, ok=False)
+    assert "non-finite loss at epoch 5" in done.stderr and str(newest) in done.stderr
+    assert checkpoints(tmp_path / "run/checkpoints")[-1] == newest
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
+
+
+def test_options_that_do_not_fit_the_run_to_resume_change_nothing(digits_run, tmp_path):
+    shutil.copytree(digits_run[0], tmp_path / "run")
+    done = train("--resume", tmp_path / "run", "--model", "wrn_16_2_cifar", "--epochs", 6, ok=False)
+    assert "does not fit these options" in done.stderr
+    assert yaml.safe_load((tmp_path / "run/args.yaml").read_text())["model"] == "resnet20_cifar"
+    done = train("--output", tmp_path, "--experiment", "run", ok=False)
+    assert "already holds files" in done.stderr
