@@ -23,7 +23,12 @@ TRAIN = [sys.executable, str(ROOT / "train_sfr.py")]
 def run(*words, timeout=600, **env):
     """Runs a command as a user would; its exit status, and what it printed on standard output and error."""
     return subprocess.run(
-        [str(word) for word in words], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env}, cwd=ROOT
+        [str(word) for word in words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **env},
+        cwd=ROOT,
     )
 
 

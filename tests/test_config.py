@@ -15,7 +15,11 @@ def test_flat_yaml_round_trip():
 
 
 def test_command_line_equals_python():
-    config, resume = parse(["--model", "resnet18", "--data-dir", "x", "--sfr-weight", "0.3", "--no-sfr", "-b", "32", "--smoothing", "0", "--aa", "original", "--model-kwargs", "act_layer=silu", "depth=3", "--cutmix-minmax", "0.2", "0.8", "--torchcompile"])  # fmt: skip
+    words = (
+        "--model resnet18 --data-dir x --sfr-weight 0.3 --no-sfr -b 32 --smoothing 0 --aa original "
+        "--model-kwargs act_layer=silu depth=3 --cutmix-minmax 0.2 0.8 --torchcompile"
+    )
+    config, resume = parse(words.split())
     assert resume is None and config.data.batch_size == 32 and not config.sfr.enabled and config.sfr.weight == 0.3
     assert config.model.model_kwargs == {"act_layer": "silu", "depth": 3} and config.aug.cutmix_minmax == (0.2, 0.8)
     assert config.engine.torchcompile == "inductor" and config.data.dataset is None

@@ -1,5 +1,6 @@
 """Datasets, order, augmentation and scores."""
 
+import itertools
 import random
 import shutil
 
@@ -52,7 +53,9 @@ def test_processes_share_the_same_global_batches(processes):
 
 def batches(config, epoch, aug=None):
     split = open_splits(config, "RGB", 0)[0]
-    return list(TrainBatches(split, config, aug or AugConfig(aa="rand-m9"), PREP, 5, Accelerator(cpu=True)).epoch(epoch))
+    return list(
+        TrainBatches(split, config, aug or AugConfig(aa="rand-m9"), PREP, 5, Accelerator(cpu=True)).epoch(epoch)
+    )
 
 
 def test_images_do_not_depend_on_workers_or_batches():
@@ -76,10 +79,12 @@ def test_seeded_restores_what_was():
 
 def test_normalisation_is_the_same_in_training_and_validation():
     config = DataConfig(dataset="digits", batch_size=360, workers=0)
-    train, val = open_splits(config, "RGB", 0)
+    _, val = open_splits(config, "RGB", 0)
     images, _ = next(iter(eval_loader(val, config, PREP, 0)))
     assert images.dtype == torch.uint8 and images.shape == (360, 3, 16, 16)
-    expected = (images.double() / 255 - torch.tensor(PREP.mean).view(1, 3, 1, 1)) / torch.tensor(PREP.std).view(1, 3, 1, 1)
+    expected = (images.double() / 255 - torch.tensor(PREP.mean).view(1, 3, 1, 1)) / torch.tensor(PREP.std).view(
+        1, 3, 1, 1
+    )
     assert torch.allclose(PREP.normalize(images), expected.float(), atol=1e-5)
     got = TrainBatches(val, config, AugConfig(no_aug=True), PREP, 0, Accelerator(cpu=True))
     image, target = next(got.epoch(0))
@@ -102,7 +107,7 @@ def test_scores_against_scikit_learn():
     right = (predicted == target).double()
     edges = torch.linspace(0, 1, 16)
     expected = 0.0
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in itertools.pairwise(edges):
         inside = (confidence >= low) & (confidence < high)
         if inside.any():
             expected += inside.double().mean() * (right[inside].mean() - confidence[inside].double().mean()).abs()
@@ -119,7 +124,12 @@ def test_a_broken_image_is_named(folder, tmp_path, workers):
 
 
 def test_data_that_cannot_be_trained_on(folder, tmp_path):
-    cases = {"missing": "no such file", "empty": "found nothing", "noval": "no 'validation' part", "differ": "expected the same"}
+    cases = {
+        "missing": "no such file",
+        "empty": "found nothing",
+        "noval": "no 'validation' part",
+        "differ": "expected the same",
+    }
     for name in ("empty", "noval", "differ"):
         (tmp_path / name).mkdir()
     shutil.copytree(folder / "train", tmp_path / "noval" / "train")

@@ -79,7 +79,11 @@ def test_taps_by_index_and_name():
     model = timm.create_model("resnet18")
     assert choose_taps(model, taps=["layer2", -1]).indices == [2, 4]
     assert choose_taps(model, taps=[1, "3"]).indices == [1, 3]
-    for taps, message in (([3, 1], "and then a deeper one"), (["layr2", 4], "did you mean 'layer2'"), ([4], "and then")):
+    for taps, message in (
+        ([3, 1], "and then a deeper one"),
+        (["layr2", 4], "did you mean 'layer2'"),
+        ([4], "and then"),
+    ):
         with pytest.raises(UserError, match=message):
             choose_taps(model, taps=taps)
 

@@ -161,7 +161,9 @@ def test_options_train(words, tmp_path):
 
 def test_torchcompile(tmp_path):
     train("--epochs", 1, "--torchcompile", "aot_eager", "--output", tmp_path, "--experiment", "run")
-    assert set(load_file(tmp_path / "run/model/model.safetensors")) == set(timm.create_model("resnet20_cifar").state_dict())
+    assert set(load_file(tmp_path / "run/model/model.safetensors")) == set(
+        timm.create_model("resnet20_cifar").state_dict()
+    )
 
 
 def test_folder_of_images(folder, tmp_path):
@@ -173,7 +175,9 @@ def test_folder_of_images(folder, tmp_path):
 
 
 def test_an_export_carries_no_provenance_of_timms_weights(tmp_path):
-    train("--model", "resnet18", "--img-size", 32, "--epochs", 1, "-b", 256, "--output", tmp_path, "--experiment", "run")
+    train(
+        "--model", "resnet18", "--img-size", 32, "--epochs", 1, "-b", 256, "--output", tmp_path, "--experiment", "run"
+    )
     config = json.loads((tmp_path / "run/model/config.json").read_text())
     assert not {"tag", "origin_url", "paper_ids", "license", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
@@ -181,7 +185,9 @@ def test_an_export_carries_no_provenance_of_timms_weights(tmp_path):
 
 def test_no_sfr_is_a_plain_timm_loop(tmp_path):
     """One epoch of the engine against a hand-written loop over the same batches: equal to float rounding."""
-    config = RunConfig.from_flat({"sfr": False, "smoothing": 0.0, "epochs": 2, "output": str(tmp_path), "device": "cpu"})
+    config = RunConfig.from_flat(
+        {"sfr": False, "smoothing": 0.0, "epochs": 2, "output": str(tmp_path), "device": "cpu"}
+    )
     trainer = prepare(config)
     model = timm.create_model("resnet20_cifar", num_classes=10)
     model.load_state_dict(trainer.exported_model().state_dict())

@@ -15,7 +15,10 @@ def main() -> None:
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     trainer = prepare(RunConfig.from_flat(options))
     watched, losses, smoothing = trainer.guard.watch, [], trainer.task.smoothing
-    trainer.guard.watch = lambda terms: (losses.append(trainer.accelerator.reduce(terms, "mean")[0].item()), watched(terms))
+    trainer.guard.watch = lambda terms: (
+        losses.append(trainer.accelerator.reduce(terms, "mean")[0].item()),
+        watched(terms),
+    )
     trainer.train_epoch(0)
     state = trainer.exported_model().state_dict()
     flat = torch.cat([value.double().flatten() for value in state.values()])

@@ -66,7 +66,9 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
     try:
         resolved = resolve_data_config({k: v for k, v in overrides.items() if v is not None}, model=model)
     except AssertionError as error:
-        raise UserError(f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}") from error
+        raise UserError(
+            f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}"
+        ) from error
     channels = resolved["input_size"][0]
     for name in ("mean", "std"):
         if len(resolved[name]) != channels:
@@ -75,7 +77,9 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
     return Preprocessing(**{name: _tuple(resolved[name]) for name in Preprocessing.__dataclass_fields__})
 
 
-def create_task(model: nn.Module, sfr: SFRConfig, input_size: tuple[int, int, int], device: torch.device) -> TrainingTask:
+def create_task(
+    model: nn.Module, sfr: SFRConfig, input_size: tuple[int, int, int], device: torch.device
+) -> TrainingTask:
     """An `SFRTask`, or timm's own `ClassificationTask` where SFR is off."""
     if sfr.enabled:
         return SFRTask(model.to(device), sfr, input_size=input_size, device=device, verbose=False)
@@ -116,7 +120,9 @@ def learning_rate(config: OptimConfig, global_batch: int) -> float:
         return config.lr
     adaptive = any(part in config.opt.lower() for part in ("ada", "lamb"))
     ratio = global_batch / config.lr_base_size
-    return config.lr_base * (ratio**0.5 if (config.lr_base_scale or ("sqrt" if adaptive else "linear")) == "sqrt" else ratio)
+    return config.lr_base * (
+        ratio**0.5 if (config.lr_base_scale or ("sqrt" if adaptive else "linear")) == "sqrt" else ratio
+    )
 
 
 def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -33,7 +33,9 @@ class Checked:
             choices = item.metadata.get("choices")
             if choices and value is not None and value not in choices:
                 hint = near_matches(str(value), choices)
-                raise UserError(f"{outside_name(item, self.prefix)}: expected one of {', '.join(choices)}; got {value!r}{hint}")
+                raise UserError(
+                    f"{outside_name(item, self.prefix)}: expected one of {', '.join(choices)}; got {value!r}{hint}"
+                )
         self.check()
 
     def check(self) -> None:
@@ -51,7 +53,9 @@ class Checked:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.name in names and value is not None and not low <= value <= high:
-                raise UserError(f"{outside_name(item, self.prefix)}: expected a value from {low} to {high}; got {value}")
+                raise UserError(
+                    f"{outside_name(item, self.prefix)}: expected a value from {low} to {high}; got {value}"
+                )
 
 
 def outside_name(item: dataclasses.Field, prefix: str = "") -> str:

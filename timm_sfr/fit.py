@@ -137,7 +137,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         what = "torchcompile" if "backend" in str(error).lower() else "mixed-precision"
-        raise UserError(f"{what}: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs") from error
+        raise UserError(
+            f"{what}: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs"
+        ) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would go on in float32 without a word.
         raise UserError("mixed-precision: fp16 needs a GPU and this run is on the CPU; use bf16 or no")
@@ -154,7 +156,8 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
             config.model,
             model=config.model.model or build.DEFAULT_MODEL,
             num_classes=num_classes,
-            img_size=config.model.img_size or (prep.input_size[1] if prep.input_size[1] == prep.input_size[2] else None),
+            img_size=config.model.img_size
+            or (prep.input_size[1] if prep.input_size[1] == prep.input_size[2] else None),
             in_chans=prep.input_size[0],
             mean=prep.mean,
             std=prep.std,
@@ -166,9 +169,7 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
             validation_batch_size=config.data.validation_batch_size or config.data.batch_size,
             input_img_mode=config.data.input_img_mode or prep.img_mode,
         ),
-        optim=dataclasses.replace(
-            config.optim, lr=lr, warmup_epochs=_or(config.optim.warmup_epochs, fifth)
-        ),
+        optim=dataclasses.replace(config.optim, lr=lr, warmup_epochs=_or(config.optim.warmup_epochs, fifth)),
         sfr=dataclasses.replace(config.sfr, warmup_epochs=_or(config.sfr.warmup_epochs, fifth)),
         engine=dataclasses.replace(config.engine, mixed_precision=precision),
     )
@@ -184,7 +185,9 @@ def _num_classes(config: RunConfig, train: Split) -> int:
         if not train.class_names:
             raise UserError("num-classes: the dataset does not say how many classes it has; give --num-classes")
         if len(train.class_names) < 2:
-            raise UserError(f"data: expected at least 2 classes; got {len(train.class_names)}: {list(train.class_names)}")
+            raise UserError(
+                f"data: expected at least 2 classes; got {len(train.class_names)}: {list(train.class_names)}"
+            )
         return len(train.class_names)
     if train.class_names and len(train.class_names) > config.model.num_classes:
         raise UserError(

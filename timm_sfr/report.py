@@ -28,7 +28,12 @@ COLUMNS = (
 
 def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
     """A row of summary.csv: train_loss = task_loss + sfr_weight * sfr_loss, each the mean over the epoch's images."""
-    row = {"epoch": epoch, "lr": lr, "train_loss": train["loss"], **{name: train[name] for name in COLUMNS if name in train}}
+    row = {
+        "epoch": epoch,
+        "lr": lr,
+        "train_loss": train["loss"],
+        **{name: train[name] for name in COLUMNS if name in train},
+    }
     for name in ("loss", "top1", "top5"):
         row[f"val_{name}"] = val[name] if val else ""
     return {name: row[name] for name in COLUMNS}

@@ -103,7 +103,11 @@ def choose_taps(
     features = probe(model, size)
     if taps is not None:
         chosen = [_find(features, tap) for tap in taps]
-        if len(chosen) < 2 or any(tap.index >= chosen[-1].index for tap in chosen[:-1]) or 0 in {t.nodes for t in chosen}:
+        if (
+            len(chosen) < 2
+            or any(tap.index >= chosen[-1].index for tap in chosen[:-1])
+            or 0 in {t.nodes for t in chosen}
+        ):
             raise UserError(
                 f"sfr_taps: expected one or more shallow taps and then a deeper one; got {list(taps)}. {_listing(features)}"
             )
@@ -156,7 +160,9 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> list[Feature]:
             plain = model(image)
     except (RuntimeError, AssertionError, ValueError, IndexError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"img_size: {_name(model)} does not take {'x'.join(map(str, input_size))} images: {reason}") from error
+        raise UserError(
+            f"img_size: {_name(model)} does not take {'x'.join(map(str, input_size))} images: {reason}"
+        ) from error
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -167,11 +173,12 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> list[Feature]:
     if len(maps) != len(entries) or any(not isinstance(x, Tensor) or x.ndim != 4 for x in maps):
         raise UserError(f"{_name(model)}: expected {len(entries)} maps (B, C, H, W) from forward_intermediates; "
                         f"got {[_describe(x) for x in maps]}")  # fmt: skip
-    return [
-        Feature(index, str(entry.get("module", index)), x.shape[1], (x.shape[2], x.shape[3]),
-                round(input_size[1] / max(1, x.shape[2])))  # fmt: skip
-        for index, (entry, x) in enumerate(zip(entries, maps, strict=True))
-    ]
+    found = []
+    for index, (entry, x) in enumerate(zip(entries, maps, strict=True)):
+        _, channels, height, width = x.shape
+        stride = round(input_size[1] / max(1, height))
+        found.append(Feature(index, str(entry.get("module", index)), channels, (height, width), stride))
+    return found
 
 
 def forward_taps(model: Any, x: Tensor, indices: list[int]) -> tuple[Tensor, list[Tensor]]:

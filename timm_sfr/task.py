@@ -204,5 +204,3 @@ class _Given(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output
-
-
