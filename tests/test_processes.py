@@ -35,7 +35,9 @@ def test_one_process_and_two_agree(tmp_path):
     # 360 images do not divide by 2 x 64: each is counted once all the same.
     assert two["val"]["images"] == one["val"]["images"] == 360
     assert two["val"]["loss"] == pytest.approx(one["val"]["loss"], rel=1e-2)
-    # The class table over two processes is that of one on the joined batches.
+    # The class table over two processes is that of one on the joined batches: exactly on the same predictions, and
+    # closely after an epoch of training, whose rounding differs.
+    assert two["table_error"] < 1e-6
     for ours, theirs in zip(two["table"], one["table"], strict=True):
         assert ours == pytest.approx(theirs, abs=2e-3)
     assert one["table"] != [[0.1] * 10] * 10

@@ -7,8 +7,22 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 
-from timm_sfr import RunConfig
+from timm_sfr import DynamicLabelSmoothing, RunConfig
 from timm_sfr.fit import prepare
+from timm_sfr.smoothing import right_predictions, soft_targets, update_table
+
+
+def table_error(process: int, processes: int) -> float:
+    """How far the class table of all processes, each with its part of a batch, is from that of the joined batch."""
+    logits = torch.randn(256, 10, generator=torch.Generator().manual_seed(0)) * 3
+    target = torch.arange(256) % 10
+    shared = DynamicLabelSmoothing(10, 0.1, "classes")
+    shared(logits[process::processes], target[process::processes])
+    shared.end_epoch()
+    label, predictions, right = right_predictions(logits, soft_targets(target, 10))
+    sums = torch.zeros(10, 10).index_add_(0, label, predictions)
+    whole = update_table(torch.full((10, 10), 0.1), sums, torch.zeros(10).index_add_(0, label, right))
+    return (shared.table - whole).abs().max().item()
 
 
 def main() -> None:
@@ -24,10 +38,12 @@ def main() -> None:
     flat = torch.cat([value.double().flatten() for value in state.values()])
     everyone = gather_object([flat.tolist()])
     val = trainer.validate()
+    error = table_error(trainer.accelerator.process_index, len(everyone))
     if trainer.accelerator.is_main_process:
         result = {"losses": losses, "identical": all(other == everyone[0] for other in everyone), "val": val,
                   "processes": len(everyone), "updates": trainer.updates, "lr": trainer.optimizer.param_groups[0]["lr"],
-                  "table": smoothing.table.tolist()}  # fmt: skip
+                  "table": smoothing.table.tolist(),
+                  "table_error": error}  # fmt: skip
         out.write_text(json.dumps(result))
     trainer.accelerator.end_training()
 

@@ -81,7 +81,10 @@ def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> 
     except (RuntimeError, AssertionError, ValueError, ImportError, OSError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"data: cannot open the {split!r} split of {name or config.data_dir!r}: {reason}") from error
-    classes = getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+    reader = getattr(dataset, "reader", dataset)
+    classes = getattr(reader, "class_to_idx", None) or getattr(
+        reader, "class_name_to_idx", None
+    )  # a tar says the latter
     names = tuple(map(str, sorted(classes, key=classes.get))) if classes else getattr(dataset, "classes", None)
     return Split(dataset, tuple(names) if names else None)
 
