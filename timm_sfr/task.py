@@ -168,6 +168,13 @@ class SFRTask(TrainingTask):
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.get_eval_model()
 
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """Parameters whose gradients are clipped; adaptive clipping leaves the classifier out, as in timm."""
+        module = unwrap_model(self.trainable_module)
+        parameters = list(module.model.parameters())
+        parameters = parameters[:-2] if exclude_head else parameters
+        return parameters + ([] if module.projection is None else list(module.projection.parameters()))
+
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """The plain timm model, or its moving average."""
         module = self.get_trainable_module(ema=ema) if module is None else module

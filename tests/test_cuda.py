@@ -1,0 +1,52 @@
+"""What only a GPU can show; skipped without one."""
+
+import json
+
+import pytest
+import timm
+import torch
+from conftest import TRAIN, run
+
+from timm_sfr import SFRConfig, SFRTask, emd_l2, transport_plan
+from timm_sfr.transport import cost_matrix, unit
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("channels", ["groups", "transport", "projection"])
+@pytest.mark.parametrize("source", ["uniform", "classes"])
+def test_a_step_never_waits_for_the_device(channels, source):
+    model = timm.create_model("resnet18_cifar").cuda()
+    task = SFRTask(model, SFRConfig(channels=channels, smoothing_source=source), verbose=False)
+    images, target = torch.randn(8, 3, 32, 32, device="cuda"), torch.arange(8, device="cuda")
+    task(images, target)["loss"].backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        task(images, target)["loss"].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_plan_is_that_of_the_cpu():
+    u, v = unit(torch.randn(8, 49, 64)), unit(torch.randn(8, 16, 64))
+    cost = cost_matrix(u, v)
+    ours, theirs = transport_plan(cost), transport_plan(cost.cuda()).cpu()
+    assert torch.allclose((ours * cost).sum((1, 2)), (theirs * cost).sum((1, 2)), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_are_float32_under_autocast(dtype):
+    x = (torch.randn(4, 16, 32, device="cuda") * 1e4).to(dtype).requires_grad_()
+    with torch.autocast("cuda", dtype=dtype):
+        loss = emd_l2(x, torch.randn(4, 16, 32, device="cuda", dtype=dtype))
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.isfinite() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
+def test_trains(precision, tmp_path):
+    done = run(*TRAIN, "--mixed-precision", precision, "--epochs", 8, "--channels-last", "--clip-grad", 1, "--model-ema",
+               "--model-ema-decay", 0.9, "--output", tmp_path, "--experiment", "run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["last"]["val_top1"] >= 90 and metrics["mixed_precision"] == precision
