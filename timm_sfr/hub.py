@@ -57,7 +57,10 @@ class Exporter:
                 },
             )
             config = json.loads((fresh / "config.json").read_text())
-            (fresh / "README.md").write_text(card(config["architecture"], metrics))
+            card_file = fresh / "README.md"
+            card_file.write_text(card(config["architecture"], metrics))
+            # safetensors leaves its file readable by the owner alone; give it what the user's umask gives the others.
+            (fresh / "model.safetensors").chmod(card_file.stat().st_mode)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         replace_atomically(folder, write)
