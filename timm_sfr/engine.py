@@ -206,8 +206,9 @@ class Trainer:
         ema = self.task.get_trainable_module(ema=True)
         try:
             unwrap_model(self.module).load_state_dict(state["module"])
-            if ema is not None and state["ema"] is not None:
-                ema.module.load_state_dict(state["ema"])
+            if ema is not None:
+                # An average that is turned on at resume starts from the weights reached, not from random ones.
+                ema.module.load_state_dict(state["ema"] or state["module"])
             self.task.load_task_state(state["task"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
+from timm.task import TrainingTask
 from torch import nn
+from torch.utils.data import DataLoader
 
 from timm_sfr import build, report
 from timm_sfr.checkpoint import load_newest
@@ -23,13 +27,30 @@ from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
 from timm_sfr.workspace import open_workspace
 
 
-def fit(config: RunConfig, resume: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class Parts:
+    """What a caller may put in the place of the trainer's own parts, to train another task or on other batches.
+
+    Attributes:
+        splits: Opens the data, as `open_splits`.
+        task: Makes the task, as `build.create_task`.
+        batches: Makes the training batches, as `TrainBatches`.
+        val_loader: Makes the validation batches, as `eval_loader`.
+    """
+
+    splits: Callable[..., tuple[Split, Split]] = open_splits
+    task: Callable[..., TrainingTask] = build.create_task
+    batches: Callable[..., Any] = TrainBatches
+    val_loader: Callable[..., DataLoader] = eval_loader
+
+
+def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = None) -> Path:
     """Trains as configured, or goes on with the run in `resume`; returns the run's folder.
 
     Raises:
         UserError: for anything in the options, the data or the model that fits no run, and for a non-finite loss.
     """
-    trainer = prepare(config, resume)
+    trainer = prepare(config, resume, parts)
     say, run = trainer.workspace.say, trainer.workspace.run
     try:
         if resume is not None:
@@ -49,24 +70,25 @@ def fit(config: RunConfig, resume: Path | None = None) -> Path:
     return run
 
 
-def prepare(config: RunConfig, resume: Path | None = None) -> Trainer:
+def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None = None) -> Trainer:
     """Everything that `Trainer.fit` needs, on the device and wrapped by Accelerate.
 
     Raises:
         UserError: as `fit`.
     """
+    parts = parts or Parts()
     accelerator = make_accelerator(config)
     set_seed(config.engine.seed)
     img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
-    train, val = open_splits(config.data, img_mode, config.engine.seed)
+    train, val = parts.splits(config.data, img_mode, config.engine.seed)
     num_classes = _num_classes(config, train)
     model = build.create_model(config.model, num_classes)
     prep = build.preprocessing(config.model, model)
     device = accelerator.device
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
     exporter = Exporter(model, prep, names) if accelerator.is_main_process else None
-    task = build.create_task(model, config.sfr, prep.input_size, device)
-    batches = TrainBatches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
+    task = parts.task(model, config.sfr, prep.input_size, device)
+    batches = parts.batches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
 
     module: nn.Module = task.trainable_module
     if config.model.channels_last:
@@ -82,7 +104,7 @@ def prepare(config: RunConfig, resume: Path | None = None) -> Trainer:
     optimizer = build.create_optimizer(config.optim, module, lr)
     updates = -(-len(batches) // config.optim.grad_accum_steps)
     schedule = build.create_schedule(config.optim, optimizer, updates, config.engine.eval_metric)
-    loader = eval_loader(val, config.data, prep, config.engine.seed)
+    loader = parts.val_loader(val, config.data, prep, config.engine.seed)
     if not val.streamed:
         loader = accelerator.prepare(loader)
     # The schedule stays out of this: Accelerate would step it once per process.

@@ -1,0 +1,1 @@
+"""Measurements of timm_sfr against its peers; `docs/results.md` says how to repeat them."""

@@ -1,0 +1,254 @@
+"""Does SFR help? Every teacher-free peer under the same data, schedule and budget, cell by cell into one CSV.
+
+    python -m benchmarks.accuracy --preset cpu --data-root DIR --jobs 2
+
+A cell (set, method, seed, epochs, split) that the CSV holds is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+COLUMNS = (
+    "preset", "set", "method", "seed", "split", "epochs", "top1", "top5", "nll", "ece", "best_top1", "best_epoch",
+    "train_seconds", "extra_parameters", "images", "model", "pixels", "hardware", "versions", "commit", "date", "args",
+)  # fmt: skip
+KEY = COLUMNS[:6]
+
+
+@dataclass(frozen=True)
+class Set:
+    """A set at one size, with the network, the length and the rate that suit it."""
+
+    name: str
+    pixels: int
+    per_class: int | None
+    model: str
+    epochs: int
+    batch: int = 128
+    lr: float = 0.2
+    precision: str = "no"
+    val_interval: int = 1
+
+
+PRESETS: dict[str, dict[str, Set]] = {
+    "cpu": {
+        "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 20, batch=64, lr=0.1, val_interval=4),
+        "cifar10-5k": Set("cifar10", 32, 500, "resnet20_cifar", 20, batch=64, lr=0.1, val_interval=4),
+    },
+    "gpu": {
+        "tin100-r18": Set("tin100", 64, None, "resnet18_cifar", 30, precision="bf16"),
+        "tin100-mbv2": Set("tin100", 64, None, "mobilenetv2_cifar", 30, precision="bf16"),
+        "cifar10-r18": Set("cifar10", 32, None, "resnet18_cifar", 30, precision="bf16"),
+        "cifar10-mbv2": Set("cifar10", 32, None, "mobilenetv2_cifar", 30, precision="bf16"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the comparison."""
+
+    preset: str
+    set: str
+    method: str
+    seed: int
+    split: str
+    epochs: int
+
+    @property
+    def data(self) -> Set:
+        """What it trains on."""
+        return PRESETS[self.preset][self.set]
+
+    def options(self, output: str) -> dict[str, Any]:
+        """The run's options, under the names of `train_sfr.py`."""
+        data = self.data
+        return {
+            "data_dir": data.name, "model": data.model, "img_size": data.pixels, "batch_size": data.batch, "workers": 0,
+            "epochs": self.epochs, "lr": data.lr, "weight_decay": 5e-4, "opt": "sgd", "sched": "cosine",
+            "opt_kwargs": {"nesterov": True}, "seed": self.seed, "mixed_precision": data.precision,
+            "val_interval": data.val_interval, "checkpoint_hist": 1, "output": output, "experiment": "run",
+        }  # fmt: skip
+
+
+def run(cell: Cell, root: Path, threads: int) -> dict[str, Any]:
+    """Trains one cell; its row of the CSV."""
+    import torch
+
+    from benchmarks.images import DeviceBatches, open_sets, val_batches
+    from benchmarks.methods import METHODS
+    from timm_sfr import report
+    from timm_sfr.config import RunConfig
+    from timm_sfr.fit import Parts, prepare
+
+    torch.set_num_threads(threads)
+    data, make = cell.data, METHODS[cell.method]
+    with tempfile.TemporaryDirectory() as output:
+        options = cell.options(output)
+        parts = Parts(
+            splits=lambda *_: open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout"),
+            task=lambda model, sfr, size, device: make(model, size, device),
+            batches=partial(DeviceBatches, partners=cell.method == "cskd"),
+            val_loader=val_batches,
+        )
+        trainer = prepare(RunConfig.from_flat(options), parts=parts)
+        trainer.fit()
+    images = len(trainer.batches) * data.batch
+    last, best = trainer.last, trainer.best
+    total = sum(p.numel() for p in trainer.module.parameters())
+    return {
+        **dataclasses.asdict(cell),
+        "top1": last["val_top1"], "top5": last["val_top5"], "nll": last["val_loss"], "ece": last["ece"],
+        "best_top1": best["val_top1"], "best_epoch": best["epoch"] + 1,
+        "train_seconds": sum(images / row["images_per_second"] for row in trainer.rows),
+        "extra_parameters": total - trainer.facts["parameters"],
+        "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.facts["hardware"],
+        "versions": json.dumps(report.versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+        "args": json.dumps({k: v for k, v in options.items() if k != "output"}),
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """The commit of this code, with a + where files differ from it; empty where there is no repository."""
+    try:
+        git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
+        name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return name + ("+" if git(["git", "status", "--porcelain", "--", "*.py"], cwd=HERE.parent).stdout else "")
+    except (OSError, subprocess.CalledProcessError, TypeError):
+        return ""
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of the CSV, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Adds one row, to the disk at once."""
+    new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--data-root", type=Path, required=True, help="folder with NAME/{train,val}/CLASS/*.jpg")
+    parser.add_argument("--sets", nargs="+", help="sets of the preset (default: all)")
+    parser.add_argument("--methods", nargs="+", help="methods (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--epochs", type=int, help="epochs (default: the set's), for a trial or for equal wall time")
+    parser.add_argument("--heldout", action="store_true", help="score a held-out tenth of train, to choose options")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--minutes", type=float, help="start no run after this long")
+    parser.add_argument("--csv", type=Path, default=HERE / "results" / "accuracy.csv")
+    return parser.parse_args(arguments)
+
+
+def missing(args: argparse.Namespace) -> list[Cell]:
+    """The cells asked for that the CSV does not hold, seed by seed, so that a stopped table has whole seeds."""
+    from benchmarks.methods import METHODS
+    from timm_sfr.errors import UserError, near_matches
+
+    sets = args.sets or list(PRESETS[args.preset])
+    methods = args.methods or list(METHODS)
+    for asked, known, what in ((sets, PRESETS[args.preset], "sets"), (methods, METHODS, "methods")):
+        for name in asked:
+            if name not in known:
+                raise UserError(f"{what}: expected any of {', '.join(known)}; got {name!r}{near_matches(name, known)}")
+    done = {tuple(row[key] for key in KEY) for row in read(args.csv)}
+    split = "heldout" if args.heldout else "val"
+    cells = [
+        Cell(args.preset, name, method, seed, split, args.epochs or PRESETS[args.preset][name].epochs)
+        for seed in args.seeds
+        for name in sets
+        for method in methods
+    ]
+    return [cell for cell in cells if tuple(map(str, dataclasses.astuple(cell))) not in done]
+
+
+def _attempt(job: tuple[Cell, Path, int]) -> tuple[Cell, dict[str, Any] | str]:
+    from timm_sfr.errors import UserError
+
+    try:
+        return job[0], run(*job)
+    except UserError as error:
+        return job[0], str(error)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs what is missing; the exit status."""
+    from benchmarks.images import decode
+    from timm_sfr.cli import fail
+    from timm_sfr.errors import UserError
+
+    args = parse(arguments)
+    try:
+        cells = missing(args)
+        for name, pixels in sorted({(cell.data.name, cell.data.pixels) for cell in cells}):
+            for part in ("train", "val"):  # here, before several runs would do it at once
+                decode(args.data_root, name, part, pixels)
+    except UserError as error:
+        return fail(str(error))
+    print(f"{len(cells)} runs to do", flush=True)
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    started, failed = time.monotonic(), 0
+
+    def due() -> Any:
+        for cell in cells:
+            if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
+                return
+            yield cell
+
+    # A fresh process for each run: nothing of one is left in the next.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
+    queue = iter(due())
+    with pool:
+        pending = [pool.apply_async(_attempt, ((cell, args.data_root, threads),))
+                   for cell, _ in zip(queue, range(args.jobs), strict=False)]  # fmt: skip
+        while pending:
+            pending[0].wait(0.5)
+            for job in [job for job in pending if job.ready()]:
+                pending.remove(job)
+                cell, row = job.get()
+                name = f"{cell.set} {cell.method} seed {cell.seed}"
+                if isinstance(row, str):
+                    failed += 1
+                    print(f"{name}: failed: {row}", flush=True)
+                else:
+                    append(args.csv, row)
+                    print(f"{name}: top-1 {row['top1']:.2f}, {row['train_seconds']:.0f} s", flush=True)
+                following = next(queue, None)
+                if following is not None:
+                    pending.append(pool.apply_async(_attempt, ((following, args.data_root, threads),)))
+    return 2 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

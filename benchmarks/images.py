@@ -1,0 +1,144 @@
+"""Image sets in memory: decoded once, cut to a fixed part, cropped and flipped a whole batch at a time on the device.
+
+A set is a folder ``ROOT/NAME/{train,val}/CLASS/*.jpg``. Shape suffixes: n images, B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.data import Split
+from timm_sfr.errors import UserError
+
+PAD = 4  # pixels of zero padding around a crop at 32 pixels
+
+
+def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Images uint8 (n, C, H, W), classes (n,) and class names of one part of a set; kept beside it for the next time.
+
+    Raises:
+        UserError: if the folder is missing or has no classes.
+    """
+    folder, cache = root / name / part, root / f"{name}-{part}-{pixels}px.npz"
+    if cache.exists():
+        with np.load(cache) as kept:
+            return kept["images"], kept["labels"], kept["names"].tolist()
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+    if not names:
+        raise UserError(f"data-root: expected {folder}/CLASS/*.jpg; found {'no classes' if folder.is_dir() else 'nothing'}")
+    images, labels = [], []
+    for label, kind in enumerate(names):
+        for path in sorted((folder / kind).iterdir()):
+            image = Image.open(path).convert("RGB").resize((pixels, pixels), Image.Resampling.BOX)
+            images.append(np.asarray(image).transpose(2, 0, 1))
+            labels.append(label)
+    arrays = {"images": np.stack(images), "labels": np.array(labels), "names": np.array(names)}
+
+    def write(fresh: Path) -> None:
+        with fresh.open("wb") as file:
+            np.savez(file, **arrays)
+
+    replace_atomically(cache, write)
+    return arrays["images"], arrays["labels"], names
+
+
+def choose(labels: np.ndarray, per_class: int | None, seed: int = 0) -> np.ndarray:
+    """Indices of `per_class` images of every class (all if None), fixed by `seed`, in random order."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    if per_class is None:
+        return order
+    return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in np.unique(labels)]))
+
+
+def open_sets(root: Path, name: str, pixels: int, per_class: int | None, held_out: bool) -> tuple[Split, Split]:
+    """The training part and what scores are measured on: ``val``, or a tenth of every training class, fixed."""
+    images, labels, names = decode(root, name, "train", pixels)
+    chosen = choose(labels, per_class)
+    train = images[chosen], labels[chosen]
+    if held_out:
+        tenth = choose(train[1], int(np.bincount(train[1]).min()) // 10, seed=1)
+        rest = np.setdiff1d(np.arange(len(train[1])), tenth)
+        val, train = (train[0][tenth], train[1][tenth]), (train[0][rest], train[1][rest])
+    else:
+        val = decode(root, name, "val", pixels)[:2]
+    kinds = tuple(names)
+    return tuple(
+        Split(TensorDataset(torch.from_numpy(x), torch.from_numpy(y).long()), kinds)
+        for x, y in (train, val)
+    )  # type: ignore[return-value]
+
+
+class DeviceBatches:
+    """Training batches from a set that lies on the device: padded random crops and flips, normalised.
+
+    Order, crops and flips of an epoch depend on (seed, epoch) alone, so every method sees the same batches. With
+    `partners`, the images are followed by another image of each one's class: (2B, C, H, W) for B targets.
+    """
+
+    def __init__(
+        self, split: Split, config: Any, aug: Any, prep: Any, seed: int, accelerator: Any, partners: bool = False
+    ) -> None:
+        images, self.labels = split.dataset.tensors
+        if len(images) < config.batch_size:
+            raise UserError(f"batch-size: {len(images)} training images are fewer than one batch of {config.batch_size}")
+        self.pad = PAD * images.shape[-1] // 32
+        self.pixels, self.prep, self.seed = images.shape[-1], prep, seed
+        self.device, self.batch, self.partners = accelerator.device, config.batch_size, partners
+        self.images = F.pad(images.to(self.device), (self.pad,) * 4)
+        self.members = [torch.nonzero(self.labels == kind)[:, 0] for kind in range(len(split.class_names or ()))]
+
+    def __len__(self) -> int:
+        return len(self.labels) // self.batch
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `epoch`."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        for chosen in order[: len(self) * self.batch].split(self.batch):
+            target = self.labels[chosen]
+            images = self._augment(chosen, generator)
+            if self.partners:
+                images = torch.cat([images, self._augment(self._others(target, generator), generator)])
+            yield images, target.to(self.device, non_blocking=True)
+
+    def _others(self, target: Tensor, generator: torch.Generator) -> Tensor:
+        places = torch.rand(len(target), generator=generator)
+        kinds = [self.members[kind] for kind in target.tolist()]
+        return torch.stack([kind[int(place * len(kind))] for kind, place in zip(kinds, places.tolist(), strict=True)])
+
+    def _augment(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
+        count, span = len(chosen), torch.arange(self.pixels)
+        top, left = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
+        flip = torch.rand(count, 1, generator=generator) < 0.5
+        rows, columns = top + span, left + torch.where(flip, span.flip(0), span)
+        place = [x.to(self.device, non_blocking=True) for x in (chosen[:, None, None], rows[:, :, None], columns[:, None])]
+        images = self.images[place[0], :, place[1], place[2]].permute(0, 3, 1, 2)
+        return self.prep.normalize(images.contiguous())
+
+
+def val_batches(split: Split, config: Any, prep: Any, seed: int) -> DataLoader:
+    """Batches of 500 uint8 images (B, C, H, W) and classes (B,), each once, in order."""
+    return DataLoader(_Rows(split.dataset), batch_size=500, shuffle=False, collate_fn=tuple)
+
+
+class _Rows(Dataset):
+    """A set that hands out a whole batch by its indices, without stacking it image by image."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, ...]:
+        return self.data[rows]

@@ -1,0 +1,90 @@
+"""The methods of the comparison by name: each makes a `TrainingTask` from (model, input size, device)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from timm.task import ClassificationTask, TrainingTask
+from torch import nn
+
+from benchmarks.methods.byot import BYOT
+from benchmarks.methods.cskd import CSKD
+from benchmarks.methods.dlb import DLB
+from benchmarks.methods.gaussian import GaussianLoss
+from benchmarks.methods.pskd import PSKD
+from benchmarks.methods.tffd import TfFD
+from benchmarks.methods.tfkd import TfKDReg
+from timm_sfr import SFRTask
+from timm_sfr.build import PlainLoss
+from timm_sfr.config import SFRConfig
+
+Maker = Callable[[nn.Module, tuple[int, int, int], Any], TrainingTask]
+
+
+def plain(smoothing: float) -> Maker:
+    """Cross-entropy with constant uniform smoothing."""
+    return lambda model, size, device: ClassificationTask(
+        model.to(device), PlainLoss(smoothing), device=device, verbose=False
+    )
+
+
+def sfr(**options: Any) -> Maker:
+    """SFR with these options over its defaults."""
+    return lambda model, size, device: SFRTask(
+        model.to(device), SFRConfig(**options), input_size=size, device=device, verbose=False
+    )
+
+
+def gaussian(**options: Any) -> Maker:
+    """SFR with the Gaussian distance in place of EMD-l2."""
+
+    def make(model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
+        task = sfr(**options)(model, size, device)
+        task.feature_loss = GaussianLoss()
+        return task
+
+    return make
+
+
+def tapped(kind: Callable[..., TrainingTask], **options: Any) -> Maker:
+    """A peer that looks at feature maps."""
+    return lambda model, size, device: kind(model, size, device, **options)
+
+
+def logits(kind: Callable[..., TrainingTask]) -> Maker:
+    """A peer that looks at logits alone."""
+    return lambda model, size, device: kind(model, device)
+
+
+feature = partial(sfr, smoothing=0.0)  # SFR's feature loss alone
+smooth = partial(sfr, weight=0.0)  # SFR's smoothing alone
+
+METHODS: dict[str, Maker] = {
+    "ce": plain(0.0),
+    "ls": plain(0.1),
+    "deepsup": tapped(BYOT, alpha=0.0, beta=0.0),
+    "byot": tapped(BYOT),
+    "tffd": tapped(TfFD),
+    "cskd": logits(CSKD),
+    "pskd": logits(PSKD),
+    "ols": smooth(smoothing=0.5, smoothing_source="classes", smoothing_schedule="constant"),
+    "dlb": logits(DLB),
+    "tfkd": logits(TfKDReg),
+    "gaussian": gaussian(smoothing=0.0),
+    "sfr": sfr(),
+    "sfr-emd": feature(),
+    "sfr-grid": feature(matching="grid"),
+    "sfr-channel-transport": feature(channels="transport"),
+    "sfr-projection": feature(channels="projection"),
+    "sfr-cross": feature(weights="cross"),
+    "sfr-lambda-0.03": feature(weight=0.03),
+    "sfr-lambda-0.3": feature(weight=0.3),
+    "sfr-lambda-1": feature(weight=1.0),
+    "sfr-ls": sfr(smoothing_source="uniform", smoothing_schedule="constant"),
+    "smooth-ramp": smooth(smoothing_source="uniform", smoothing_schedule="ramp"),
+    "smooth-confidence": smooth(smoothing_source="uniform", smoothing_schedule="confidence"),
+    "smooth-classes": smooth(smoothing_source="classes", smoothing_schedule="constant"),
+    "smooth-classes-ramp": smooth(smoothing_source="classes", smoothing_schedule="ramp"),
+}

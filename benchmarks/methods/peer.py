@@ -1,0 +1,62 @@
+"""What the peers share: one pass that gives logits and feature maps, and a task around it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from timm_sfr.taps import choose_taps, forward_taps
+
+
+class Mapped(nn.Module):
+    """Images (B, C, H, W) to logits (B, K) and the maps of SFR's own taps, the deep one last, each (B, C_t, H_t, W_t)."""
+
+    def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.plan = choose_taps(model, input_size)
+        self.model = model
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits and maps in one pass."""
+        return forward_taps(self.model, x, self.plan.indices)
+
+
+class Logits(nn.Module):
+    """The model alone, under the name `model` that every peer's module has."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        return self.model(x)
+
+
+class PeerTask(TrainingTask):
+    """A task over `module`, whose ``model`` is the plain timm model that is evaluated and saved."""
+
+    def __init__(self, module: nn.Module, device: Any) -> None:
+        super().__init__(device=device, verbose=False)
+        self.trainable_module: nn.Module = module.to(device)
+        self.epoch, self.epochs = 0, 1
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Notes how far training is."""
+        self.epoch, self.epochs = epoch, epochs
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The plain timm model."""
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        return None if module is None else unwrap_model(module).model
+
+
+def kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(sg teacher / T) || softmax(student / T)), mean over the batch; logits (B, K), a scalar."""
+    target = (teacher.detach().float() / temperature).softmax(-1)
+    log_student = (student.float() / temperature).log_softmax(-1)
+    return temperature**2 * F.kl_div(log_student, target, reduction="batchmean")
