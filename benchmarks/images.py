@@ -35,7 +35,9 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
             return kept["images"], kept["labels"], kept["names"].tolist()
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     if not names:
-        raise UserError(f"data-root: expected {folder}/CLASS/*.jpg; found {'no classes' if folder.is_dir() else 'nothing'}")
+        raise UserError(
+            f"data-root: expected {folder}/CLASS/*.jpg; found {'no classes' if folder.is_dir() else 'nothing'}"
+        )
     images, labels = [], []
     for label, kind in enumerate(names):
         for path in sorted((folder / kind).iterdir()):
@@ -52,29 +54,28 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
     return arrays["images"], arrays["labels"], names
 
 
-def choose(labels: np.ndarray, per_class: int | None, seed: int = 0) -> np.ndarray:
-    """Indices of `per_class` images of every class (all if None), fixed by `seed`, in random order."""
-    order = np.random.default_rng(seed).permutation(len(labels))
-    if per_class is None:
-        return order
-    return np.sort(np.concatenate([order[labels[order] == kind][:per_class] for kind in np.unique(labels)]))
+def choose(labels: np.ndarray, per_class: int | None, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train on and indices held out, in ascending order, both fixed and never the same image.
+
+    In a fixed random order of every class, the first `per_class` (None: all) are trained on; with `held_out`, the
+    last tenth of the class is held out, and what is trained on comes from the rest.
+    """
+    order = np.random.default_rng(0).permutation(len(labels))
+    kinds = [order[labels[order] == kind] for kind in np.unique(labels)]
+    ends = [len(kind) - (len(kind) // 10 if held_out else 0) for kind in kinds]
+    train = [kind[:end][:per_class] for kind, end in zip(kinds, ends, strict=True)]
+    rest = [kind[end:] for kind, end in zip(kinds, ends, strict=True)]
+    return np.sort(np.concatenate(train)), np.sort(np.concatenate(rest))
 
 
 def open_sets(root: Path, name: str, pixels: int, per_class: int | None, held_out: bool) -> tuple[Split, Split]:
-    """The training part and what scores are measured on: ``val``, or a tenth of every training class, fixed."""
+    """The part to train on and the part that scores are measured on: ``val``, or a fixed tenth of ``train``."""
     images, labels, names = decode(root, name, "train", pixels)
-    chosen = choose(labels, per_class)
-    train = images[chosen], labels[chosen]
-    if held_out:
-        tenth = choose(train[1], int(np.bincount(train[1]).min()) // 10, seed=1)
-        rest = np.setdiff1d(np.arange(len(train[1])), tenth)
-        val, train = (train[0][tenth], train[1][tenth]), (train[0][rest], train[1][rest])
-    else:
-        val = decode(root, name, "val", pixels)[:2]
-    kinds = tuple(names)
+    chosen, rest = choose(labels, per_class, held_out)
+    val = (images[rest], labels[rest]) if held_out else decode(root, name, "val", pixels)[:2]
     return tuple(
-        Split(TensorDataset(torch.from_numpy(x), torch.from_numpy(y).long()), kinds)
-        for x, y in (train, val)
+        Split(TensorDataset(torch.from_numpy(x), torch.from_numpy(y).long()), tuple(names))
+        for x, y in ((images[chosen], labels[chosen]), val)
     )  # type: ignore[return-value]
 
 
@@ -90,7 +91,9 @@ class DeviceBatches:
     ) -> None:
         images, self.labels = split.dataset.tensors
         if len(images) < config.batch_size:
-            raise UserError(f"batch-size: {len(images)} training images are fewer than one batch of {config.batch_size}")
+            raise UserError(
+                f"batch-size: {len(images)} training images are fewer than one batch of {config.batch_size}"
+            )
         self.pad = PAD * images.shape[-1] // 32
         self.pixels, self.prep, self.seed = images.shape[-1], prep, seed
         self.device, self.batch, self.partners = accelerator.device, config.batch_size, partners
@@ -121,7 +124,9 @@ class DeviceBatches:
         top, left = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
         flip = torch.rand(count, 1, generator=generator) < 0.5
         rows, columns = top + span, left + torch.where(flip, span.flip(0), span)
-        place = [x.to(self.device, non_blocking=True) for x in (chosen[:, None, None], rows[:, :, None], columns[:, None])]
+        place = [
+            x.to(self.device, non_blocking=True) for x in (chosen[:, None, None], rows[:, :, None], columns[:, None])
+        ]
         images = self.images[place[0], :, place[1], place[2]].permute(0, 3, 1, 2)
         return self.prep.normalize(images.contiguous())
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import yaml
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
@@ -19,6 +20,7 @@ from benchmarks.methods.tfkd import TfKDReg
 from timm_sfr import SFRTask
 from timm_sfr.build import PlainLoss
 from timm_sfr.config import SFRConfig
+from timm_sfr.errors import UserError, near_matches
 
 Maker = Callable[[nn.Module, tuple[int, int, int], Any], TrainingTask]
 
@@ -88,3 +90,25 @@ METHODS: dict[str, Maker] = {
     "smooth-classes": smooth(smoothing_source="classes", smoothing_schedule="constant"),
     "smooth-classes-ramp": smooth(smoothing_source="classes", smoothing_schedule="ramp"),
 }
+
+
+def find(name: str) -> Maker:
+    """The method of that name; ``sfr:OPTION=VALUE,...`` is SFR with these options over its defaults.
+
+    Raises:
+        UserError: for an unknown method or option.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    kind, _, words = name.partition(":")
+    if kind != "sfr" or not words:
+        known = ", ".join(METHODS)
+        raise UserError(
+            f"methods: expected any of {known}, or sfr:OPTION=VALUE,...; got {name!r}{near_matches(name, METHODS)}"
+        )
+    options = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words.split(","))}
+    try:
+        SFRConfig(**options)
+    except TypeError as error:
+        raise UserError(f"methods: {name!r}: {error}") from error
+    return sfr(**options)
