@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -238,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
     queue = iter(due())
     with pool:
         pending = [pool.apply_async(_attempt, ((cell, args.data_root, threads),))
-                   for cell, _ in zip(queue, range(args.jobs), strict=False)]  # fmt: skip
+                   for cell in itertools.islice(queue, args.jobs)]  # fmt: skip
         while pending:
             pending[0].wait(0.5)
             for job in [job for job in pending if job.ready()]:

@@ -101,14 +101,15 @@ def find(name: str) -> Maker:
     if name in METHODS:
         return METHODS[name]
     kind, _, words = name.partition(":")
-    if kind != "sfr" or not words:
+    made = {"sfr": sfr, "gaussian": gaussian}.get(kind)
+    if made is None or not words:
         known = ", ".join(METHODS)
         raise UserError(
             f"methods: expected any of {known}, or sfr:OPTION=VALUE,...; got {name!r}{near_matches(name, METHODS)}"
         )
-    options = {key: yaml.safe_load(value) for key, _, value in (word.partition("=") for word in words.split(","))}
     try:
+        options = yaml.safe_load("{" + words.replace("=", ": ") + "}")
         SFRConfig(**options)
-    except TypeError as error:
+    except (TypeError, yaml.YAMLError) as error:
         raise UserError(f"methods: {name!r}: {error}") from error
-    return sfr(**options)
+    return made(**options)

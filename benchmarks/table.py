@@ -1,0 +1,177 @@
+"""The comparison's table and plots, made from its CSV.
+
+    python -m benchmarks.table
+
+writes the tables into ``docs/results.md`` between its markers, and a plot a set beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from benchmarks.accuracy import HERE, read
+
+DOCS = HERE.parent / "docs"
+BASE = "ls"  # differences are to it: it beats most of what is published
+HEAD = (
+    "method", "seeds", "top-1, last epoch", "95 % interval", "difference to ls", "(top-1, best epoch)", "top-5", "NLL",
+    "ECE", "time / ce", "extra parameters",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method's runs: rows by seed."""
+
+    method: str
+    epochs: int
+    rows: dict[int, dict[str, str]]
+
+    def values(self, column: str) -> list[float]:
+        """One column over the seeds."""
+        return [float(row[column]) for _, row in sorted(self.rows.items())]
+
+
+def interval(values: list[float]) -> float:
+    """Half the width of the 95 % t-interval of the mean; nan for one value.
+
+        t_{0.975, n-1} s / sqrt(n)
+    """
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return float("nan")
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
+
+
+def paired(a: Summary, b: Summary, column: str) -> list[tuple[float, float]]:
+    """The values of both at the seeds that both have."""
+    return [(float(a.rows[s][column]), float(b.rows[s][column])) for s in sorted(a.rows.keys() & b.rows.keys())]
+
+
+def summaries(rows: Iterable[dict[str, str]]) -> list[Summary]:
+    """The runs of one set by method and length, best mean first."""
+    found: dict[tuple[str, int], dict[int, dict[str, str]]] = {}
+    for row in rows:
+        found.setdefault((row["method"], int(row["epochs"])), {})[int(row["seed"])] = row
+    made = [Summary(*key, by_seed) for key, by_seed in found.items()]
+    return sorted(made, key=lambda one: -mean(one.values("top1")))
+
+
+def name(one: Summary, usual: int) -> str:
+    """The method, with its epochs where they are not the table's."""
+    return one.method if one.epochs == usual else f"{one.method}, {one.epochs} epochs"
+
+
+def spread(values: list[float], digits: int, sign: str = "") -> str:
+    """Mean and half the 95 % interval."""
+    half = "" if len(values) < 2 else f" ± {interval(values):.{digits}f}"
+    return f"{mean(values):{sign}.{digits}f}{half}"
+
+
+def usual_epochs(found: list[Summary]) -> int:
+    """The length that most methods ran for."""
+    lengths = [one.epochs for one in found]
+    return max(set(lengths), key=lengths.count)
+
+
+def find(found: list[Summary], method: str, epochs: int) -> Summary | None:
+    """The method at that length."""
+    return next((one for one in found if (one.method, one.epochs) == (method, epochs)), None)
+
+
+def table(found: list[Summary]) -> str:
+    """A Markdown table of one set, best mean first."""
+    usual = usual_epochs(found)
+    base, ce = (find(found, method, usual) for method in (BASE, "ce"))
+    lines = [" | ".join(HEAD), " | ".join(["---"] + ["---:"] * (len(HEAD) - 1))]
+    for one in found:
+        top1 = one.values("top1")
+        gains = [a - b for a, b in paired(one, base, "top1")] if base and one is not base else []
+        times = [a / b for a, b in paired(one, ce, "train_seconds")] if ce else []
+        half, middle = interval(top1), mean(top1)
+        cells = [
+            name(one, usual),
+            str(len(top1)),
+            f"{middle:.2f}" + (f" (sd {stdev(top1):.2f})" if len(top1) > 1 else ""),
+            f"{middle - half:.2f} to {middle + half:.2f}" if len(top1) > 1 else "",
+            spread(gains, 2, "+") if gains else "",
+            f"({mean(one.values('best_top1')):.2f})",
+            f"{mean(one.values('top5')):.2f}",
+            f"{mean(one.values('nll')):.3f}",
+            f"{100 * mean(one.values('ece')):.1f} %",
+            f"{median(times):.2f}" if times else "",
+            f"{int(float(one.rows[min(one.rows)]['extra_parameters'])):,}",
+        ]
+        lines.append(" | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def caption(rows: list[dict[str, str]]) -> str:
+    """What the runs of a set have in common, and on what they ran."""
+    first = rows[0]
+    many = {key: sorted({row[key] for row in rows}) for key in ("hardware", "commit", "versions")}
+    versions = "; ".join(re.sub(r'[{}"]', "", text) for text in many["versions"])
+    return (
+        f"{first['images']} training images a run and epoch at {first['pixels']} px, {first['model']}; ± is half the "
+        f"95 % t-interval, differences are paired by seed. {', '.join(many['hardware'])}; {versions}; "
+        f"commits {', '.join(many['commit'])}."
+    )
+
+
+def plot(found: list[Summary], title: str, path: Path) -> None:
+    """Top-1 at the last epoch, mean and 95 % interval, the seeds as dots."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "timm_sfr"  # the same figure from the same CSV
+    from matplotlib import pyplot as plt
+
+    usual, ordered = usual_epochs(found), found[::-1]
+    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.26 * len(ordered)), layout="constrained")
+    for place, one in enumerate(ordered):
+        top1 = one.values("top1")
+        colour = "tab:red" if one.method.startswith("sfr") else "tab:blue" if one.method in ("ce", BASE) else "0.4"
+        axes.scatter(top1, [place] * len(top1), s=6, color=colour, alpha=0.4, linewidths=0)
+        half = interval(top1) if len(top1) > 1 else 0.0
+        axes.errorbar(mean(top1), place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2)
+    axes.set_yticks(range(len(ordered)), [name(one, usual) for one in ordered])
+    axes.set_xlabel("top-1 on val at the last epoch, %")
+    axes.set_title(title)
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Renews the document and the plots; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--csv", type=Path, default=HERE / "results" / "accuracy.csv")
+    parser.add_argument("--document", type=Path, default=DOCS / "results.md")
+    args = parser.parse_args(arguments)
+    text = args.document.read_text()
+    rows = read(args.csv)
+    for kind in sorted({(row["preset"], row["set"], row["split"]) for row in rows}):
+        chosen = [row for row in rows if (row["preset"], row["set"], row["split"]) == kind]
+        label = "-".join(kind)
+        found = summaries(chosen)
+        picture = args.document.parent / f"results-{label}.svg"
+        plot(found, f"{kind[1]} ({kind[0]} preset)", picture)
+        body = f"{table(found)}\n\n{caption(chosen)}\n\n![top-1 by method]({picture.name})\n"
+        pattern = re.compile(rf"(<!-- {re.escape(label)} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(text):
+            text += f"\n## {label}\n\n<!-- {label} -->\n<!-- end -->\n"
+        text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)
+    args.document.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
