@@ -42,7 +42,7 @@ class Summary:
 def interval(values: list[float]) -> float:
     """Half the width of the 95 % t-interval of the mean; nan for one value.
 
-        t_{0.975, n-1} s / sqrt(n)
+    t_{0.975, n-1} s / sqrt(n)
     """
     from scipy.stats import t
 

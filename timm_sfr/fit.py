@@ -24,6 +24,7 @@ from timm_sfr.engine import FiniteGuard, Trainer
 from timm_sfr.errors import UserError
 from timm_sfr.hub import Exporter
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.task import SFRTask
 from timm_sfr.workspace import open_workspace
 
 
@@ -115,7 +116,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     )
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
-    workspace.say(_headline(resolved, accelerator, train, val, parameters))
+    workspace.say(_headline(resolved, task, accelerator, train, val, parameters))
     if getattr(task, "plan", None) is not None:
         workspace.say(str(task.plan))
     return Trainer(
@@ -218,14 +219,17 @@ def _num_classes(config: RunConfig, train: Split) -> int:
     return config.model.num_classes
 
 
-def _headline(config: RunConfig, accelerator: Any, train: Split, val: Split, parameters: int) -> str:
-    sfr = config.sfr
-    method = (
-        f"SFR (lambda {sfr.weight:g}, {sfr.matching}, {sfr.channels}; smoothing {sfr.smoothing:g} {sfr.smoothing_source} "
-        f"{sfr.smoothing_schedule})"
-        if sfr.enabled
-        else f"plain training (smoothing {sfr.smoothing:g})"
-    )
+def _headline(
+    config: RunConfig, task: TrainingTask, accelerator: Any, train: Split, val: Split, parameters: int
+) -> str:
+    if isinstance(task, SFRTask):
+        sfr = task.config
+        smoothing = f"{sfr.smoothing:g} {sfr.smoothing_source} {sfr.smoothing_schedule}"
+        method = f"SFR (lambda {sfr.weight:g}, {sfr.matching}, {sfr.channels}; smoothing {smoothing})"
+    elif config.sfr.enabled:
+        method = type(task).__name__
+    else:
+        method = f"plain training (smoothing {config.sfr.smoothing:g})"
     counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (train, val))
     return (
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
