@@ -234,7 +234,6 @@ def main(arguments: list[str] | None = None) -> int:
             yield cell
 
     # A fresh process for each run: nothing of one is left in the next.
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
     queue = iter(due())
     with pool:
