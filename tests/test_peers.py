@@ -12,9 +12,9 @@ import timm_sfr  # noqa: F401  (registers resnet20_cifar)
 from benchmarks import accuracy
 from benchmarks.images import DeviceBatches, choose, open_sets
 from benchmarks.methods import METHODS, find
-from benchmarks.methods.gaussian import gaussian_distance
+from benchmarks.methods.sliced import sliced_distance
 from benchmarks.methods.tffd import inter, intra
-from timm_sfr import UserError
+from timm_sfr import UserError, emd_l2, gaussian_l2
 
 SIZE = (3, 32, 32)
 CLASSES = 10
@@ -189,14 +189,15 @@ def test_tfkd():
     close(task(x, y)["loss"], 0.9 * cross_entropy(z, y.numpy()) + 0.1 * divergence(soft, z, 20))
 
 
-def test_gaussian():
-    u, v = torch.randn(3, 16, 8), torch.randn(3, 9, 8)
+def test_sliced():
+    u, v = torch.randn(3, 9, 8), torch.randn(3, 9, 8)
     expected = 0.0
     for a, b in zip(numbers(u), numbers(v), strict=True):
         a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-        expected += ((a.mean(0) - b.mean(0)) ** 2).sum() + ((a.std(0) - b.std(0)) ** 2).sum()
-    close(gaussian_distance(u, v), expected / 3)
-    task, _ = make("gaussian")
+        expected += sum(((np.sort(a[:, c]) - np.sort(b[:, c])) ** 2).mean() for c in range(8))
+    close(sliced_distance(u, v), expected / 3)
+    assert gaussian_l2(u, v) <= sliced_distance(u, v) <= emd_l2(u, v, solver="exact")
+    task, _ = make("sliced:smoothing=0,matching=grid")
     result = task(*batch())
     close(result["loss"], float((result["task_loss"] + result["sfr_weight"] * result["sfr_loss"]).detach()))
     assert result["sfr_loss"] > 0
@@ -315,6 +316,6 @@ def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypa
 
 
 def test_every_peer_is_in_the_comparison():
-    assert {"ce", "ls", "deepsup", "byot", "tffd", "cskd", "pskd", "ols", "dlb", "tfkd", "gaussian", "sfr"} <= set(
+    assert {"ce", "ls", "deepsup", "byot", "tffd", "cskd", "pskd", "ols", "dlb", "tfkd", "sfr-gaussian", "sfr"} <= set(
         METHODS
     )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 
-from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, match_channels
+from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, gaussian_l2, match_channels
 from timm_sfr.taps import forward_taps, to_nodes
 from timm_sfr.task import weight_at
 
@@ -23,7 +23,9 @@ def batch(size=8):
     return torch.randn(size, 3, 32, 32), torch.randint(0, 10, (size,))
 
 
-FORMS = list(itertools.product(("groups", "transport", "projection"), ("emd", "grid"), ("uniform", "cross")))
+FORMS = list(
+    itertools.product(("groups", "transport", "projection"), ("gaussian", "emd", "grid"), ("uniform", "cross"))
+)
 
 
 @pytest.mark.parametrize("channels,matching,weights", FORMS)
@@ -36,12 +38,13 @@ def test_the_terms_add_up_to_the_loss(channels, matching, weights):
     assert all(parameter.grad is not None for parameter in task.trainable_module.parameters())
 
 
-def test_the_feature_loss_by_hand():
-    task = make(SFRConfig(weight=0.3, smoothing=0.0)).eval()
+@pytest.mark.parametrize("matching,distance", [("gaussian", gaussian_l2), ("emd", emd_l2)])
+def test_the_feature_loss_by_hand(matching, distance):
+    task = make(SFRConfig(weight=0.3, smoothing=0.0, matching=matching)).eval()
     images, target = batch()
     logits, maps = forward_taps(task.plain_model, images, task.plan.indices)
     deep = to_nodes(maps[2], (4, 4))
-    parts = [emd_l2(to_nodes(m, (4, 4)), match_channels(deep, m.shape[1])) for m in maps[:2]]
+    parts = [distance(to_nodes(m, (4, 4)), match_channels(deep, m.shape[1])) for m in maps[:2]]
     result = task(images, target)
     assert torch.allclose(result["sfr_loss"], (parts[0] + parts[1]) / 2)
     assert torch.allclose(result["task_loss"], F.cross_entropy(logits, target))

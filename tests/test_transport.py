@@ -5,7 +5,7 @@ import ot
 import pytest
 import torch
 
-from timm_sfr import UserError, emd_l2, transport_plan
+from timm_sfr import UserError, emd_l2, gaussian_l2, transport_plan
 from timm_sfr.transport import cost_matrix, cross_marginals, round_plan, sinkhorn, uniform_marginals, unit
 
 SIZES = [(1, 1), (1, 5), (4, 1), (16, 16), (49, 49), (16, 49), (196, 49), (196, 196)]
@@ -108,7 +108,40 @@ def test_emd_is_at_most_the_grid_cost_and_equals_it_for_one_node():
     assert torch.allclose(one, emd_l2(u[:, :1], v[:, :1], matching="grid"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+@pytest.mark.parametrize("weights", ["uniform", "cross"])
+def test_gaussian_cost_by_hand(weights):
+    u, v = torch.randn(3, 16, 8), torch.randn(3, 9, 8)
+    masses = cross_marginals(unit(u), unit(v)) if weights == "cross" else (torch.ones(3, 16) / 16, torch.ones(3, 9) / 9)
+    expected = 0.0
+    for a, b, p, q in zip(*(x.double().numpy() for x in (u, v, *masses)), strict=True):
+        moments = []
+        for x, mass in ((a, p), (b, q)):
+            x = x / np.linalg.norm(x, axis=1, keepdims=True)
+            mean = np.average(x, 0, mass)
+            moments.append((mean, np.sqrt(np.average((x - mean) ** 2, 0, mass))))
+        expected += sum(((one - other) ** 2).sum() for one, other in zip(*moments, strict=True))
+    assert gaussian_l2(u, v, weights=weights).item() == pytest.approx(expected / 3, rel=1e-4)
+
+
+def test_gaussian_cost_is_a_lower_bound_of_emd_and_equals_it_for_one_node():
+    u, v = torch.randn(4, 16, 32), torch.randn(4, 16, 32)
+    assert gaussian_l2(u, v) <= emd_l2(u, v, solver="exact") + 1e-6
+    # Two sets of one node each have no deviation: both costs are the squared distance.
+    assert torch.allclose(gaussian_l2(u[:, :1], v[:, :1]), emd_l2(u[:, :1], v[:, :1]), rtol=1e-4)
+
+
+def test_gaussian_gradient_is_the_shallow_sides_alone():
+    x = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    deep = torch.randn(2, 9, 8, requires_grad=True)
+    value = gaussian_l2(x, deep)
+    value.backward()
+    assert deep.grad is None
+    step = 1e-2 * torch.randn_like(x)
+    ahead, behind = (gaussian_l2(x.detach() + sign * step, deep) for sign in (1, -1))
+    assert ((ahead - behind) / 2).item() == pytest.approx((x.grad * step).sum().item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn", "gaussian"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -124,7 +157,10 @@ def test_emd_is_at_most_the_grid_cost_and_equals_it_for_one_node():
 def test_extreme_features_give_finite_losses_and_gradients(make, solver):
     x = make().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = emd_l2(x, make(), weights="cross", solver=solver)
+        if solver == "gaussian":
+            loss = gaussian_l2(x, make(), weights="cross")
+        else:
+            loss = emd_l2(x, make(), weights="cross", solver=solver)
     loss.backward()
     assert loss.dtype == torch.float32 and loss.isfinite() and x.grad.isfinite().all()
 
@@ -163,5 +199,9 @@ def test_wrong_shapes_and_names_are_refused():
         transport_plan(cost, solver="simplex")
     with pytest.raises(UserError, match="equal batch and channels"):
         emd_l2(torch.rand(2, 3, 4), torch.rand(2, 3, 5))
+    with pytest.raises(UserError, match="equal batch and channels"):
+        gaussian_l2(torch.rand(2, 3, 4), torch.rand(1, 3, 4))
+    with pytest.raises(UserError, match="uniform"):
+        gaussian_l2(torch.rand(2, 3, 4), torch.rand(2, 3, 4), weights="equal")
     with pytest.raises(UserError, match="equal node counts"):
         emd_l2(torch.rand(2, 3, 4), torch.rand(2, 5, 4), matching="grid")

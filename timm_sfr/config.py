@@ -168,7 +168,7 @@ class SFRConfig(Checked):
     prefix: ClassVar[str] = "sfr_"
 
     enabled: bool = option(True, "Self-Feature Regularization (--no-sfr: plain training)", name="sfr")
-    weight: float = option(0.1, "lambda, the weight of the feature loss; 0 leaves only the smoothing")
+    weight: float = option(1.0, "lambda, the weight of the feature loss; 0 leaves only the smoothing")
     warmup_epochs: int | None = option(
         None, "epochs over which lambda rises (default: a fifth of the epochs, at most 5)"
     )
@@ -180,14 +180,16 @@ class SFRConfig(Checked):
     )
     channels: str = option("groups", "how deep channels match shallow ones", choices=CHANNEL_METHODS)
     matching: str = option(
-        "emd", "how locations match: optimal transport, or the same grid cell", choices=("emd", "grid")
+        "gaussian",
+        "how locations match: as Gaussians, by an optimal transport plan, or the same grid cell",
+        choices=("gaussian", "emd", "grid"),
     )
     weights: str = option("uniform", "weights of the locations", choices=MARGINALS)
     solver: str = option("sinkhorn", "transport solver", choices=SOLVERS)
     max_nodes: int = option(49, "most locations a tap may have before it is average-pooled")
     smoothing: float = option(0.1, "label smoothing, epsilon", name="smoothing")
-    smoothing_source: str = option("classes", "what SFR smooths towards", choices=SOURCES)
-    smoothing_schedule: str = option("ramp", "how SFR's epsilon moves", choices=SCHEDULES)
+    smoothing_source: str = option("uniform", "what SFR smooths towards", choices=SOURCES)
+    smoothing_schedule: str = option("constant", "how SFR's epsilon moves", choices=SCHEDULES)
 
     def check(self) -> None:
         """Weights non-negative, smoothing in [0, 1), at least 4 nodes."""

@@ -13,7 +13,7 @@ from timm_sfr.config import SFRConfig
 from timm_sfr.errors import UserError
 from timm_sfr.transport import MARGINALS, cost_matrix, cross_marginals, transport_plan, uniform_marginals, unit
 
-MATCHINGS = ("emd", "grid")
+PLANS = ("emd", "grid")
 
 
 def emd_l2(
@@ -42,13 +42,9 @@ def emd_l2(
     Raises:
         UserError: if shapes or options do not fit.
     """
-    if shallow.ndim != 3 or deep.ndim != 3 or shallow.shape[0] != deep.shape[0] or shallow.shape[2] != deep.shape[2]:
-        raise UserError(
-            "expected shallow (batch, nodes, channels) and deep (batch, nodes, channels) with equal batch and channels; "
-            f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
-        )
-    if weights not in MARGINALS or matching not in MATCHINGS:
-        raise UserError(f"expected weights in {MARGINALS} and matching in {MATCHINGS}; got {weights!r}, {matching!r}")
+    _check_nodes(shallow, deep)
+    if weights not in MARGINALS or matching not in PLANS:
+        raise UserError(f"expected weights in {MARGINALS} and matching in {PLANS}; got {weights!r}, {matching!r}")
     with torch.autocast(shallow.device.type, enabled=False):
         u, v = unit(shallow), unit(deep.detach())
         if matching == "grid":
@@ -59,6 +55,49 @@ def emd_l2(
         cost = cost_matrix(u, v)
         a, b = cross_marginals(u, v) if weights == "cross" else uniform_marginals(cost)
         return (transport_plan(cost, a, b, solver) * cost).sum((1, 2)).mean()
+
+
+def gaussian_l2(shallow: Tensor, deep: Tensor, *, weights: str = "uniform") -> Tensor:
+    """The transport cost between two sets of local features, each taken as a diagonal Gaussian; a scalar.
+
+        L = mean over the batch of ||mu_u - mu_v||^2 + ||sigma_u - sigma_v||^2
+
+    with u, v the unit-length features and mu, sigma (C) their means and deviations over the nodes: W_2^2 between
+    N(mu_u, diag sigma_u^2) and N(mu_v, diag sigma_v^2), which needs no plan and is at most `emd_l2`. `deep` is a
+    constant. Computed in float32 outside autocast. The distance is WKD-F's (Lv et al., NeurIPS 2024, arXiv 2412.08139).
+
+    Args:
+        shallow: Shallow local features, (B, N, C).
+        deep: Deep local features matched to the shallow channels, (B, M, C).
+        weights: Node weights of the moments: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
+
+    Raises:
+        UserError: if shapes or options do not fit.
+    """
+    _check_nodes(shallow, deep)
+    if weights not in MARGINALS:
+        raise UserError(f"expected weights in {MARGINALS}; got {weights!r}")
+    with torch.autocast(shallow.device.type, enabled=False):
+        u, v = unit(shallow), unit(deep.detach())
+        a, b = cross_marginals(u, v) if weights == "cross" else (None, None)
+        (mean_u, sigma_u), (mean_v, sigma_v) = _moments(u, a), _moments(v, b)
+        return ((mean_u - mean_v).square() + (sigma_u - sigma_v).square()).sum(-1).mean()
+
+
+def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Means and deviations (B, C) of x (B, N, C) over its nodes, weighted by (B, N) if given."""
+    share = x.new_full(x.shape[:2], 1 / x.shape[1]) if weights is None else weights
+    mean = (share[:, :, None] * x).sum(1)
+    # 1e-8 keeps the root's gradient finite for a channel that is the same everywhere.
+    return mean, ((share[:, :, None] * (x - mean[:, None]).square()).sum(1) + 1e-8).sqrt()
+
+
+def _check_nodes(shallow: Tensor, deep: Tensor) -> None:
+    if shallow.ndim != 3 or deep.ndim != 3 or shallow.shape[0] != deep.shape[0] or shallow.shape[2] != deep.shape[2]:
+        raise UserError(
+            "expected shallow (batch, nodes, channels) and deep (batch, nodes, channels) with equal batch and channels; "
+            f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
+        )
 
 
 class ChannelProjection(nn.Module):
@@ -74,7 +113,10 @@ class ChannelProjection(nn.Module):
 
 
 class FeatureLoss(nn.Module):
-    """(1/S) sum_s L_emd(f_s, sg f_d): the feature part of SFR, over all shallow taps. Holds options only."""
+    """(1/S) sum_s L_feat(f_s, sg f_d): the feature part of SFR, over all shallow taps. Holds options only.
+
+    L_feat is `gaussian_l2`, or `emd_l2` with the plan that the options name.
+    """
 
     def __init__(self, config: SFRConfig) -> None:
         super().__init__()
@@ -85,14 +127,14 @@ class FeatureLoss(nn.Module):
         deep = deep.detach()
         total = deep.new_zeros((), dtype=torch.float32)
         for features in shallow:
-            total = total + emd_l2(
-                features,
-                self._match(features, deep),
-                weights=self.config.weights,
-                solver=self.config.solver,
-                matching=self.config.matching,
-            )
+            total = total + self._distance(features, self._match(features, deep))
         return total / len(shallow)
+
+    def _distance(self, shallow: Tensor, deep: Tensor) -> Tensor:
+        config = self.config
+        if config.matching == "gaussian":
+            return gaussian_l2(shallow, deep, weights=config.weights)
+        return emd_l2(shallow, deep, weights=config.weights, solver=config.solver, matching=config.matching)
 
     def _match(self, shallow: Tensor, deep: Tensor) -> Tensor:
         method = "groups" if self.config.channels == "projection" else self.config.channels

@@ -13,8 +13,8 @@ from torch import nn
 from benchmarks.methods.byot import BYOT
 from benchmarks.methods.cskd import CSKD
 from benchmarks.methods.dlb import DLB
-from benchmarks.methods.gaussian import GaussianLoss
 from benchmarks.methods.pskd import PSKD
+from benchmarks.methods.sliced import SlicedLoss
 from benchmarks.methods.tffd import TfFD
 from benchmarks.methods.tfkd import TfKDReg
 from timm_sfr import SFRTask
@@ -39,12 +39,12 @@ def sfr(**options: Any) -> Maker:
     )
 
 
-def gaussian(**options: Any) -> Maker:
-    """SFR with the Gaussian distance in place of EMD-l2."""
+def sliced(**options: Any) -> Maker:
+    """SFR with transport channel by channel."""
 
     def make(model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
         task = sfr(**options)(model, size, device)
-        task.feature_loss = GaussianLoss()
+        task.feature_loss = SlicedLoss()
         return task
 
     return make
@@ -60,7 +60,9 @@ def logits(kind: Callable[..., TrainingTask]) -> Maker:
     return lambda model, size, device: kind(model, device)
 
 
-feature = partial(sfr, smoothing=0.0)  # SFR's feature loss alone
+# Every form but "sfr" says all its options, so that its figures stay its own when a default changes.
+gaussian = partial(sfr, matching="gaussian", weight=1.0, smoothing=0.0)
+emd = partial(sfr, matching="emd", weight=1.0, smoothing=0.0)
 smooth = partial(sfr, weight=0.0)  # SFR's smoothing alone
 
 METHODS: dict[str, Maker] = {
@@ -74,17 +76,21 @@ METHODS: dict[str, Maker] = {
     "ols": smooth(smoothing=0.5, smoothing_source="classes", smoothing_schedule="constant"),
     "dlb": logits(DLB),
     "tfkd": logits(TfKDReg),
-    "gaussian": gaussian(smoothing=0.0),
     "sfr": sfr(),
-    "sfr-emd": feature(),
-    "sfr-grid": feature(matching="grid"),
-    "sfr-channel-transport": feature(channels="transport"),
-    "sfr-projection": feature(channels="projection"),
-    "sfr-cross": feature(weights="cross"),
-    "sfr-lambda-0.03": feature(weight=0.03),
-    "sfr-lambda-0.3": feature(weight=0.3),
-    "sfr-lambda-1": feature(weight=1.0),
-    "sfr-ls": sfr(smoothing_source="uniform", smoothing_schedule="constant"),
+    "sfr-gaussian": gaussian(),
+    "sfr-gaussian-0.3": gaussian(weight=0.3),
+    "sfr-gaussian-3": gaussian(weight=3.0),
+    "sfr-gaussian-projection": gaussian(channels="projection"),
+    "sfr-emd": emd(),
+    "sfr-emd-0.1": emd(weight=0.1),
+    "sfr-emd-0.3": emd(weight=0.3),
+    "sfr-emd-2x2": emd(max_nodes=4),
+    "sfr-emd-cross": emd(weights="cross"),
+    "sfr-emd-channel-transport": emd(channels="transport"),
+    "sfr-emd-projection": emd(channels="projection"),
+    "sfr-emd-ls": emd(smoothing=0.1, smoothing_source="uniform", smoothing_schedule="constant"),
+    "sfr-emd-classes-ramp": emd(smoothing=0.1, smoothing_source="classes", smoothing_schedule="ramp"),
+    "sfr-grid": emd(matching="grid"),
     "smooth-ramp": smooth(smoothing_source="uniform", smoothing_schedule="ramp"),
     "smooth-confidence": smooth(smoothing_source="uniform", smoothing_schedule="confidence"),
     "smooth-classes": smooth(smoothing_source="classes", smoothing_schedule="constant"),
@@ -101,7 +107,7 @@ def find(name: str) -> Maker:
     if name in METHODS:
         return METHODS[name]
     kind, _, words = name.partition(":")
-    made = {"sfr": sfr, "gaussian": gaussian}.get(kind)
+    made = {"sfr": sfr, "sliced": sliced}.get(kind)
     if made is None or not words:
         known = ", ".join(METHODS)
         raise UserError(

@@ -1,0 +1,32 @@
+"""Transport channel by channel, in SFR's frame: the optimal plan of one-dimensional features is to sort them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from timm_sfr.channels import group_channels
+from timm_sfr.transport import unit
+
+
+def sliced_distance(shallow: Tensor, deep: Tensor) -> Tensor:
+    """sum_c W_2^2 of channel c's values over the nodes = sum_c mean_n (sort(u_c)_n - sort(v_c)_n)^2; a scalar.
+
+    u and v are unit-length local features; deep is a constant. Lies between `gaussian_l2` and `emd_l2`.
+
+    Args:
+        shallow: (B, N, C).
+        deep: (B, N, C).
+    """
+    u, v = unit(shallow), unit(deep.detach())
+    return (u.sort(1).values - v.sort(1).values).square().mean(1).sum(-1).mean()
+
+
+class SlicedLoss(nn.Module):
+    """(1/S) sum_s L(f_s, sg f_d) with `sliced_distance` and channels matched by `groups`."""
+
+    def forward(self, shallow: list[Tensor], deep: Tensor) -> Tensor:
+        """A scalar from S shallow taps (B, N, C_s) and the deep tap (B, N, C_d)."""
+        with torch.autocast(deep.device.type, enabled=False):
+            terms = [sliced_distance(x, group_channels(deep.float(), x.shape[-1])) for x in shallow]
+        return torch.stack(terms).mean()
