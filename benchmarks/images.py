@@ -41,7 +41,10 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
     images, labels = [], []
     for label, kind in enumerate(names):
         for path in sorted((folder / kind).iterdir()):
-            image = Image.open(path).convert("RGB").resize((pixels, pixels), Image.Resampling.BOX)
+            image = Image.open(path).convert("RGB")
+            # Box averages whole pixels where an image shrinks, and would only repeat them where it grows.
+            smaller = pixels <= min(image.size)
+            image = image.resize((pixels, pixels), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
             images.append(np.asarray(image).transpose(2, 0, 1))
             labels.append(label)
     arrays = {"images": np.stack(images), "labels": np.array(labels), "names": np.array(names)}
@@ -83,12 +86,14 @@ class DeviceBatches:
     """Training batches from a set that lies on the device: padded random crops and flips, normalised.
 
     Order, crops and flips of an epoch depend on (seed, epoch) alone, so every method sees the same batches. With
-    `partners`, the images are followed by another image of each one's class: (2B, C, H, W) for B targets.
+    `partners`, the images are followed by another image of each one's class: (2B, C, H, W) for B targets. `limit` cuts
+    an epoch to so many batches.
     """
 
     def __init__(
-        self, split: Split, config: Any, aug: Any, prep: Any, seed: int, accelerator: Any, partners: bool = False
-    ) -> None:
+        self, split: Split, config: Any, aug: Any, prep: Any, seed: int, accelerator: Any,
+        partners: bool = False, limit: int | None = None,
+    ) -> None:  # fmt: skip
         images, self.labels = split.dataset.tensors
         if len(images) < config.batch_size:
             raise UserError(
@@ -97,11 +102,12 @@ class DeviceBatches:
         self.pad = PAD * images.shape[-1] // 32
         self.pixels, self.prep, self.seed = images.shape[-1], prep, seed
         self.device, self.batch, self.partners = accelerator.device, config.batch_size, partners
+        self.batches = min(len(self.labels) // self.batch, limit or len(self.labels))
         self.images = F.pad(images.to(self.device), (self.pad,) * 4)
         self.members = [torch.nonzero(self.labels == kind)[:, 0] for kind in range(len(split.class_names or ()))]
 
     def __len__(self) -> int:
-        return len(self.labels) // self.batch
+        return self.batches
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `epoch`."""

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
+from benchmarks import timing
 from benchmarks.accuracy import HERE, read
 
 DOCS = HERE.parent / "docs"
@@ -87,15 +88,20 @@ def find(found: list[Summary], method: str, epochs: int) -> Summary | None:
     return next((one for one in found if (one.method, one.epochs) == (method, epochs)), None)
 
 
-def table(found: list[Summary]) -> str:
-    """A Markdown table of one set, best mean first."""
+def relative_time(one: Summary, ratios: dict[str, float], usual: int) -> str:
+    """Training time against `ce` at the usual length, from the timings; empty where the method was not timed."""
+    ratio = 1.0 if one.method == "ce" else ratios.get(one.method)
+    return "" if ratio is None else f"{ratio * one.epochs / usual:.2f}"
+
+
+def table(found: list[Summary], ratios: dict[str, float]) -> str:
+    """A Markdown table of one set, best mean first; `ratios` are the methods' times a batch against `ce`."""
     usual = usual_epochs(found)
-    base, ce = (find(found, method, usual) for method in (BASE, "ce"))
+    base = find(found, BASE, usual)
     lines = [" | ".join(HEAD), " | ".join(["---"] + ["---:"] * (len(HEAD) - 1))]
     for one in found:
         top1 = one.values("top1")
         gains = [a - b for a, b in paired(one, base, "top1")] if base and one is not base else []
-        times = [a / b for a, b in paired(one, ce, "train_seconds")] if ce else []
         half, middle = interval(top1), mean(top1)
         cells = [
             name(one, usual),
@@ -107,22 +113,32 @@ def table(found: list[Summary]) -> str:
             f"{mean(one.values('top5')):.2f}",
             f"{mean(one.values('nll')):.3f}",
             f"{100 * mean(one.values('ece')):.1f} %",
-            f"{median(times):.2f}" if times else "",
+            relative_time(one, ratios, usual),
             f"{int(float(one.rows[min(one.rows)]['extra_parameters'])):,}",
         ]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def caption(rows: list[dict[str, str]]) -> str:
-    """What the runs of a set have in common, and on what they ran."""
+def caption(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
+    """What the runs of a set have in common, on what they ran, and how their times were taken."""
     first = rows[0]
     many = {key: sorted({row[key] for row in rows}) for key in ("hardware", "commit", "versions")}
     versions = "; ".join(re.sub(r'[{}"]', "", text) for text in many["versions"])
     return (
         f"{first['images']} training images a run and epoch at {first['pixels']} px, {first['model']}; ± is half the "
         f"95 % t-interval, differences are paired by seed. {', '.join(many['hardware'])}; {versions}; "
-        f"commits {', '.join(many['commit'])}."
+        f"commits {', '.join(many['commit'])}." + _timed(times)
+    )
+
+
+def _timed(times: list[dict[str, str]]) -> str:
+    if not times:
+        return ""
+    one = times[0]
+    return (
+        f" Time is the median of {one['rounds']} rounds of {one['batches']} batches, each between two of `ce` "
+        f"({one['ce_images_per_second']} images/s, {one['hardware']}, {one['threads']} thread(s)), times the epochs."
     )
 
 
@@ -154,17 +170,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Renews the document and the plots; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path, default=HERE / "results" / "accuracy.csv")
+    parser.add_argument("--timing", type=Path, default=timing.RESULTS)
     parser.add_argument("--document", type=Path, default=DOCS / "results.md")
     args = parser.parse_args(arguments)
     text = args.document.read_text()
-    rows = read(args.csv)
+    rows, clock = read(args.csv), read(args.timing)
     for kind in sorted({(row["preset"], row["set"], row["split"]) for row in rows}):
         chosen = [row for row in rows if (row["preset"], row["set"], row["split"]) == kind]
         label = "-".join(kind)
         found = summaries(chosen)
         picture = args.document.parent / f"results-{label}.svg"
         plot(found, f"{kind[1]} ({kind[0]} preset)", picture)
-        body = f"{table(found)}\n\n{caption(chosen)}\n\n![top-1 by method]({picture.name})\n"
+        times = [row for row in clock if (row["preset"], row["set"]) == kind[:2]]
+        ratios = {row["method"]: float(row["ratio"]) for row in times}
+        body = f"{table(found, ratios)}\n\n{caption(chosen, times)}\n\n![top-1 by method]({picture.name})\n"
         pattern = re.compile(rf"(<!-- {re.escape(label)} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not pattern.search(text):
             text += f"\n## {label}\n\n<!-- {label} -->\n<!-- end -->\n"

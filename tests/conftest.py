@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import timm
 import torch
+from accelerate.state import AcceleratorState
 
 import timm_sfr
 from timm_sfr.channels import group_channels
@@ -33,8 +34,11 @@ def run(*words, timeout=600, **env):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh():
     torch.manual_seed(0)
+    yield
+    # Accelerate keeps the first precision of a process; a test must not hand its own on.
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")

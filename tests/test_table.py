@@ -6,7 +6,7 @@ import math
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks import accuracy, table
+from benchmarks import accuracy, table, timing
 
 SCORES = {"ls": (20.0, 21.0, 22.0), "sfr": (21.5, 22.0, 23.5), "ce": (19.0, 20.5, 20.0)}
 
@@ -19,7 +19,7 @@ def path(tmp_path):
             row = dict.fromkeys(accuracy.COLUMNS, "") | {
                 "preset": "cpu", "set": "digits", "method": method, "seed": seed, "split": "val", "epochs": 10,
                 "top1": top1, "top5": 50.0, "nll": 3.0, "ece": 0.05, "best_top1": top1 + 1, "best_epoch": 9,
-                "train_seconds": 130.0 if method == "sfr" else 100.0, "extra_parameters": 1200, "images": 6000,
+                "train_seconds": 100.0, "extra_parameters": 1200, "images": 6000,
                 "pixels": 32, "model": "m", "hardware": "h", "versions": '{"torch": "2"}', "commit": "c",
             }  # fmt: skip
             accuracy.append(place, row)
@@ -35,21 +35,23 @@ def test_intervals_are_student_s():
 
 def test_the_table_pairs_by_seed_and_marks_the_best_epoch(path):
     rows = accuracy.read(path)
-    lines = table.table(table.summaries(rows)).splitlines()
+    lines = table.table(table.summaries(rows), {"sfr": 1.3}).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["sfr", "ls", "ce"]
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert len(cells) == len(table.HEAD)
     gain = table.interval([1.5, 1.0, 1.5])
     assert cells[1:4] == ["3", "22.33 (sd 1.04)", "19.75 to 24.92"]
     assert cells[4:] == [f"+1.33 ± {gain:.2f}", "(23.33)", "50.00", "3.000", "5.0 %", "1.30", "1,200"]
+    assert [line.split("|")[-3].strip() for line in lines[3:]] == ["", "1.00"], "ls was not timed, ce is the measure"
 
 
 def test_other_lengths_are_rows_of_their_own_and_a_lone_seed_has_no_interval(path):
     longer = accuracy.read(path)[0] | {"epochs": "13", "top1": "23.0"}
     with path.open("a", newline="") as file:
         csv.DictWriter(file, accuracy.COLUMNS).writerow(longer)
-    lines = table.table(table.summaries(accuracy.read(path))).splitlines()
+    lines = table.table(table.summaries(accuracy.read(path)), {"ls": 1.1}).splitlines()
     assert lines[2].startswith("| ls, 13 epochs | 1 | 23.00 |  |")
+    assert lines[2].split("|")[-3].strip() == "1.43", "1.1 a batch for 13 epochs in place of 10"
     assert sum("ls" in line for line in lines[2:]) == 2
 
 
@@ -57,9 +59,23 @@ def test_the_document_is_renewed_between_its_markers_alone(path, tmp_path):
     pytest.importorskip("matplotlib")
     document = tmp_path / "results.md"
     document.write_text("Before.\n\n<!-- cpu-digits-val -->\nold\n<!-- end -->\n\nAfter.\n")
-    words = ["--csv", str(path), "--document", str(document)]
+    words = ["--csv", str(path), "--document", str(document), "--timing", str(tmp_path / "none.csv")]
     assert table.main(words) == 0
     first, picture = document.read_text(), (tmp_path / "results-cpu-digits-val.svg").read_bytes()
     assert first.startswith("Before.") and first.endswith("After.\n") and "old" not in first and "+1.33" in first
     assert table.main(words) == 0
     assert document.read_text() == first and (tmp_path / "results-cpu-digits-val.svg").read_bytes() == picture
+
+
+def test_times_are_ratios_to_the_runs_of_ce_around_them():
+    found = timing.ratios({"sfr": [1.1, 3.0, 1.3]}, {"sfr": [1.0, 2.0, 1.0]})
+    assert found["sfr"] == pytest.approx((1.3, 1.2, 1.4))
+    assert timing.ratios({"sfr": [1.1]}, {"sfr": [1.0]})["sfr"] == pytest.approx((1.1, 1.1, 1.1))
+
+
+def test_newer_times_take_the_place_of_older_ones(tmp_path):
+    path = tmp_path / "results" / "timing.csv"
+    row = dict.fromkeys(timing.COLUMNS, "") | {"preset": "cpu", "set": "digits"}
+    timing.merge(path, [row | {"method": "sfr", "ratio": "1.2"}, row | {"method": "dlb", "ratio": "2"}])
+    timing.merge(path, [row | {"method": "sfr", "ratio": "1.1"}])
+    assert {one["method"]: one["ratio"] for one in accuracy.read(path)} == {"sfr": "1.1", "dlb": "2"}

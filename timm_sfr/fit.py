@@ -159,6 +159,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             dynamo_backend=engine.torchcompile,
         )
     except (ValueError, ImportError) as error:
+        if "already been initialized" in str(error):
+            raise UserError(
+                f"mixed-precision: this Python process has trained at another precision than {engine.mixed_precision!r}, "
+                "and accelerate keeps the first; train in a new process, or at the same precision"
+            ) from error
         what = "torchcompile" if "backend" in str(error).lower() else "mixed-precision"
         raise UserError(
             f"{what}: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs"

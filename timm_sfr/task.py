@@ -33,7 +33,7 @@ def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
 class SFRTask(TrainingTask):
     """Trains a timm classifier with Self-Feature Regularization.
 
-        L = L_cls(z, y~) + lambda(t) (1/S) sum_s L_emd(f_s, sg f_d)
+        L = L_cls(z, y~) + lambda(t) (1/S) sum_s L_feat(f_s, sg f_d)
 
     `trainable_module` is one module from images to (logits, tapped nodes): that is what DDP or Accelerate wraps and
     autocast covers. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.

@@ -1,0 +1,146 @@
+"""What a method's training costs: its time against cross-entropy's, taken in turns, into one CSV.
+
+    python -m benchmarks.timing --preset cpu --data-root DIR
+
+Every round times a few batches of `ce` and then of each method in turn, all in this process; the ratio of a round is to
+the mean of the `ce` before and after. Run it with nothing else on the machine; a noisy moment spoils a round, not the
+median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks.accuracy import HERE, PRESETS, Cell, build, commit, read
+
+RESULTS = HERE / "results" / "timing.csv"
+COLUMNS = ("preset", "set", "method", "ratio", "low", "high", "rounds", "batches", "ce_images_per_second",
+           "hardware", "threads", "versions", "commit", "date")  # fmt: skip
+
+
+def seconds(trainer: Any, epoch: int) -> float:
+    """How long one shortened epoch takes."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    trainer.train_epoch(epoch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def ratios(times: dict[str, list[float]], around: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
+    """Median, lower and upper quartile over the rounds of each method's time against the `ce` around it.
+
+    Args:
+        times: Seconds by method, one a round.
+        around: The mean of the `ce` before and after, likewise.
+    """
+    found = {}
+    for method, taken in times.items():
+        each = [a / b for a, b in zip(taken, around[method], strict=True)]
+        low, _, high = quantiles(each, n=4, method="inclusive") if len(each) > 1 else (each[0],) * 3
+        found[method] = (median(each), low, high)
+    return found
+
+
+def measure(
+    preset: str, name: str, methods: list[str], root: Path, threads: int, rounds: int, batches: int
+) -> list[dict[str, Any]]:
+    """Rows of the CSV for one set."""
+    from timm_sfr import report
+
+    with contextlib.ExitStack() as stack:
+        trainers = {}
+        for method in ["ce", *(method for method in methods if method != "ce")]:
+            output = stack.enter_context(tempfile.TemporaryDirectory())
+            with contextlib.redirect_stdout(io.StringIO()):
+                cell = Cell(preset, name, method, 0, "val", PRESETS[preset][name].epochs)
+                trainers[method] = build(cell, root, threads, output, batches)
+        # Twice: PS-KD costs its second pass from the second epoch on, DLB from the second batch.
+        for trainer in trainers.values():
+            for epoch in range(2):
+                trainer.train_epoch(epoch)
+        times: dict[str, list[float]] = {method: [] for method in trainers if method != "ce"}
+        around: dict[str, list[float]] = {method: [] for method in times}
+        base: list[float] = []
+        for turn in range(rounds):
+            before = seconds(trainers["ce"], 2 + turn)
+            for method in times:
+                times[method].append(seconds(trainers[method], 2 + turn))
+                after = seconds(trainers["ce"], 2 + turn)
+                around[method].append((before + after) / 2)
+                base.append(after)
+                before = after
+            print(f"{name}: round {turn + 1} of {rounds}", flush=True)
+        facts = trainers["ce"].facts
+    rate = batches * PRESETS[preset][name].batch / median(base)
+    return [
+        {
+            "preset": preset, "set": name, "method": method, "ratio": f"{middle:.4f}", "low": f"{low:.4f}",
+            "high": f"{high:.4f}", "rounds": rounds, "batches": batches, "ce_images_per_second": f"{rate:.0f}",
+            "hardware": facts["hardware"], "threads": threads, "versions": json.dumps(report.versions()),
+            "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+        }
+        for method, (middle, low, high) in ratios(times, around).items()
+    ]  # fmt: skip
+
+
+def merge(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Puts rows into the CSV, in the place of older ones of the same set and method."""
+    fresh = {(row["preset"], row["set"], row["method"]): row for row in rows}
+    kept = {(row["preset"], row["set"], row["method"]): row for row in read(path)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows({**kept, **fresh}.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures what is asked for; the exit status."""
+    from benchmarks.methods import METHODS, find
+    from timm_sfr.cli import fail
+    from timm_sfr.errors import UserError
+
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.timing", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--data-root", type=Path, required=True, help="folder with NAME/{train,val}/CLASS/*.jpg")
+    parser.add_argument("--sets", nargs="+", help="sets of the preset (default: the first)")
+    parser.add_argument("--methods", nargs="+", help="methods (default: all)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batches", type=int, default=16, help="batches a turn")
+    parser.add_argument("--threads", type=int, default=1 if (os.cpu_count() or 1) < 8 else 8)
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    try:
+        for name in args.sets or list(PRESETS[args.preset])[:1]:
+            if name not in PRESETS[args.preset]:
+                raise UserError(f"sets: expected any of {', '.join(PRESETS[args.preset])}; got {name!r}")
+            methods = args.methods or list(METHODS)
+            for method in methods:
+                find(method)
+            rows = measure(args.preset, name, methods, args.data_root, args.threads, args.rounds, args.batches)
+            merge(args.csv, rows)
+            for row in rows:
+                print(f"{name} {row['method']}: {row['ratio']} x ce ({row['low']} to {row['high']})", flush=True)
+    except UserError as error:
+        return fail(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
