@@ -1,6 +1,7 @@
 """The comparison's peers against losses computed by hand, and the comparison itself: repeatable and resumable."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ import torch
 from PIL import Image
 
 import timm_sfr  # noqa: F401  (registers resnet20_cifar)
-from benchmarks import accuracy
+from benchmarks import accuracy, timing
 from benchmarks.images import DeviceBatches, choose, open_sets
 from benchmarks.methods import METHODS, find
 from benchmarks.methods.sliced import sliced_distance
 from benchmarks.methods.tffd import inter, intra
-from timm_sfr import UserError, emd_l2, gaussian_l2
+from timm_sfr import RunConfig, UserError, emd_l2, gaussian_l2
 
 SIZE = (3, 32, 32)
 CLASSES = 10
@@ -313,6 +314,36 @@ def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypa
     assert "0 runs to do" in capsys.readouterr().out
     assert accuracy.main([*words, "--sets", "colors"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_trial_is_short_and_stays_out_of_the_results(root, monkeypatch, capsys):
+    tiny = accuracy.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=accuracy.SMALL, more=accuracy.MIX)
+    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+    row = accuracy.run(accuracy.Cell("cpu", "colours", "sfr", 0, "val", 1), root, torch.get_num_threads(), limit=2)
+    assert row["images"] == 32 and '"cutmix": 1.0' in row["args"]
+    assert accuracy.main(["--data-root", str(root), "--limit", "2"]) == 2
+    assert "name a --csv of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset,name", [(preset, name) for preset, sets in accuracy.PRESETS.items() for name in sets])
+def test_every_set_is_a_valid_run(preset, name, tmp_path):
+    options = accuracy.Cell(preset, name, "ce", 0, "val", 1).options(str(tmp_path))
+    config = RunConfig.from_flat(options)
+    assert timm.is_model(config.model.model) and config.engine.seed == 0
+    assert str(tmp_path) not in json.dumps(accuracy.Cell(preset, name, "ce", 0, "val", 1).options())
+    assert config.model.pretrained == (accuracy.PRESETS[preset][name].source is not None)
+
+
+def test_methods_are_timed_in_turns(root, monkeypatch, tmp_path, capsys):
+    tiny = accuracy.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=accuracy.SMALL)
+    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+    threads, path = torch.get_num_threads(), tmp_path / "timing.csv"
+    words = ["--data-root", str(root), "--rounds", "2", "--batches", "1", "--threads", str(threads)]
+    assert timing.main([*words, "--methods", "sfr", "dlb", "--csv", str(path)]) == 0
+    rows = accuracy.read(path)
+    assert [row["method"] for row in rows] == ["sfr", "dlb"]
+    assert all(0 < float(row["low"]) <= float(row["ratio"]) <= float(row["high"]) for row in rows)
+    assert timing.main([*words, "--methods", "sfrr"]) == 2 and "expected any of" in capsys.readouterr().err
 
 
 def test_every_peer_is_in_the_comparison():
