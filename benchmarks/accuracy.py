@@ -166,7 +166,7 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
 
 def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[str, Any]:
     """Trains one cell, with `limit` batches an epoch if given; its row of the CSV."""
-    from timm_sfr import report
+    from timm_sfr import SFRTask, report
 
     data = cell.data
     with tempfile.TemporaryDirectory() as output:
@@ -175,6 +175,10 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[
     images = len(trainer.batches) * data.batch
     last, best = trainer.last, trainer.best
     total = sum(p.numel() for p in trainer.module.parameters())
+    arguments = {key: value for key, value in cell.options().items() if key != "output"}
+    if isinstance(trainer.task, SFRTask):
+        # As resolved: a default may be another one day.
+        arguments["sfr"] = dataclasses.asdict(trainer.task.config)
     return {
         **dataclasses.asdict(cell),
         "top1": last["val_top1"], "top5": last["val_top5"], "nll": last["val_loss"], "ece": last["ece"],
@@ -183,7 +187,7 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[
         "extra_parameters": total - trainer.facts["parameters"],
         "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.facts["hardware"],
         "versions": json.dumps(report.versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
-        "args": json.dumps({k: v for k, v in cell.options().items() if k != "output"}),
+        "args": json.dumps(arguments),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from benchmarks import timing
-from benchmarks.accuracy import HERE, read
+from benchmarks.accuracy import HERE, RESULTS, read
 
 DOCS = HERE.parent / "docs"
 BASE = "ls"  # differences are to it: it beats most of what is published
@@ -142,7 +142,7 @@ def _timed(times: list[dict[str, str]]) -> str:
     )
 
 
-def plot(found: list[Summary], title: str, path: Path) -> None:
+def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
     """Top-1 at the last epoch, mean and 95 % interval, the seeds as dots."""
     import matplotlib
 
@@ -159,7 +159,7 @@ def plot(found: list[Summary], title: str, path: Path) -> None:
         half = interval(top1) if len(top1) > 1 else 0.0
         axes.errorbar(mean(top1), place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2)
     axes.set_yticks(range(len(ordered)), [name(one, usual) for one in ordered])
-    axes.set_xlabel("top-1 on val at the last epoch, %")
+    axes.set_xlabel(axis)
     axes.set_title(title)
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
@@ -169,18 +169,19 @@ def plot(found: list[Summary], title: str, path: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Renews the document and the plots; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--csv", type=Path, default=HERE / "results" / "accuracy.csv")
+    parser.add_argument("--csv", type=Path, nargs="+", default=[RESULTS, RESULTS.with_name("heldout.csv")])
     parser.add_argument("--timing", type=Path, default=timing.RESULTS)
     parser.add_argument("--document", type=Path, default=DOCS / "results.md")
     args = parser.parse_args(arguments)
     text = args.document.read_text()
-    rows, clock = read(args.csv), read(args.timing)
+    rows, clock = [row for path in args.csv for row in read(path)], read(args.timing)
     for kind in sorted({(row["preset"], row["set"], row["split"]) for row in rows}):
         chosen = [row for row in rows if (row["preset"], row["set"], row["split"]) == kind]
         label = "-".join(kind)
         found = summaries(chosen)
         picture = args.document.parent / f"results-{label}.svg"
-        plot(found, f"{kind[1]} ({kind[0]} preset)", picture)
+        split = {"heldout": "held-out images"}.get(kind[2], kind[2])
+        plot(found, f"{kind[1]} ({kind[0]} preset)", f"top-1 on {split} at the last epoch, %", picture)
         times = [row for row in clock if (row["preset"], row["set"]) == kind[:2]]
         ratios = {row["method"]: float(row["ratio"]) for row in times}
         body = f"{table(found, ratios)}\n\n{caption(chosen, times)}\n\n![top-1 by method]({picture.name})\n"
