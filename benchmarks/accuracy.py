@@ -98,7 +98,7 @@ PRESETS: dict[str, dict[str, Set]] = {
         "tin100-6k-mix": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL, MIX),
         "tin100-6k-wide": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, WIDE),
         "tin100-2k-finetune": Set(
-            "tin100", 96, 20, "tf_efficientnet_lite0", 10, 64, 0.05, "bf16", 5, (), (), "imagenet-lite0"
+            "tin100", 96, 20, "tf_efficientnet_lite0", 5, 64, 0.05, "no", 5, (), (), "imagenet-lite0"
         ),
     },
     "gpu": {
