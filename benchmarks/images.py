@@ -75,7 +75,14 @@ def open_sets(root: Path, name: str, pixels: int, per_class: int | None, held_ou
     """The part to train on and the part that scores are measured on: ``val``, or a fixed tenth of ``train``."""
     images, labels, names = decode(root, name, "train", pixels)
     chosen, rest = choose(labels, per_class, held_out)
-    val = (images[rest], labels[rest]) if held_out else decode(root, name, "val", pixels)[:2]
+    val = (images[rest], labels[rest])
+    if not held_out:
+        *val, found = decode(root, name, "val", pixels)
+        if found != names:
+            missing = sorted(set(names) ^ set(found))
+            raise UserError(
+                f"data-root: {root / name}: train and val must have the same classes; only one has {missing}"
+            )
     return tuple(
         Split(TensorDataset(torch.from_numpy(x), torch.from_numpy(y).long()), tuple(names))
         for x, y in ((images[chosen], labels[chosen]), val)
@@ -86,13 +93,13 @@ class DeviceBatches:
     """Training batches from a set that lies on the device: padded random crops and flips, normalised.
 
     Order, crops and flips of an epoch depend on (seed, epoch) alone, so every method sees the same batches. With
-    `partners`, the images are followed by another image of each one's class: (2B, C, H, W) for B targets. `limit` cuts
-    an epoch to so many batches.
+    `companions`, the images are followed by as many others, (2B, C, H, W) for B targets: ``"classmates"``, another image
+    of each one's class, or ``"views"``, each one cropped and flipped anew. `limit` cuts an epoch to so many batches.
     """
 
     def __init__(
         self, split: Split, config: Any, aug: Any, prep: Any, seed: int, accelerator: Any,
-        partners: bool = False, limit: int | None = None,
+        companions: str | None = None, limit: int | None = None,
     ) -> None:  # fmt: skip
         images, self.labels = split.dataset.tensors
         if len(images) < config.batch_size:
@@ -101,7 +108,7 @@ class DeviceBatches:
             )
         self.pad = PAD * images.shape[-1] // 32
         self.pixels, self.prep, self.seed = images.shape[-1], prep, seed
-        self.device, self.batch, self.partners = accelerator.device, config.batch_size, partners
+        self.device, self.batch, self.companions = accelerator.device, config.batch_size, companions
         self.batches = min(len(self.labels) // self.batch, limit or len(self.labels))
         self.images = F.pad(images.to(self.device), (self.pad,) * 4)
         self.members = [torch.nonzero(self.labels == kind)[:, 0] for kind in range(len(split.class_names or ()))]
@@ -111,13 +118,16 @@ class DeviceBatches:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `epoch`."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        start = self.seed * 1_000_003 + epoch
+        generator, other = (torch.Generator().manual_seed(s) for s in (start, start + 500_000))
         order = torch.randperm(len(self.labels), generator=generator)
         for chosen in order[: len(self) * self.batch].split(self.batch):
             target = self.labels[chosen]
             images = self._augment(chosen, generator)
-            if self.partners:
-                images = torch.cat([images, self._augment(self._others(target, generator), generator)])
+            if self.companions is not None:
+                # From a generator of their own: the images stay those that every method sees.
+                chosen = self._others(target, other) if self.companions == "classmates" else chosen
+                images = torch.cat([images, self._augment(chosen, other)])
             yield images, target.to(self.device, non_blocking=True)
 
     def _others(self, target: Tensor, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.accuracy import imagenet_lite0
+from benchmarks.presets import imagenet_lite0
 from timm_sfr.channels import group_channels
 from timm_sfr.errors import UserError
 from timm_sfr.taps import choose_taps, forward_taps, to_nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -32,51 +33,52 @@ def plain(smoothing: float) -> Maker:
     )
 
 
-def sfr(**options: Any) -> Maker:
-    """SFR with these options over its defaults."""
-    return lambda model, size, device: SFRTask(
-        model.to(device), SFRConfig(**options), input_size=size, device=device, verbose=False
-    )
+class SFR:
+    """Makes SFR tasks with these options over its defaults; `loss`, if any, takes the place of the feature loss."""
 
+    def __init__(self, loss: Callable[[], nn.Module] | None = None, **options: Any) -> None:
+        self.config, self.loss = SFRConfig(**options), loss
 
-def sliced(**options: Any) -> Maker:
-    """SFR with transport channel by channel."""
-
-    def make(model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
-        task = sfr(**options)(model, size, device)
-        task.feature_loss = SlicedLoss()
+    def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
+        """The task over `model`."""
+        task = SFRTask(model.to(device), self.config, input_size=size, device=device, verbose=False)
+        if self.loss is not None:
+            task.feature_loss = self.loss()
         return task
 
-    return make
 
+class Peer:
+    """Makes tasks of a peer with these options over its published ones."""
 
-def tapped(kind: Callable[..., TrainingTask], **options: Any) -> Maker:
-    """A peer that looks at feature maps."""
-    return lambda model, size, device: kind(model, size, device, **options)
+    def __init__(self, kind: Callable[..., TrainingTask], **options: Any) -> None:
+        known = set(inspect.signature(kind).parameters) - {"model", "input_size", "device"}
+        if unknown := sorted(set(options) - known):
+            raise TypeError(f"unknown option {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
+        self.kind, self.options = kind, options
 
-
-def logits(kind: Callable[..., TrainingTask]) -> Maker:
-    """A peer that looks at logits alone."""
-    return lambda model, size, device: kind(model, device)
+    def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
+        """The task over `model`; only a peer that looks at feature maps needs the size."""
+        sized = {"input_size": size} if "input_size" in inspect.signature(self.kind).parameters else {}
+        return self.kind(model, device=device, **sized, **self.options)
 
 
 # Every form but "sfr" says all its options, so that its figures stay its own when a default changes.
-gaussian = partial(sfr, matching="gaussian", weight=1.0, smoothing=0.0)
-emd = partial(sfr, matching="emd", weight=1.0, smoothing=0.0)
-smooth = partial(sfr, weight=0.0)  # SFR's smoothing alone
+gaussian = partial(SFR, matching="gaussian", weight=1.0, smoothing=0.0)
+emd = partial(SFR, matching="emd", weight=1.0, smoothing=0.0)
+smooth = partial(SFR, weight=0.0)  # SFR's smoothing alone
 
 METHODS: dict[str, Maker] = {
     "ce": plain(0.0),
     "ls": plain(0.1),
-    "deepsup": tapped(BYOT, alpha=0.0, beta=0.0),
-    "byot": tapped(BYOT),
-    "tffd": tapped(TfFD),
-    "cskd": logits(CSKD),
-    "pskd": logits(PSKD),
+    "deepsup": Peer(BYOT, alpha=0.0, beta=0.0),
+    "byot": Peer(BYOT),
+    "tffd": Peer(TfFD),
+    "cskd": Peer(CSKD),
+    "pskd": Peer(PSKD),
     "ols": smooth(smoothing=0.5, smoothing_source="classes", smoothing_schedule="constant"),
-    "dlb": logits(DLB),
-    "tfkd": logits(TfKDReg),
-    "sfr": sfr(),
+    "dlb": Peer(DLB),
+    "tfkd": Peer(TfKDReg),
+    "sfr": SFR(),
     "sfr-gaussian": gaussian(),
     "sfr-gaussian-0.3": gaussian(weight=0.3),
     "sfr-gaussian-3": gaussian(weight=3.0),
@@ -97,9 +99,12 @@ METHODS: dict[str, Maker] = {
     "smooth-classes-ramp": smooth(smoothing_source="classes", smoothing_schedule="ramp"),
 }
 
+# What the batches of a method carry behind their images: another image of each one's class, or a second view of each.
+COMPANIONS = {"cskd": "classmates", "dlb": "views"}
+
 
 def find(name: str) -> Maker:
-    """The method of that name; ``sfr:OPTION=VALUE,...`` is SFR with these options over its defaults.
+    """The method of that name; ``sfr:OPTION=VALUE,...`` is SFR with these options over its defaults, and so for peers.
 
     Raises:
         UserError: for an unknown method or option.
@@ -107,15 +112,15 @@ def find(name: str) -> Maker:
     if name in METHODS:
         return METHODS[name]
     kind, _, words = name.partition(":")
-    made = {"sfr": sfr, "sliced": sliced}.get(kind)
+    made: Callable[..., Maker] | None = {"sfr": SFR, "sliced": partial(SFR, SlicedLoss)}.get(kind)
+    if isinstance(METHODS.get(kind), Peer):
+        made = partial(Peer, METHODS[kind].kind)
     if made is None or not words:
         known = ", ".join(METHODS)
         raise UserError(
-            f"methods: expected any of {known}, or sfr:OPTION=VALUE,...; got {name!r}{near_matches(name, METHODS)}"
+            f"methods: expected any of {known}, or METHOD:OPTION=VALUE,...; got {name!r}{near_matches(name, METHODS)}"
         )
     try:
-        options = yaml.safe_load("{" + words.replace("=", ": ") + "}")
-        SFRConfig(**options)
+        return made(**yaml.safe_load("{" + words.replace("=", ": ") + "}"))
     except (TypeError, yaml.YAMLError) as error:
         raise UserError(f"methods: {name!r}: {error}") from error
-    return made(**options)

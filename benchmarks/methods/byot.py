@@ -42,9 +42,10 @@ class Heads(nn.Module):
 
 
 class BYOT(PeerTask):
-    """L = CE(z, y) + sum_i (1 - alpha) CE(z_i, y) + alpha T^2 KL(sg z || z_i) + beta ||F_i - sg F||^2 / C
+    """L = CE(z, y) + sum_i (1 - alpha) CE(z_i, y) + alpha T^2 KL(sg z || z_i) + beta ||F_i - sg F||^2
 
-    over the heads i; alpha = beta = 0 is deep supervision. T^2 keeps the soft term's gradients to scale (Hinton et al.).
+    over the heads i, the squared distance summed over the C_d pooled features; alpha = beta = 0 is deep supervision. T^2
+    keeps the soft term's gradients to scale (Hinton et al.); the authors' code is without.
     """
 
     def __init__(
@@ -67,5 +68,5 @@ class BYOT(PeerTask):
         for head, feature in zip(heads, features, strict=False):
             loss = loss + (1 - self.alpha) * F.cross_entropy(head.float(), target)
             loss = loss + self.alpha * kl(logits, head, self.temperature)
-            loss = loss + self.beta * (feature.float() - deep).square().mean(1).mean()
+            loss = loss + self.beta * (feature.float() - deep).square().sum(1).mean()
         return {"loss": loss, "output": logits}

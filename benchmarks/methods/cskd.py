@@ -14,10 +14,8 @@ from benchmarks.methods.peer import Logits, PeerTask, kl
 class CSKD(PeerTask):
     """L = CE(z(x), y) + lambda T^2 KL(sg z(x') || z(x)) with x' another image of the class of x.
 
-    The batches carry the partners behind the images (`partners`): twice the forward passes.
+    The batches carry the partners behind the images: twice the forward passes.
     """
-
-    partners = True
 
     def __init__(self, model: nn.Module, device: Any, temperature: float = 4.0, weight: float = 1.0) -> None:
         super().__init__(Logits(model), device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +13,8 @@ from benchmarks.methods.peer import Logits, PeerTask, kl
 class DLB(PeerTask):
     """L = CE over this batch and the last one + alpha T^2 KL(sg z_{t-1}(last) || z_t(last)).
 
-    Each batch is seen again in the next step, with the logits that it had before that step's update: twice the passes.
+    Each batch is seen again in the next step, as another augmented view, and taught by the logits that its
+    first view had before that step's update: twice the passes. The batches carry the second views behind the images.
     """
 
     def __init__(self, model: nn.Module, device: Any, alpha: float = 1.0, temperature: float = 3.0) -> None:
@@ -23,14 +23,14 @@ class DLB(PeerTask):
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) and class indices (B,) to the loss and the logits of the new images."""
-        last, count = self.last, len(target)
-        if last is None:
-            logits = self.trainable_module(input)
-            loss = F.cross_entropy(logits.float(), target)
-        else:
-            logits = self.trainable_module(torch.cat([input, last[0]]))
-            loss = F.cross_entropy(logits.float(), torch.cat([target, last[1]]))
-            loss = loss + self.alpha * kl(last[2], logits[count:], self.temperature)
-        self.last = input, target, logits[:count].detach()
-        return {"loss": loss, "output": logits[:count]}
+        """Two views of the images (2B, C, H, W) and class indices (B,) to the loss and the first view's logits."""
+        images, again = input.chunk(2)
+        logits = self.trainable_module(images)
+        loss = F.cross_entropy(logits.float(), target)
+        if self.last is not None:
+            view, classes, teacher = self.last
+            replayed = self.trainable_module(view)
+            loss = (loss + F.cross_entropy(replayed.float(), classes)) / 2
+            loss = loss + self.alpha * kl(teacher, replayed, self.temperature)
+        self.last = again, target, logits.detach()
+        return {"loss": loss, "output": logits}

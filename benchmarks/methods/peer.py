@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, is_initialized
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -53,6 +55,13 @@ class PeerTask(TrainingTask):
         """The plain timm model."""
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else unwrap_model(module).model
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """The precision that Accelerate gives the trained module, for a second model beside it."""
+    precision = AcceleratorState().mixed_precision if is_initialized() else "no"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

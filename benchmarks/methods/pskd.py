@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.methods.peer import Logits, PeerTask
+from benchmarks.methods.peer import Logits, PeerTask, autocast
+from timm_sfr.smoothing import soft_targets
 
 
 class PSKD(PeerTask):
@@ -24,11 +25,11 @@ class PSKD(PeerTask):
         self.before: list[nn.Module] = []  # in a list: no part of this task's parameters
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) and class indices (B,) to the loss and the logits."""
+        """Images (B, C, H, W) and targets (B,) or (B, K) to the loss and the logits."""
         logits = self.trainable_module(input)
-        y = F.one_hot(target, logits.shape[1]).float()
+        y = soft_targets(target, logits.shape[1])
         if self.before:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(input.device):
                 share = self.alpha * (self.epoch + 1) / self.epochs
                 y = y + share * (self.before[0](input).float().softmax(-1) - y)
         return {"loss": F.cross_entropy(logits.float(), y), "output": logits}

@@ -30,7 +30,10 @@ def inter(shallow: Tensor, deep: Tensor) -> Tensor:
 
 
 class TfFD(PeerTask):
-    """L = CE(z, y) + r(t) (lambda_intra sum_l intra(F_l) + lambda_inter sum_{l<m} inter(F_l, F_m)), r rising to 1."""
+    """L = CE(z, y) + r(t) (lambda_intra sum_l intra(F_l) + lambda_inter sum_{l<m} inter(F_l, F_m)), r rising to 1.
+
+    r rises over the first twelfth of the epochs: the authors' 20 of 240.
+    """
 
     def __init__(
         self,
@@ -39,7 +42,7 @@ class TfFD(PeerTask):
         device: Any,
         weight_intra: float = 8e-4,
         weight_inter: float = 5e-4,
-        warmup: int = 20,
+        warmup: float = 20 / 240,
     ) -> None:
         super().__init__(Mapped(model, input_size), device)
         self.weight_intra, self.weight_inter, self.warmup = weight_intra, weight_inter, warmup
@@ -50,5 +53,5 @@ class TfFD(PeerTask):
         maps = [x.float() for x in maps]
         extra = self.weight_intra * sum(map(intra, maps))
         extra = extra + self.weight_inter * sum(inter(*pair) for pair in combinations(maps, 2))
-        share = min(1.0, (self.epoch + 1) / self.warmup)
+        share = min(1.0, (self.epoch + 1) / max(1, round(self.warmup * self.epochs)))
         return {"loss": F.cross_entropy(logits.float(), target) + share * extra, "output": logits}

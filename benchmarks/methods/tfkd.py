@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.methods.peer import Logits, PeerTask, kl
+from timm_sfr.smoothing import soft_targets
 
 
 class TfKDReg(PeerTask):
@@ -24,10 +25,10 @@ class TfKDReg(PeerTask):
         self.alpha, self.temperature, self.right = alpha, temperature, right
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) and class indices (B,) to the loss and the logits."""
+        """Images (B, C, H, W) and targets (B,) or (B, K) to the loss and the logits."""
         logits = self.trainable_module(input)
         classes = logits.shape[1]
-        y = F.one_hot(target, classes).float()
+        y = soft_targets(target, classes)
         teacher = ((1 - self.right) / (classes - 1) * (1 - y) + self.right * y).log()
         loss = (1 - self.alpha) * F.cross_entropy(logits.float(), target)
         return {"loss": loss + self.alpha * kl(teacher, logits, self.temperature), "output": logits}

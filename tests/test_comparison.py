@@ -1,0 +1,192 @@
+"""The comparison itself: its images, repeatable and resumable cells, timings."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch.utils.data import TensorDataset
+
+import timm_sfr  # noqa: F401  (registers resnet20_cifar)
+from benchmarks import accuracy, presets, timing
+from benchmarks.images import DeviceBatches, choose, open_sets
+from timm_sfr import RunConfig, SFRConfig, UserError
+from timm_sfr.data import Split
+
+SIZE = (3, 32, 32)
+CLASSES = 10
+
+
+def test_held_out_images_are_a_fixed_tenth_and_never_trained_on():
+    labels = np.repeat(np.arange(3), 50)
+    few, _ = choose(labels, 20, False)
+    train, held = choose(labels, 20, True)
+    rest, same = choose(labels, None, True)
+    everything, none = choose(labels, None, False)
+    assert np.array_equal(few, train) and np.array_equal(held, same) and len(none) == 0
+    assert np.bincount(labels[held]).tolist() == [5] * 3 and np.bincount(labels[train]).tolist() == [20] * 3
+    assert not set(held) & set(rest) and len(rest) + len(held) == len(everything) == 150
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A set of noisy colours: 4 classes of 40 images to train on and 10 to score."""
+    place, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(0)
+    for part, count in (("train", 40), ("val", 10)):
+        for kind, colour in enumerate(rng.integers(60, 200, (4, 3))):
+            (place / "colours" / part / f"c{kind}").mkdir(parents=True)
+            for i in range(count):
+                pixels = np.clip(colour + rng.normal(0, 50, (32, 32, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(place / "colours" / part / f"c{kind}" / f"{i}.png")
+    return place
+
+
+class Loader:
+    batch_size = 8
+
+
+class Prep:
+    @staticmethod
+    def normalize(x):
+        return x.float()
+
+
+class Accelerator:
+    device = torch.device("cpu")
+
+
+def test_batches_are_crops_and_flips_that_depend_on_seed_and_epoch_alone(root):
+    train, _ = open_sets(root, "colours", 32, None, False)
+    make_batches = lambda seed: DeviceBatches(train, Loader, None, Prep, seed, Accelerator)  # noqa: E731
+    first, again = (list(make_batches(0).epoch(3)) for _ in range(2))
+    assert len(first) == len(make_batches(0)) == 20
+    assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+    assert not torch.equal(first[0][0], next(make_batches(0).epoch(4))[0])
+    assert not torch.equal(first[0][0], next(make_batches(1).epoch(3))[0])
+    images, labels = train.dataset.tensors
+    padded = torch.nn.functional.pad(images, (4,) * 4).float()
+    crops = {}
+    for image, label in ((padded[i], int(labels[i])) for i in range(len(padded))):
+        for flip in (image, image.flip(2)):
+            for top in range(9):
+                for left in range(9):
+                    crops[flip[:, top : top + 32, left : left + 32].numpy().tobytes()] = label
+    for x, y in first[:2]:
+        assert [crops[image.numpy().tobytes()] for image in x] == y.tolist()
+
+
+@pytest.mark.parametrize("companions", ["classmates", "views"])
+def test_companions_leave_the_images_as_they_are(root, companions):
+    train, _ = open_sets(root, "colours", 32, None, False)
+    alone = DeviceBatches(train, Loader, None, Prep, 0, Accelerator).epoch(1)
+    both = DeviceBatches(train, Loader, None, Prep, 0, Accelerator, companions).epoch(1)
+    for (x, y), (xx, yy) in zip(alone, both, strict=True):
+        assert torch.equal(x, xx[: len(x)]) and torch.equal(y, yy) and not torch.equal(x, xx[len(x) :])
+
+
+def test_views_are_of_the_same_images():
+    shades = torch.arange(1, 41, dtype=torch.uint8)  # every image is of one shade; what is padded on is 0
+    images = shades[:, None, None, None].expand(40, 3, 32, 32)
+    train = Split(TensorDataset(images, torch.arange(40) % 2), ("even", "odd"))
+    for x, y in DeviceBatches(train, Loader, None, Prep, 0, Accelerator, "views").epoch(0):
+        one, other = (part.amax((1, 2, 3)) for part in x.split(len(y)))
+        assert torch.equal(one, other) and len(set(one.tolist())) == len(y)
+
+
+def test_train_and_val_must_have_the_same_classes(root, tmp_path):
+    shutil.copytree(root / "colours", tmp_path / "colours")
+    shutil.rmtree(tmp_path / "colours" / "val" / "c2")
+    with pytest.raises(UserError, match=r"same classes; only one has \['c2'\]"):
+        open_sets(tmp_path, "colours", 32, None, False)
+
+
+def test_partners_are_of_the_same_class(root):
+    train, _ = open_sets(root, "colours", 32, None, False)
+    plain = DeviceBatches(train, Loader, None, Prep, 0, Accelerator)
+    colours = torch.stack([plain.images[plain.labels == k][:, :, 4:-4, 4:-4].float().mean((0, 2, 3)) for k in range(4)])
+    for x, y in DeviceBatches(train, Loader, None, Prep, 0, Accelerator, "classmates").epoch(0):
+        assert len(x) == 2 * len(y)
+        centres = x[len(y) :, :, 8:-8, 8:-8].mean((2, 3))
+        assert torch.equal(torch.cdist(centres, colours).argmin(1), y)
+
+
+def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypatch, capsys):
+    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, batch=16, net=presets.SMALL)
+    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+    cell = accuracy.Cell("cpu", "colours", "sfr", 0, "val", 2)
+    threads = torch.get_num_threads()
+    rows = [accuracy.run(cell, root, 1) for _ in range(2)]
+    torch.set_num_threads(threads)
+    scores = [{name: row[name] for name in ("top1", "top5", "nll", "ece", "best_top1", "best_epoch")} for row in rows]
+    assert scores[0] == scores[1] and scores[0]["nll"] > 0
+    assert json.loads(rows[0]["args"])["sfr"]["matching"] == "gaussian"
+    assert rows[0]["extra_parameters"] == 0 and rows[0]["train_seconds"] > 0 and rows[0]["images"] == 160
+    path = tmp_path / "results" / "accuracy.csv"
+    accuracy.append(path, rows[0])
+    with path.open() as file:
+        assert next(csv.DictReader(file))["method"] == "sfr"
+    words = ["--data-root", str(root), "--csv", str(path), "--methods", "sfr", "ce", "--seeds", "0"]
+    assert [c.method for c in accuracy.missing(accuracy.parse(words))] == ["ce"]
+    assert [c.method for c in accuracy.missing(accuracy.parse([*words, "--heldout"]))] == ["sfr", "ce"]
+    assert [c.seed for c in accuracy.missing(accuracy.parse([*words[:4], "--methods", "ce"]))] == [0, 1, 2, 3, 4]
+    chosen = accuracy.missing(accuracy.parse([*words[:4], "--methods", "ce", "--heldout"]))
+    assert [c.seed for c in chosen] == [100, 101, 102, 103, 104], "options are chosen by other seeds than are reported"
+    assert accuracy.main([*words[:4], "--methods", "sfr", "--seeds", "0"]) == 0
+    assert "0 runs to do" in capsys.readouterr().out
+    assert accuracy.main([*words, "--sets", "colors"]) == 2
+    assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_trial_is_short_and_stays_out_of_the_results(root, monkeypatch, capsys):
+    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=presets.SMALL, more=presets.MIX)
+    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+    row = accuracy.run(accuracy.Cell("cpu", "colours", "sfr", 0, "val", 1), root, torch.get_num_threads(), limit=2)
+    assert row["images"] == 32 and '"cutmix": 1.0' in row["args"]
+    assert accuracy.main(["--data-root", str(root), "--limit", "2"]) == 2
+    assert "name a --csv of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset,name", [(preset, name) for preset, sets in accuracy.PRESETS.items() for name in sets])
+def test_every_set_is_a_valid_run(preset, name, tmp_path):
+    options = accuracy.Cell(preset, name, "ce", 0, "val", 1).options(str(tmp_path))
+    config = RunConfig.from_flat(options)
+    assert timm.is_model(config.model.model) and config.engine.seed == 0
+    assert str(tmp_path) not in json.dumps(accuracy.Cell(preset, name, "ce", 0, "val", 1).options())
+    assert config.model.pretrained == (accuracy.PRESETS[preset][name].source is not None)
+
+
+def test_methods_are_timed_in_turns(root, monkeypatch, tmp_path, capsys):
+    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=presets.SMALL)
+    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+    threads, path = torch.get_num_threads(), tmp_path / "timing.csv"
+    words = ["--data-root", str(root), "--rounds", "2", "--batches", "1", "--threads", str(threads)]
+    assert timing.main([*words, "--methods", "sfr", "dlb", "--csv", str(path)]) == 0
+    rows = accuracy.read(path)
+    assert [row["method"] for row in rows] == ["sfr", "dlb"]
+    assert all(0 < float(row["low"]) <= float(row["ratio"]) <= float(row["high"]) for row in rows)
+    assert timing.main([*words, "--methods", "sfrr"]) == 2 and "expected any of" in capsys.readouterr().err
+
+
+def test_rows_of_other_options_are_refused(tmp_path):
+    path = tmp_path / "runs.csv"
+    for weight in (1.0, 0.1):
+        options = dataclasses.asdict(SFRConfig(weight=weight))
+        row = dict.fromkeys(accuracy.COLUMNS, "") | {"method": "sfr", "seed": 0, "args": json.dumps({"sfr": options})}
+        accuracy.append(path, row)
+        words = accuracy.parse(["--data-root", ".", "--methods", "ce", "--seeds", "0", "--csv", str(path)])
+        if weight == 1.0:
+            assert len(accuracy.missing(words)) == len(presets.PRESETS["cpu"])
+    with pytest.raises(UserError, match="other values of weight"):
+        accuracy.missing(words)
+
+
+def test_one_cell_that_fails_does_not_end_the_others(monkeypatch, capsys):
+    monkeypatch.setattr(accuracy, "run", lambda *_: 1 / 0)
+    cell = accuracy.Cell("cpu", "tin100-6k", "ce", 0, "val", 1)
+    assert accuracy._attempt((cell, None, 1, None)) == (cell, "ZeroDivisionError: division by zero")
+    assert "Traceback" in capsys.readouterr().err
