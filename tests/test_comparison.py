@@ -187,6 +187,6 @@ def test_rows_of_other_options_are_refused(tmp_path):
 
 def test_one_cell_that_fails_does_not_end_the_others(monkeypatch, capsys):
     monkeypatch.setattr(accuracy, "run", lambda *_: 1 / 0)
-    cell = accuracy.Cell("cpu", "tin100-6k", "ce", 0, "val", 1)
+    cell = accuracy.Cell("cpu", "tin100-3k", "ce", 0, "val", 1)
     assert accuracy._attempt((cell, None, 1, None)) == (cell, "ZeroDivisionError: division by zero")
     assert "Traceback" in capsys.readouterr().err
