@@ -18,12 +18,13 @@ from statistics import mean, stdev
 
 from benchmarks import timing
 from benchmarks.accuracy import HERE, RESULTS, read
+from benchmarks.presets import PRESETS
 
 DOCS = HERE.parent / "docs"
-BASE = "ls"  # differences are to it: it beats most of what is published
+BASES = ("ce", "ls")  # what differences are to
 HEAD = (
-    "method", "seeds", "top-1, last epoch", "95 % interval", "difference to ls", "(top-1, best epoch)", "top-5", "NLL",
-    "ECE", "time / ce", "extra parameters",
+    "method", "seeds", "top-1, last epoch", "95 % interval", "difference to ce", "to ls", "(top-1, best epoch)", "top-5",
+    "NLL", "ECE", "time / ce", "extra parameters",
 )  # fmt: skip
 
 
@@ -77,6 +78,12 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
     return f"{mean(values):{sign}.{digits}f}{half}"
 
 
+def gain(one: Summary, base: Summary | None) -> str:
+    """The difference in top-1 to `base` at the same length, paired by seed; empty where there is none."""
+    gains = [a - b for a, b in paired(one, base, "top1")] if base is not None and one is not base else []
+    return spread(gains, 2, "+") if gains else ""
+
+
 def usual_epochs(found: list[Summary]) -> int:
     """The length that most methods ran for."""
     lengths = [one.epochs for one in found]
@@ -97,18 +104,16 @@ def relative_time(one: Summary, ratios: dict[str, float], usual: int) -> str:
 def table(found: list[Summary], ratios: dict[str, float]) -> str:
     """A Markdown table of one set, best mean first; `ratios` are the methods' times a batch against `ce`."""
     usual = usual_epochs(found)
-    base = find(found, BASE, usual)
     lines = [" | ".join(HEAD), " | ".join(["---"] + ["---:"] * (len(HEAD) - 1))]
     for one in found:
         top1 = one.values("top1")
-        gains = [a - b for a, b in paired(one, base, "top1")] if base and one is not base else []
         half, middle = interval(top1), mean(top1)
         cells = [
             name(one, usual),
             str(len(top1)),
             f"{middle:.2f}" + (f" (sd {stdev(top1):.2f})" if len(top1) > 1 else ""),
             f"{middle - half:.2f} to {middle + half:.2f}" if len(top1) > 1 else "",
-            spread(gains, 2, "+") if gains else "",
+            *(gain(one, find(found, base, one.epochs)) for base in BASES),
             f"({mean(one.values('best_top1')):.2f})",
             f"{mean(one.values('top5')):.2f}",
             f"{mean(one.values('nll')):.3f}",
@@ -118,6 +123,18 @@ def table(found: list[Summary], ratios: dict[str, float]) -> str:
         ]
         lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def timings(clock: list[dict[str, str]], preset: str, name: str) -> list[dict[str, str]]:
+    """The timings on a set, or on one of its preset with the same network at the same size and batch."""
+
+    def kind(other: str) -> tuple:
+        one = PRESETS.get(preset, {}).get(other)
+        return () if one is None else (one.model, one.net, one.pixels, one.batch, one.precision, one.more)
+
+    own = [row for row in clock if (row["preset"], row["set"]) == (preset, name)]
+    like = [row for row in clock if row["preset"] == preset and kind(row["set"]) == kind(name) != ()]
+    return own or [row for row in like if row["set"] == like[0]["set"]]
 
 
 def caption(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
@@ -137,7 +154,7 @@ def _timed(times: list[dict[str, str]]) -> str:
         return ""
     one = times[0]
     return (
-        f" Time is the median of {one['rounds']} rounds of {one['batches']} batches, each between two of `ce` "
+        f" Time is the median of {one['rounds']} rounds of {one['batches']} batches on {one['set']}, each between two of `ce` "
         f"({one['ce_images_per_second']} images/s, {one['hardware']}, {one['threads']} thread(s)), times the epochs."
     )
 
@@ -154,7 +171,7 @@ def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 0.5 + 0.26 * len(ordered)), layout="constrained")
     for place, one in enumerate(ordered):
         top1 = one.values("top1")
-        colour = "tab:red" if one.method.startswith("sfr") else "tab:blue" if one.method in ("ce", BASE) else "0.4"
+        colour = "tab:red" if one.method.startswith("sfr") else "tab:blue" if one.method in BASES else "0.4"
         axes.scatter(top1, [place] * len(top1), s=6, color=colour, alpha=0.4, linewidths=0)
         half = interval(top1) if len(top1) > 1 else 0.0
         axes.errorbar(mean(top1), place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2)
@@ -182,7 +199,7 @@ def main(arguments: list[str] | None = None) -> int:
         picture = args.document.parent / f"results-{label}.svg"
         split = {"heldout": "held-out images"}.get(kind[2], kind[2])
         plot(found, f"{kind[1]} ({kind[0]} preset)", f"top-1 on {split} at the last epoch, %", picture)
-        times = [row for row in clock if (row["preset"], row["set"]) == kind[:2]]
+        times = timings(clock, *kind[:2])
         ratios = {row["method"]: float(row["ratio"]) for row in times}
         body = f"{table(found, ratios)}\n\n{caption(chosen, times)}\n\n![top-1 by method]({picture.name})\n"
         pattern = re.compile(rf"(<!-- {re.escape(label)} -->\n).*?(<!-- end -->)", re.DOTALL)

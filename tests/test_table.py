@@ -39,9 +39,18 @@ def test_the_table_pairs_by_seed_and_marks_the_best_epoch(path):
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["sfr", "ls", "ce"]
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert len(cells) == len(table.HEAD)
-    gain = table.interval([1.5, 1.0, 1.5])
+    to_ce, to_ls = (table.interval(gains) for gains in ([2.5, 1.5, 3.5], [1.5, 1.0, 1.5]))
     assert cells[1:4] == ["3", "22.33 (sd 1.04)", "19.75 to 24.92"]
-    assert cells[4:] == [f"+1.33 ± {gain:.2f}", "(23.33)", "50.00", "3.000", "5.0 %", "1.30", "1,200"]
+    assert cells[4:] == [
+        f"+2.50 ± {to_ce:.2f}",
+        f"+1.33 ± {to_ls:.2f}",
+        "(23.33)",
+        "50.00",
+        "3.000",
+        "5.0 %",
+        "1.30",
+        "1,200",
+    ]
     assert [line.split("|")[-3].strip() for line in lines[3:]] == ["", "1.00"], "ls was not timed, ce is the measure"
 
 
@@ -65,6 +74,14 @@ def test_the_document_is_renewed_between_its_markers_alone(path, tmp_path):
     assert first.startswith("Before.") and first.endswith("After.\n") and "old" not in first and "+1.33" in first
     assert table.main(words) == 0
     assert document.read_text() == first and (tmp_path / "results-cpu-digits-val.svg").read_bytes() == picture
+
+
+def test_a_set_without_timings_takes_those_of_its_network():
+    row = dict.fromkeys(timing.COLUMNS, "") | {"preset": "cpu", "set": "tin100-6k"}
+    assert table.timings([row], "cpu", "cifar10-2k") == [row] and table.timings([row], "gpu", "tin100-r18") == []
+    own = row | {"set": "cifar10-2k"}
+    assert table.timings([row, own], "cpu", "cifar10-2k") == [own]
+    assert table.timings([row], "regimes", "tin100-3k-wide") == table.timings([row], "cpu", "digits") == []
 
 
 def test_times_are_ratios_to_the_runs_of_ce_around_them():
