@@ -22,6 +22,7 @@ from benchmarks.presets import PRESETS
 
 DOCS = HERE.parent / "docs"
 BASES = ("ce", "ls")  # what differences are to
+FEWEST = 3  # seeds that an interval is given for: that of two is several times their distance
 HEAD = (
     "method", "seeds", "top-1, last epoch", "95 % interval", "difference to ce", "to ls", "(top-1, best epoch)", "top-5",
     "NLL", "ECE", "time / ce", "extra parameters",
@@ -73,8 +74,8 @@ def name(one: Summary, usual: int) -> str:
 
 
 def spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean and half the 95 % interval."""
-    half = "" if len(values) < 2 else f" ± {interval(values):.{digits}f}"
+    """Mean and half the 95 % interval, from `FEWEST` values on."""
+    half = "" if len(values) < FEWEST else f" ± {interval(values):.{digits}f}"
     return f"{mean(values):{sign}.{digits}f}{half}"
 
 
@@ -112,7 +113,7 @@ def table(found: list[Summary], ratios: dict[str, float]) -> str:
             name(one, usual),
             str(len(top1)),
             f"{middle:.2f}" + (f" (sd {stdev(top1):.2f})" if len(top1) > 1 else ""),
-            f"{middle - half:.2f} to {middle + half:.2f}" if len(top1) > 1 else "",
+            f"{middle - half:.2f} to {middle + half:.2f}" if len(top1) >= FEWEST else "",
             *(gain(one, find(found, base, one.epochs)) for base in BASES),
             f"({mean(one.values('best_top1')):.2f})",
             f"{mean(one.values('top5')):.2f}",
@@ -165,17 +166,20 @@ def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "timm_sfr"  # the same figure from the same CSV
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a tenth of the size
     from matplotlib import pyplot as plt
 
     usual, ordered = usual_epochs(found), found[::-1]
-    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.26 * len(ordered)), layout="constrained")
+    labels = [name(one, usual) for one in ordered]
+    size = (4.5 + 0.075 * max(map(len, labels)), 0.8 + 0.26 * len(ordered))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     for place, one in enumerate(ordered):
         top1 = one.values("top1")
         colour = "tab:red" if one.method.startswith("sfr") else "tab:blue" if one.method in BASES else "0.4"
         axes.scatter(top1, [place] * len(top1), s=6, color=colour, alpha=0.4, linewidths=0)
-        half = interval(top1) if len(top1) > 1 else 0.0
+        half = interval(top1) if len(top1) >= FEWEST else 0.0
         axes.errorbar(mean(top1), place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2)
-    axes.set_yticks(range(len(ordered)), [name(one, usual) for one in ordered])
+    axes.set_yticks(range(len(ordered)), labels)
     axes.set_xlabel(axis)
     axes.set_title(title)
     axes.grid(axis="x", alpha=0.3)
