@@ -54,12 +54,16 @@ class Cell:
         """What it trains on."""
         return PRESETS[self.preset][self.set]
 
+    def weights(self, output: str) -> Path:
+        """Where the pretrained weights of a run in `output` lie."""
+        return Path(output) / f"{self.data.source}.safetensors"
+
     def options(self, output: str = "") -> dict[str, Any]:
         """The run's options, under the names of `train_sfr.py`; pretrained weights are a file in `output`."""
         data = self.data
         net = dict(data.net)
         if data.source is not None:
-            net["pretrained_cfg_overlay"] = {"file": os.path.join(output, f"{data.source}.safetensors")}
+            net["pretrained_cfg_overlay"] = {"file": str(self.weights(output))}
         return {
             "data_dir": data.name, "model": data.model, "img_size": data.pixels, "batch_size": data.batch, "workers": 0,
             "epochs": self.epochs, "lr": data.lr, "weight_decay": 5e-4, "opt": "sgd", "sched": "cosine",
@@ -82,7 +86,7 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
     torch.set_num_threads(threads)
     data, make = cell.data, find(cell.method)
     if data.source is not None:
-        SOURCES[data.source](Path(output) / f"{data.source}.safetensors")
+        SOURCES[data.source](cell.weights(output))
     parts = Parts(
         splits=lambda *_: open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout"),
         task=lambda model, sfr, size, device: make(model, size, device),
@@ -167,8 +171,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def missing(args: argparse.Namespace) -> list[Cell]:
-    """The cells asked for that the CSV does not hold, seed by seed, so that a stopped table has whole seeds."""
+def asked(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The sets and the methods that the command line asks for: all of the preset, and all, where it names none.
+
+    Raises:
+        UserError: for a name that is not known.
+    """
     from benchmarks.methods import METHODS, find
     from timm_sfr.errors import UserError, near_matches
 
@@ -180,6 +188,12 @@ def missing(args: argparse.Namespace) -> list[Cell]:
             raise UserError(f"sets: expected any of {', '.join(PRESETS[args.preset])}; got {name!r}{hint}")
     for name in methods:
         find(name)
+    return sets, methods
+
+
+def missing(args: argparse.Namespace) -> list[Cell]:
+    """The cells asked for that the CSV does not hold, seed by seed, so that a stopped table has whole seeds."""
+    sets, methods = asked(args)
     rows = read(args.csv)
     for row in rows:
         _same_options(row, args.csv)
@@ -254,9 +268,12 @@ def main(arguments: list[str] | None = None) -> int:
     # A fresh process for each run: nothing of one is left in the next.
     pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
     queue = iter(due())
+
+    def submit(cell: Cell) -> Any:
+        return pool.apply_async(_attempt, ((cell, args.data_root, threads, args.limit),))
+
     with pool:
-        pending = [pool.apply_async(_attempt, ((cell, args.data_root, threads, args.limit),))
-                   for cell in itertools.islice(queue, args.jobs)]  # fmt: skip
+        pending = [submit(cell) for cell in itertools.islice(queue, args.jobs)]
         while pending:
             pending[0].wait(0.5)
             for job in [job for job in pending if job.ready()]:
@@ -271,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
                     print(f"{name}: top-1 {row['top1']:.2f}, {row['train_seconds']:.0f} s", flush=True)
                 following = next(queue, None)
                 if following is not None:
-                    pending.append(pool.apply_async(_attempt, ((following, args.data_root, threads, args.limit),)))
+                    pending.append(submit(following))
     return 2 if failed else 0
 
 

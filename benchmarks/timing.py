@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.accuracy import HERE, PRESETS, Cell, build, commit, read
+from benchmarks.accuracy import HERE, Cell, asked, build, commit, read
+from benchmarks.presets import PRESETS
 
 RESULTS = HERE / "results" / "timing.csv"
 COLUMNS = ("preset", "set", "method", "ratio", "low", "high", "rounds", "batches", "ce_images_per_second",
@@ -112,7 +113,6 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures what is asked for; the exit status."""
-    from benchmarks.methods import METHODS, find
     from timm_sfr.cli import fail
     from timm_sfr.errors import UserError
 
@@ -127,12 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     try:
-        for name in args.sets or list(PRESETS[args.preset])[:1]:
-            if name not in PRESETS[args.preset]:
-                raise UserError(f"sets: expected any of {', '.join(PRESETS[args.preset])}; got {name!r}")
-            methods = args.methods or list(METHODS)
-            for method in methods:
-                find(method)
+        sets, methods = asked(args)
+        for name in sets if args.sets else sets[:1]:
             rows = measure(args.preset, name, methods, args.data_root, args.threads, args.rounds, args.batches)
             merge(args.csv, rows)
             for row in rows:

@@ -18,9 +18,6 @@ from benchmarks.images import DeviceBatches, choose, open_sets
 from timm_sfr import RunConfig, SFRConfig, UserError
 from timm_sfr.data import Split
 
-SIZE = (3, 32, 32)
-CLASSES = 10
-
 
 def test_held_out_images_are_a_fixed_tenth_and_never_trained_on():
     labels = np.repeat(np.arange(3), 50)
