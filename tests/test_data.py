@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from sklearn.metrics import top_k_accuracy_score
 
 from timm_sfr import UserError
-from timm_sfr.config import AugConfig, DataConfig
+from timm_sfr.build import create_model, preprocessing
+from timm_sfr.config import AugConfig, DataConfig, ModelConfig
 from timm_sfr.data import open_splits
 from timm_sfr.evaluate import Scores
 from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader, seeded
@@ -143,3 +144,11 @@ def test_data_that_cannot_be_trained_on(folder, tmp_path):
         open_splits(DataConfig(data_dir=str(tmp_path / "hollow")), "RGB", 0)
     with pytest.raises(UserError, match="fewer than one global batch of 64 x 2"):
         EpochSampler(100, 64, 0, 0, 2)
+
+
+@pytest.mark.parametrize("options,size", [({}, (3, 32, 32)), ({"in_chans": 1}, (1, 32, 32)), ({"img_size": 24}, (3, 24, 24)),
+                                          ({"in_chans": 1, "img_size": 24}, (1, 24, 24))])  # fmt: skip
+def test_channels_and_size_are_options_of_their_own(options, size):
+    config = ModelConfig(model="resnet20_cifar", **options)
+    prep = preprocessing(config, create_model(config, 10))
+    assert prep.input_size == size and len(prep.mean) == len(prep.std) == size[0]

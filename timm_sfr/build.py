@@ -55,9 +55,11 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
     """timm's data configuration for this model, with what the options override."""
+    # Whole, since timm heeds a number of channels only where the size is given too.
+    channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    size = (config.img_size, config.img_size) if config.img_size else size
     overrides = {
-        "in_chans": config.in_chans,
-        "img_size": config.img_size,
+        "input_size": (config.in_chans or channels, *size),
         "mean": config.mean,
         "std": config.std,
         "interpolation": config.interpolation,
