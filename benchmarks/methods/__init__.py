@@ -70,6 +70,7 @@ smooth = partial(SFR, weight=0.0)  # SFR's smoothing alone
 METHODS: dict[str, Maker] = {
     "ce": plain(0.0),
     "ls": plain(0.1),
+    "ls-0.5": plain(0.5),
     "deepsup": Peer(BYOT, alpha=0.0, beta=0.0),
     "byot": Peer(BYOT),
     "tffd": Peer(TfFD),
@@ -79,6 +80,8 @@ METHODS: dict[str, Maker] = {
     "dlb": Peer(DLB),
     "tfkd": Peer(TfKDReg),
     "sfr": SFR(),
+    "sfr-ls-0.5": gaussian(smoothing=0.5, smoothing_source="uniform", smoothing_schedule="constant"),
+    "sfr-ols": gaussian(smoothing=0.5, smoothing_source="classes", smoothing_schedule="constant"),
     "sfr-gaussian": gaussian(),
     "sfr-gaussian-0.3": gaussian(weight=0.3),
     "sfr-gaussian-3": gaussian(weight=3.0),
