@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup, resolve_input_data_config
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
@@ -54,28 +54,19 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 
 def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
-    """timm's data configuration for this model, with what the options override."""
-    # Whole, since timm heeds a number of channels only where the size is given too.
-    channels, *size = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-    size = (config.img_size, config.img_size) if config.img_size else size
-    overrides = {
-        "input_size": (config.in_chans or channels, *size),
-        "mean": config.mean,
-        "std": config.std,
-        "interpolation": config.interpolation,
-        "crop_pct": config.crop_pct,
-    }
+    """timm's data configuration for this model as it was made, with what the options override.
+
+    Raises:
+        UserError: for means or deviations that do not fit its channels.
+    """
+    names = ("in_chans", "img_size", "mean", "std", "interpolation", "crop_pct")
+    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     try:
-        resolved = resolve_data_config({k: v for k, v in overrides.items() if v is not None}, model=model)
-    except AssertionError as error:
+        resolved = resolve_input_data_config(model, given)
+    except (ValueError, AssertionError) as error:
         raise UserError(
             f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}"
         ) from error
-    channels = resolved["input_size"][0]
-    for name in ("mean", "std"):
-        if len(resolved[name]) != channels:
-            # The model's values are for colour: their mean serves any other number of channels, as timm does it.
-            resolved[name] = (sum(resolved[name]) / len(resolved[name]),) * channels
     return Preprocessing(**{name: _tuple(resolved[name]) for name in Preprocessing.__dataclass_fields__})
 
 
