@@ -10,15 +10,13 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import itertools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,13 +27,13 @@ from benchmarks.presets import PRESETS, SOURCES, Set
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "accuracy.csv"
+HELD_OUT = HERE / "results" / "heldout.csv"
 COLUMNS = (
     "preset", "set", "method", "seed", "split", "epochs", "top1", "top5", "nll", "ece", "best_top1", "best_epoch",
     "train_seconds", "extra_parameters", "images", "model", "pixels", "hardware", "versions", "commit", "date", "args",
 )  # fmt: skip
-KEY = COLUMNS[:6]
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,13 @@ class Cell:
             **dict(data.more),
         }  # fmt: skip
 
+    def recorded(self) -> dict[str, Any]:
+        """All that fixes the run: its options, and its method's with every default written out."""
+        from benchmarks.methods import find
+
+        options = {key: value for key, value in self.options().items() if key != "output"}
+        return json.loads(json.dumps(options | find(self.method).recorded()))
+
 
 def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None = None) -> Trainer:
     """The trainer of one cell, `limit` batches an epoch if given."""
@@ -98,19 +103,15 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
 
 def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[str, Any]:
     """Trains one cell, with `limit` batches an epoch if given; its row of the CSV."""
-    from timm_sfr import SFRTask, report
+    from timm_sfr import report
 
-    data = cell.data
+    data, started_from = cell.data, commit()
     with tempfile.TemporaryDirectory() as output:
         trainer = build(cell, root, threads, output, limit)
         trainer.fit()
     images = len(trainer.batches) * data.batch
     last, best = trainer.last, trainer.best
     total = sum(p.numel() for p in trainer.module.parameters())
-    arguments = {key: value for key, value in cell.options().items() if key != "output"}
-    if isinstance(trainer.task, SFRTask):
-        # As resolved: a default may be another one day.
-        arguments["sfr"] = dataclasses.asdict(trainer.task.config)
     return {
         **dataclasses.asdict(cell),
         "top1": last["val_top1"], "top5": last["val_top5"], "nll": last["val_loss"], "ece": last["ece"],
@@ -118,8 +119,8 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[
         "train_seconds": sum(images / row["images_per_second"] for row in trainer.rows),
         "extra_parameters": total - trainer.facts["parameters"],
         "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.facts["hardware"],
-        "versions": json.dumps(report.versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d"),
-        "args": json.dumps(arguments),
+        "versions": json.dumps(report.versions()), "commit": started_from, "date": time.strftime("%Y-%m-%d"),
+        "args": json.dumps(cell.recorded() | {"threads": threads}),
     }  # fmt: skip
 
 
@@ -154,6 +155,14 @@ def append(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def positive(text: str) -> int:
+    """A whole number from 1 up, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up; got {text}")
+    return number
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
@@ -162,13 +171,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", help="sets of the preset (default: all)")
     parser.add_argument("--methods", nargs="+", help="methods, or sfr:OPTION=VALUE,... (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, and 100 to 104 to choose options by")
-    parser.add_argument("--epochs", type=int, help="epochs (default: the set's), for a trial or for equal wall time")
+    parser.add_argument(
+        "--epochs", type=positive, help="epochs (default: the set's), for a trial or for equal wall time"
+    )
     parser.add_argument("--heldout", action="store_true", help="score a held-out tenth of train, to choose options")
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--minutes", type=float, help="start no run after this long")
-    parser.add_argument("--limit", type=int, help="batches an epoch: a trial of a preset, into a --csv of its own")
-    parser.add_argument("--csv", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
+    parser.add_argument("--jobs", type=positive, default=2, help="runs side by side")
+    parser.add_argument("--minutes", type=float, help="start no run after this long; those begun go on to their end")
+    parser.add_argument("--limit", type=positive, help="batches an epoch: a trial of a preset, into a --csv of its own")
+    parser.add_argument("--csv", type=Path, help=f"default: {RESULTS.name}, or {HELD_OUT.name}, in {HERE.name}/results")
+    args = parser.parse_args(arguments)
+    args.csv = args.csv or (HELD_OUT if args.heldout else RESULTS)
+    return args
 
 
 def asked(args: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -197,7 +210,7 @@ def missing(args: argparse.Namespace) -> list[Cell]:
     rows = read(args.csv)
     for row in rows:
         _same_options(row, args.csv)
-    done = {tuple(row[key] for key in KEY) for row in rows}
+    done = {tuple(row[field.name] for field in dataclasses.fields(Cell)) for row in rows}
     split = "heldout" if args.heldout else "val"
     cells = [
         Cell(args.preset, name, method, seed, split, args.epochs or PRESETS[args.preset][name].epochs)
@@ -210,44 +223,38 @@ def missing(args: argparse.Namespace) -> list[Cell]:
 
 
 def _same_options(row: dict[str, str], path: Path) -> None:
-    """Refuses a row whose method had other options than its name means now, such as another default."""
-    from benchmarks.methods import SFR, find
+    """Refuses a row whose set or method had other options than their names mean now, such as another default."""
     from timm_sfr.errors import UserError
 
-    before = json.loads(row["args"] or "{}").get("sfr")
-    if before is None:
-        return
-    make = find(row["method"])
-    now = json.loads(json.dumps(dataclasses.asdict(make.config))) if isinstance(make, SFR) else None
-    if now != before:
-        changed = sorted(key for key in before if (now or {}).get(key) != before[key])
+    if row["set"] not in PRESETS.get(row["preset"], {}):
+        return  # none of what this can run
+    cell = Cell(row["preset"], row["set"], row["method"], int(row["seed"]), row["split"], int(row["epochs"]))
+    before, now = (_flat(options) for options in (json.loads(row["args"] or "{}"), cell.recorded()))
+    # An option that is new since was not recorded, and must not refuse all that was.
+    changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
+    if changed:
         raise UserError(
-            f"csv: {path} holds {row['method']!r} with other values of {', '.join(changed)} than the name means now; move "
-            "those rows away, or rename them to sfr:OPTION=VALUE,..."
+            f"csv: {path} holds {row['method']!r} on {row['set']} with other values of {', '.join(changed)} than these names "
+            "mean now; move those rows away, or rename them to METHOD:OPTION=VALUE,..."
         )
 
 
-def _attempt(job: tuple[Cell, Path, int, int | None]) -> tuple[Cell, dict[str, Any] | str]:
-    from timm_sfr.errors import UserError
-
-    try:
-        return job[0], run(*job)
-    except UserError as error:
-        return job[0], str(error)
-    except Exception as error:  # one cell that cannot be run must not end the others
-        traceback.print_exc()
-        return job[0], f"{type(error).__name__}: {error}"
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    parts = {kind: options.get(kind) or {} for kind in ("sfr", "peer")}
+    rest = {key: value for key, value in options.items() if key not in parts}
+    return rest | {f"{kind}.{key}": value for kind, part in parts.items() for key, value in part.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is missing; the exit status."""
     from benchmarks.images import decode
+    from benchmarks.pool import side_by_side
     from timm_sfr.cli import fail
     from timm_sfr.errors import UserError
 
     args = parse(arguments)
     try:
-        if args.limit is not None and args.csv == RESULTS:
+        if args.limit is not None and args.csv.resolve() in (RESULTS, HELD_OUT):
             raise UserError("limit: a trial's scores do not belong in the results; name a --csv of its own")
         cells = missing(args)
         for name, pixels in sorted({(cell.data.name, cell.data.pixels) for cell in cells}):
@@ -259,36 +266,20 @@ def main(arguments: list[str] | None = None) -> int:
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     started, failed = time.monotonic(), 0
 
-    def due() -> Any:
+    def due() -> Iterator[Cell]:
         for cell in cells:
             if args.minutes is not None and time.monotonic() - started > 60 * args.minutes:
                 return
             yield cell
 
-    # A fresh process for each run: nothing of one is left in the next.
-    pool = multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1)
-    queue = iter(due())
-
-    def submit(cell: Cell) -> Any:
-        return pool.apply_async(_attempt, ((cell, args.data_root, threads, args.limit),))
-
-    with pool:
-        pending = [submit(cell) for cell in itertools.islice(queue, args.jobs)]
-        while pending:
-            pending[0].wait(0.5)
-            for job in [job for job in pending if job.ready()]:
-                pending.remove(job)
-                cell, row = job.get()
-                name = f"{cell.set} {cell.method} seed {cell.seed}"
-                if isinstance(row, str):
-                    failed += 1
-                    print(f"{name}: failed: {row}", flush=True)
-                else:
-                    append(args.csv, row)
-                    print(f"{name}: top-1 {row['top1']:.2f}, {row['train_seconds']:.0f} s", flush=True)
-                following = next(queue, None)
-                if following is not None:
-                    pending.append(submit(following))
+    for cell, row in side_by_side(run, due(), args.jobs, args.data_root, threads, args.limit):
+        name = f"{cell.set} {cell.method} seed {cell.seed}"
+        if isinstance(row, str):
+            failed += 1
+            print(f"{name}: failed: {row}", flush=True)
+        else:
+            append(args.csv, row)
+            print(f"{name}: top-1 {row['top1']:.2f}, {row['train_seconds']:.0f} s", flush=True)
     return 2 if failed else 0
 
 

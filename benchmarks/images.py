@@ -20,6 +20,7 @@ from timm_sfr.checkpoint import replace_atomically
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
 
+SUFFIXES = (".jpg", ".jpeg", ".png")
 PAD = 4  # pixels of zero padding around a crop at 32 pixels
 
 
@@ -40,13 +41,16 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
         )
     images, labels = [], []
     for label, kind in enumerate(names):
-        for path in sorted((folder / kind).iterdir()):
+        for path in sorted(path for path in (folder / kind).iterdir() if path.suffix.lower() in SUFFIXES):
             image = Image.open(path).convert("RGB")
             # Box averages whole pixels where an image shrinks, and would only repeat them where it grows.
             smaller = pixels <= min(image.size)
             image = image.resize((pixels, pixels), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
             images.append(np.asarray(image).transpose(2, 0, 1))
             labels.append(label)
+    if len(set(labels)) < len(names):
+        empty = names[min(set(range(len(names))) - set(labels))]
+        raise UserError(f"data-root: expected images ({', '.join(SUFFIXES)}) in {folder / empty}; found none")
     arrays = {"images": np.stack(images), "labels": np.array(labels), "names": np.array(names)}
 
     def write(fresh: Path) -> None:

@@ -25,7 +25,7 @@ class Set:
     source: str | None = None  # pretrained weights: a name in `SOURCES`
 
 
-# One block a stage, widest where maps are small: on one core it sees enough images in minutes to overfit 6,000.
+# One block a stage, widest where maps are small: on one core it sees enough images in minutes to overfit 3,000.
 SMALL = (("layers", (1, 1, 1, 1)), ("channels", (16, 32, 128, 256)))
 WIDE = (("layers", (1, 1, 1, 1)), ("channels", (32, 64, 256, 512)))
 MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
@@ -71,6 +71,7 @@ PRESETS: dict[str, dict[str, Set]] = {
     # What else a result depends on, small enough for one core: mixing, width, pretrained weights.
     "regimes": {
         "tin100-3k-mix": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, SMALL, MIX),
+        # Half as long as `tin100-3k`: twice as wide, a run takes as many minutes.
         "tin100-3k-wide": Set("tin100", 32, 30, "resnet20_cifar", 24, 64, 0.4, "bf16", 8, WIDE),
         # On CIFAR-10: ImageNet holds all of tin100, and weights from it have seen its classes, if not its images.
         "cifar10-2k-finetune": Set(

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.accuracy import positive
 from benchmarks.presets import imagenet_lite0
 from timm_sfr.channels import group_channels
 from timm_sfr.errors import UserError
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the table; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solvers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, required=True, help="folder of .jpg files, at any depth")
-    parser.add_argument("--count", type=int, default=64)
+    parser.add_argument("--count", type=positive, default=64)
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:

@@ -8,6 +8,7 @@ writes the tables into ``docs/results.md`` between its markers, and a plot a set
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import sys
 from collections.abc import Iterable
@@ -80,9 +81,12 @@ def spread(values: list[float], digits: int, sign: str = "") -> str:
 
 
 def gain(one: Summary, base: Summary | None) -> str:
-    """The difference in top-1 to `base` at the same length, paired by seed; empty where there is none."""
+    """The difference in top-1 to `base` at the same length, paired by seed, with their number where not all seeds are
+    in both; empty where there is none.
+    """
     gains = [a - b for a, b in paired(one, base, "top1")] if base is not None and one is not base else []
-    return spread(gains, 2, "+") if gains else ""
+    part = f" ({len(gains)})" if len(gains) < len(one.rows) else ""  # then the means differ by something else
+    return spread(gains, 2, "+") + part if gains else ""
 
 
 def usual_epochs(found: list[Summary]) -> int:
@@ -141,12 +145,13 @@ def timings(clock: list[dict[str, str]], preset: str, name: str) -> list[dict[st
 def caption(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
     """What the runs of a set have in common, on what they ran, and how their times were taken."""
     first = rows[0]
+    pending = " + is code that was not committed yet." if any(row["commit"].endswith("+") for row in rows) else ""
     many = {key: sorted({row[key] for row in rows}) for key in ("hardware", "commit", "versions")}
     versions = "; ".join(re.sub(r'[{}"]', "", text) for text in many["versions"])
     return (
-        f"{first['images']} training images a run and epoch at {first['pixels']} px, {first['model']}; ± is half the "
-        f"95 % t-interval, differences are paired by seed. {', '.join(many['hardware'])}; {versions}; "
-        f"commits {', '.join(many['commit'])}." + _timed(times)
+        f"{first['images']} training images a run and epoch at {first['pixels']} px, {first['model']}; ± is half the width of "
+        "the 95 % t-interval; differences are paired by seed, over as many seeds as stand in brackets where not over all. "
+        f"{', '.join(many['hardware'])}; {versions}; commits {', '.join(many['commit'])}.{pending}" + _timed(times)
     )
 
 
@@ -154,9 +159,12 @@ def _timed(times: list[dict[str, str]]) -> str:
     if not times:
         return ""
     one = times[0]
+    sittings = sorted({(row["rounds"], row["batches"], row["ce_images_per_second"]) for row in times})
+    rounds = " or ".join(f"{rounds} rounds of {batches} batches" for rounds, batches, _ in sittings)
+    rates = " or ".join(rate for *_, rate in sittings)
     return (
-        f" Time is the median of {one['rounds']} rounds of {one['batches']} batches on {one['set']}, each between two of `ce` "
-        f"({one['ce_images_per_second']} images/s, {one['hardware']}, {one['threads']} thread(s)), times the epochs."
+        f" Time is the median of {rounds} on {one['set']}, each between two of `ce` ({rates} images/s, {one['hardware']}, "
+        f"{one['threads']} thread(s)), times the epochs."
     )
 
 
@@ -189,11 +197,18 @@ def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Renews the document and the plots; the exit status."""
+    from timm_sfr.cli import fail
+
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path, nargs="+", default=[RESULTS, RESULTS.with_name("heldout.csv")])
     parser.add_argument("--timing", type=Path, default=timing.RESULTS)
     parser.add_argument("--document", type=Path, default=DOCS / "results.md")
     args = parser.parse_args(arguments)
+    for option, path in [("csv", path) for path in args.csv] + [("document", args.document)]:
+        if not path.is_file():
+            return fail(f"{option}: there is no file {path}")
+    if importlib.util.find_spec("matplotlib") is None:
+        return fail('matplotlib is not installed: pip install -e ".[bench]"')
     text = args.document.read_text()
     rows, clock = [row for path in args.csv for row in read(path)], read(args.timing)
     for kind in sorted({(row["preset"], row["set"], row["split"]) for row in rows}):

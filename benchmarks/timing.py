@@ -22,22 +22,23 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.accuracy import HERE, Cell, asked, build, commit, read
+from benchmarks.accuracy import HERE, Cell, asked, build, commit, positive, read
 from benchmarks.presets import PRESETS
 
 RESULTS = HERE / "results" / "timing.csv"
 COLUMNS = ("preset", "set", "method", "ratio", "low", "high", "rounds", "batches", "ce_images_per_second",
            "hardware", "threads", "versions", "commit", "date")  # fmt: skip
+SECOND = 1  # the epoch that is timed: PS-KD costs its second pass from here on
 
 
-def seconds(trainer: Any, epoch: int) -> float:
+def seconds(trainer: Any) -> float:
     """How long one shortened epoch takes."""
     import torch
 
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
-    trainer.train_epoch(epoch)
+    trainer.train_epoch(SECOND)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
@@ -64,6 +65,7 @@ def measure(
     """Rows of the CSV for one set."""
     from timm_sfr import report
 
+    started_from = commit()
     with contextlib.ExitStack() as stack:
         trainers = {}
         for method in ["ce", *(method for method in methods if method != "ce")]:
@@ -71,18 +73,17 @@ def measure(
             with contextlib.redirect_stdout(io.StringIO()):
                 cell = Cell(preset, name, method, 0, "val", PRESETS[preset][name].epochs)
                 trainers[method] = build(cell, root, threads, output, batches)
-        # Twice: PS-KD costs its second pass from the second epoch on, DLB from the second batch.
         for trainer in trainers.values():
-            for epoch in range(2):
+            for epoch in range(SECOND + 1):
                 trainer.train_epoch(epoch)
         times: dict[str, list[float]] = {method: [] for method in trainers if method != "ce"}
         around: dict[str, list[float]] = {method: [] for method in times}
         base: list[float] = []
         for turn in range(rounds):
-            before = seconds(trainers["ce"], 2 + turn)
+            before = seconds(trainers["ce"])
             for method in times:
-                times[method].append(seconds(trainers[method], 2 + turn))
-                after = seconds(trainers["ce"], 2 + turn)
+                times[method].append(seconds(trainers[method]))
+                after = seconds(trainers["ce"])
                 around[method].append((before + after) / 2)
                 base.append(after)
                 before = after
@@ -94,7 +95,7 @@ def measure(
             "preset": preset, "set": name, "method": method, "ratio": f"{middle:.4f}", "low": f"{low:.4f}",
             "high": f"{high:.4f}", "rounds": rounds, "batches": batches, "ce_images_per_second": f"{rate:.0f}",
             "hardware": facts["hardware"], "threads": threads, "versions": json.dumps(report.versions()),
-            "commit": commit(), "date": time.strftime("%Y-%m-%d"),
+            "commit": started_from, "date": time.strftime("%Y-%m-%d"),
         }
         for method, (middle, low, high) in ratios(times, around).items()
     ]  # fmt: skip
@@ -121,13 +122,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-root", type=Path, required=True, help="folder with NAME/{train,val}/CLASS/*.jpg")
     parser.add_argument("--sets", nargs="+", help="sets of the preset (default: the first)")
     parser.add_argument("--methods", nargs="+", help="methods (default: all)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=16, help="batches a turn")
-    parser.add_argument("--threads", type=int, default=1 if (os.cpu_count() or 1) < 8 else 8)
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--batches", type=positive, default=16, help="batches a turn")
+    parser.add_argument("--threads", type=positive, default=1 if (os.cpu_count() or 1) < 8 else 8)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     try:
         sets, methods = asked(args)
+        if methods == ["ce"]:
+            raise UserError("methods: expected a method to time against ce; got ce alone")
         for name in sets if args.sets else sets[:1]:
             rows = measure(args.preset, name, methods, args.data_root, args.threads, args.rounds, args.batches)
             merge(args.csv, rows)

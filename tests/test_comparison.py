@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import shutil
 
 import numpy as np
@@ -14,7 +15,8 @@ from torch.utils.data import TensorDataset
 
 import timm_sfr  # noqa: F401  (registers resnet20_cifar)
 from benchmarks import accuracy, presets, timing
-from benchmarks.images import DeviceBatches, choose, open_sets
+from benchmarks.images import DeviceBatches, choose, decode, open_sets
+from benchmarks.pool import side_by_side
 from timm_sfr import RunConfig, SFRConfig, UserError
 from timm_sfr.data import Split
 
@@ -121,7 +123,8 @@ def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypa
     torch.set_num_threads(threads)
     scores = [{name: row[name] for name in ("top1", "top5", "nll", "ece", "best_top1", "best_epoch")} for row in rows]
     assert scores[0] == scores[1] and scores[0]["nll"] > 0
-    assert json.loads(rows[0]["args"])["sfr"]["matching"] == "gaussian"
+    options = json.loads(rows[0]["args"])
+    assert options["sfr"]["matching"] == "gaussian" and options["lr"] == 0.2 and options["threads"] == 1
     assert rows[0]["extra_parameters"] == 0 and rows[0]["train_seconds"] > 0 and rows[0]["images"] == 160
     path = tmp_path / "results" / "accuracy.csv"
     accuracy.append(path, rows[0])
@@ -146,6 +149,8 @@ def test_a_trial_is_short_and_stays_out_of_the_results(root, monkeypatch, capsys
     assert row["images"] == 32 and '"cutmix": 1.0' in row["args"]
     assert accuracy.main(["--data-root", str(root), "--limit", "2"]) == 2
     assert "name a --csv of its own" in capsys.readouterr().err
+    near = os.path.relpath(accuracy.RESULTS)
+    assert accuracy.main(["--data-root", str(root), "--limit", "2", "--csv", near]) == 2
 
 
 @pytest.mark.parametrize("preset,name", [(preset, name) for preset, sets in accuracy.PRESETS.items() for name in sets])
@@ -173,17 +178,75 @@ def test_rows_of_other_options_are_refused(tmp_path):
     path = tmp_path / "runs.csv"
     for weight in (1.0, 0.1):
         options = dataclasses.asdict(SFRConfig(weight=weight))
-        row = dict.fromkeys(accuracy.COLUMNS, "") | {"method": "sfr", "seed": 0, "args": json.dumps({"sfr": options})}
+        cell = dataclasses.asdict(accuracy.Cell("cpu", "tin100-3k", "sfr", 0, "val", 1))
+        row = dict.fromkeys(accuracy.COLUMNS, "") | cell | {"args": json.dumps({"sfr": options})}
         accuracy.append(path, row)
         words = accuracy.parse(["--data-root", ".", "--methods", "ce", "--seeds", "0", "--csv", str(path)])
         if weight == 1.0:
             assert len(accuracy.missing(words)) == len(presets.PRESETS["cpu"])
-    with pytest.raises(UserError, match="other values of weight"):
+    with pytest.raises(UserError, match="other values of sfr.weight"):
         accuracy.missing(words)
 
 
-def test_one_cell_that_fails_does_not_end_the_others(monkeypatch, capsys):
-    monkeypatch.setattr(accuracy, "run", lambda *_: 1 / 0)
-    cell = accuracy.Cell("cpu", "tin100-3k", "ce", 0, "val", 1)
-    assert accuracy._attempt((cell, None, 1, None)) == (cell, "ZeroDivisionError: division by zero")
-    assert "Traceback" in capsys.readouterr().err
+@pytest.mark.parametrize("options,changed", [({"lr": 0.3}, "lr"), ({"peer": {"temperature": 3.0}}, "peer.temperature")])
+def test_rows_of_another_set_or_another_peer_are_refused(tmp_path, options, changed):
+    cell = accuracy.Cell("cpu", "tin100-3k", "cskd", 0, "val", 48)
+    assert cell.recorded()["peer"] == {"temperature": 4.0, "weight": 1.0}
+    for name, args in (("old", {}), ("same", cell.recorded()), ("other", cell.recorded() | options)):
+        path = tmp_path / f"{name}.csv"
+        row = dict.fromkeys(accuracy.COLUMNS, "") | dataclasses.asdict(cell) | {"args": json.dumps(args)}
+        accuracy.append(path, row)
+        words = ["--data-root", ".", "--csv", str(path), "--sets", "tin100-3k", "--methods", "cskd", "--seeds", "0"]
+        if name != "other":
+            assert accuracy.missing(accuracy.parse(words)) == []
+    with pytest.raises(UserError, match=rf"'cskd' on tin100-3k with other values of {changed} than"):
+        accuracy.missing(accuracy.parse(words))
+
+
+@pytest.mark.parametrize("path", [accuracy.RESULTS, accuracy.HELD_OUT])
+def test_the_committed_runs_are_of_the_options_that_their_names_mean(path):
+    assert len(accuracy.read(path)) > 100
+    accuracy.missing(accuracy.parse(["--data-root", ".", "--csv", str(path)]))
+
+
+@pytest.mark.parametrize("words", [["--epochs", "0"], ["--jobs", "-1"], ["--limit", "0"]])
+def test_counts_are_from_one_up(words, capsys):
+    with pytest.raises(SystemExit):
+        accuracy.parse(["--data-root", ".", *words])
+    assert "expected a whole number from 1 up" in capsys.readouterr().err
+
+
+def test_held_out_scores_have_a_file_of_their_own():
+    assert accuracy.parse(["--data-root", ".", "--heldout"]).csv == accuracy.HELD_OUT
+    assert accuracy.parse(["--data-root", "."]).csv == accuracy.RESULTS
+
+
+def fail_or_die(piece, status):
+    if piece == "raise":
+        raise ZeroDivisionError("division by zero")
+    if piece == "refuse":
+        raise UserError("data-root: no")
+    if piece == "die":
+        os._exit(status)
+    return piece.upper()
+
+
+def test_one_that_fails_or_is_killed_does_not_end_the_others(capfd):
+    found = dict(side_by_side(fail_or_die, ["a", "raise", "die", "refuse", "b"], 2, 7))
+    assert found == {
+        "a": "A", "raise": "ZeroDivisionError: division by zero", "die": "its process ended with status 7",
+        "refuse": "data-root: no", "b": "B",
+    }  # fmt: skip
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_folders_with_other_files_and_without_images(tmp_path):
+    for kind in ("a", "b"):
+        (tmp_path / "set" / "train" / kind).mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "train" / "a" / "1.png")
+    (tmp_path / "set" / "train" / "a" / "boxes.txt").write_text("no image")
+    with pytest.raises(UserError, match=r"expected images .* in .*train/b; found none"):
+        decode(tmp_path, "set", "train", 8)
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "train" / "b" / "1.PNG")
+    images, labels, names = decode(tmp_path, "set", "train", 8)
+    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1] and names == ["a", "b"]

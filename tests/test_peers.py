@@ -84,6 +84,32 @@ def test_byot_teaches_nothing_to_the_deepest_head():
     assert model.fc.weight.grad is None or model.fc.weight.grad.abs().max() < 1e-6
 
 
+def test_byot_teaches_its_features_to_the_shallow_stages_alone():
+    """In evaluation mode, so that no statistics carry a gradient elsewhere."""
+    task, model = make("byot:alpha=0.0,beta=5.0")
+    x, y = batch()
+    logits, heads, features = task.eval().trainable_module(x)
+    deep = list(model.stages[-1].parameters())
+    # The hand's loss: the deep features as numbers.
+    loss = sum(torch.nn.functional.cross_entropy(z, y) for z in (logits, *heads))
+    target = torch.tensor(features[-1].tolist())
+    loss = loss + sum(5 * ((feature - target) ** 2).sum(1).mean() for feature in features[:-1])
+    expected = torch.autograd.grad(loss, deep)
+    for ours, hand in zip(torch.autograd.grad(task(x, y)["loss"], deep), expected, strict=True):
+        torch.testing.assert_close(ours, hand, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [(0, 0), (15, 7), (31, 31)])
+def test_the_heads_see_all_of_the_map(place):
+    task, _ = make("deepsup")
+    heads = task.eval().trainable_module
+    for adapt, side in zip(heads.adapters, (32, 16), strict=True):
+        channels = adapt[0][0].in_channels
+        maps = torch.rand(1, channels, side, side, requires_grad=True)
+        adapt(maps).sum().backward()
+        assert maps.grad[0, :, place[0] * side // 32, place[1] * side // 32].abs().max() > 0
+
+
 def test_tffd():
     task, _ = make("tffd")
     x, y = batch()

@@ -54,6 +54,14 @@ def test_the_table_pairs_by_seed_and_marks_the_best_epoch(path):
     assert [line.split("|")[-3].strip() for line in lines[3:]] == ["", "1.00"], "ls was not timed, ce is the measure"
 
 
+def test_a_difference_says_how_many_pairs_it_has(path):
+    """Means over other seeds differ by other amounts than the pairs."""
+    rows = [row for row in accuracy.read(path) if (row["method"], row["seed"]) not in {("ce", "1"), ("ls", "2")}]
+    found = table.summaries(rows)
+    ls, ce = (table.find(found, method, 10) for method in ("ls", "ce"))
+    assert table.gain(ls, ce) == "+1.00 (1)" and table.gain(table.find(found, "sfr", 10), ls) == "+1.25 (2)"
+
+
 def test_other_lengths_are_rows_of_their_own_and_a_lone_seed_has_no_interval(path):
     longer = accuracy.read(path)[0] | {"epochs": "13", "top1": "23.0"}
     with path.open("a", newline="") as file:
@@ -74,6 +82,18 @@ def test_the_document_is_renewed_between_its_markers_alone(path, tmp_path):
     assert first.startswith("Before.") and first.endswith("After.\n") and "old" not in first and "+1.33" in first
     assert table.main(words) == 0
     assert document.read_text() == first and (tmp_path / "results-cpu-digits-val.svg").read_bytes() == picture
+
+
+def test_a_file_that_is_not_there(path, tmp_path, capsys):
+    assert table.main(["--csv", str(path) + "x"]) == 2 and "csv: there is no file" in capsys.readouterr().err
+    assert table.main(["--csv", str(path), "--document", str(tmp_path / "no.md")]) == 2
+
+
+def test_all_sittings_of_the_timing_are_named(path):
+    times = [{"rounds": rounds, "batches": "16", "set": "s", "ce_images_per_second": rate, "hardware": "h", "threads": "1"}
+             for rounds, rate in (("5", "1127"), ("7", "1030"), ("5", "1127"))]  # fmt: skip
+    said = table.caption(accuracy.read(path), times)
+    assert "5 rounds of 16 batches or 7 rounds of 16 batches" in said and "1127 or 1030 images/s" in said
 
 
 def test_a_set_without_timings_takes_those_of_its_network():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 from timm.task import ClassificationTask, TrainingTask
@@ -23,14 +24,30 @@ from timm_sfr.build import PlainLoss
 from timm_sfr.config import SFRConfig
 from timm_sfr.errors import UserError, near_matches
 
-Maker = Callable[[nn.Module, tuple[int, int, int], Any], TrainingTask]
+
+class Maker(Protocol):
+    """Makes a task over a model, and says by which options."""
+
+    def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
+        """The task over `model`."""
+
+    def recorded(self) -> dict[str, Any]:
+        """All options with their values, for the record of a run."""
 
 
-def plain(smoothing: float) -> Maker:
-    """Cross-entropy with constant uniform smoothing."""
-    return lambda model, size, device: ClassificationTask(
-        model.to(device), PlainLoss(smoothing), device=device, verbose=False
-    )
+class Plain:
+    """Makes cross-entropy with constant uniform smoothing."""
+
+    def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
+
+    def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
+        """The task over `model`."""
+        return ClassificationTask(model.to(device), PlainLoss(self.smoothing), device=device, verbose=False)
+
+    def recorded(self) -> dict[str, Any]:
+        """The smoothing."""
+        return {"peer": {"smoothing": self.smoothing}}
 
 
 class SFR:
@@ -46,31 +63,42 @@ class SFR:
             task.feature_loss = self.loss()
         return task
 
+    def recorded(self) -> dict[str, Any]:
+        """SFR's configuration."""
+        return {"sfr": dataclasses.asdict(self.config)}
+
 
 class Peer:
     """Makes tasks of a peer with these options over its published ones."""
 
     def __init__(self, kind: Callable[..., TrainingTask], **options: Any) -> None:
-        known = set(inspect.signature(kind).parameters) - {"model", "input_size", "device"}
-        if unknown := sorted(set(options) - known):
+        parameters = inspect.signature(kind).parameters
+        known = {name: item.default for name, item in parameters.items() if item.default is not item.empty}
+        if unknown := sorted(options.keys() - known.keys()):
             raise TypeError(f"unknown option {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
-        self.kind, self.options = kind, options
+        if wrong := [name for name, value in options.items() if type(value) not in (int, float)]:
+            raise TypeError(f"{wrong[0]}: expected a number; got {options[wrong[0]]!r}")
+        self.kind, self.options = kind, known | options
 
     def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
         """The task over `model`; only a peer that looks at feature maps needs the size."""
         sized = {"input_size": size} if "input_size" in inspect.signature(self.kind).parameters else {}
         return self.kind(model, device=device, **sized, **self.options)
 
+    def recorded(self) -> dict[str, Any]:
+        """The options, published ones too."""
+        return {"peer": self.options}
 
-# Every form but "sfr" says all its options, so that its figures stay its own when a default changes.
+
+# What these say of their options is all that they differ in from "sfr"; a run's record has the values of all.
 gaussian = partial(SFR, matching="gaussian", weight=1.0, smoothing=0.0)
 emd = partial(SFR, matching="emd", weight=1.0, smoothing=0.0)
 smooth = partial(SFR, weight=0.0)  # SFR's smoothing alone
 
 METHODS: dict[str, Maker] = {
-    "ce": plain(0.0),
-    "ls": plain(0.1),
-    "ls-0.5": plain(0.5),
+    "ce": Plain(0.0),
+    "ls": Plain(0.1),
+    "ls-0.5": Plain(0.5),
     "deepsup": Peer(BYOT, alpha=0.0, beta=0.0),
     "byot": Peer(BYOT),
     "tffd": Peer(TfFD),
@@ -124,6 +152,9 @@ def find(name: str) -> Maker:
             f"methods: expected any of {known}, or METHOD:OPTION=VALUE,...; got {name!r}{near_matches(name, METHODS)}"
         )
     try:
-        return made(**yaml.safe_load("{" + words.replace("=", ": ") + "}"))
+        options = yaml.safe_load("{" + words.replace("=", ": ") + "}")
+        if fixed := sorted({"enabled", "loss"} & options.keys()):
+            raise TypeError(f"{fixed[0]} is not an option of the comparison")
+        return made(**options)
     except (TypeError, yaml.YAMLError) as error:
         raise UserError(f"methods: {name!r}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch.nn.functional as F
@@ -10,8 +11,25 @@ from torch import Tensor, nn
 from benchmarks.methods.peer import Mapped, PeerTask, kl
 
 
+class SeparableConv(nn.Sequential):
+    """Two depthwise 3x3 convolutions, the first of this stride, each mixed across channels, normalised and rectified."""
+
+    def __init__(self, channels: int, out: int, stride: int) -> None:
+        def conv(count: int, stride: int) -> list[nn.Module]:
+            mix = nn.Conv2d(channels, count, 1, bias=False)
+            return [
+                nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False),
+                mix,
+                nn.BatchNorm2d(count),
+                nn.ReLU(),
+            ]
+
+        super().__init__(*conv(channels, stride), *conv(out, 1))
+
+
 class Heads(nn.Module):
-    """A classifier on every shallow tap: a strided convolution to the deep tap's channels, pooling, a linear map."""
+    """A classifier on every shallow tap: separable convolutions by way of the grids and channels of the deeper taps to
+    those of the deep one, pooling, a linear map. So the authors' heads go down."""
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -20,11 +38,12 @@ class Heads(nn.Module):
         channels = plan.deep.channels
         self.adapters = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(tap.channels, channels, 3, max(1, tap.grid[0] // plan.deep.grid[0]), 1, bias=False),
-                nn.BatchNorm2d(channels),
-                nn.ReLU(),
+                *(
+                    SeparableConv(low.channels, high.channels, max(1, low.grid[0] // high.grid[0]))
+                    for low, high in pairwise((*plan.shallow[start:], plan.deep))
+                )
             )
-            for tap in plan.shallow
+            for start in range(len(plan.shallow))
         )
         self.classifiers = nn.ModuleList(nn.Linear(channels, model.num_classes) for _ in plan.shallow)
 

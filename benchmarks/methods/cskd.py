@@ -12,7 +12,7 @@ from benchmarks.methods.peer import Logits, PeerTask, kl
 
 
 class CSKD(PeerTask):
-    """L = CE(z(x), y) + lambda T^2 KL(sg z(x') || z(x)) with x' another image of the class of x.
+    """L = CE(z(x), y) + lambda T^2 KL(sg z(x') || z(x)) with x' an image of the class of x, drawn from all of them.
 
     The batches carry the partners behind the images: twice the forward passes.
     """

@@ -16,7 +16,8 @@ from timm_sfr.smoothing import soft_targets
 class PSKD(PeerTask):
     """L = CE(z, (1 - a_t) y + a_t softmax(z_{t-1})), a_t = alpha t / T, with z_{t-1} of the model one epoch ago.
 
-    That model is a copy without gradients: one more forward pass from the second epoch on.
+    That model is a copy without gradients, which sees the same images: one more forward pass from the second epoch on. Code
+    that keeps each image's prediction from its last pass in place of the model saves that pass.
     """
 
     def __init__(self, model: nn.Module, device: Any, alpha: float = 0.8) -> None:

@@ -12,7 +12,8 @@ from benchmarks.methods.peer import Mapped, PeerTask
 
 
 def intra(x: Tensor) -> Tensor:
-    """Within a map (B, C, H, W): mean squared distance of the more salient half of the channels to the other half.
+    """Within a map (B, C, H, W): mean squared distance of the more salient half of the channels to the other half, into
+    both of which gradients flow.
 
     A channel's salience is the mean of its values scaled to unit length over the locations.
     """
@@ -32,7 +33,8 @@ def inter(shallow: Tensor, deep: Tensor) -> Tensor:
 class TfFD(PeerTask):
     """L = CE(z, y) + r(t) (lambda_intra sum_l intra(F_l) + lambda_inter sum_{l<m} inter(F_l, F_m)), r rising to 1.
 
-    r rises over the first twelfth of the epochs: the authors' 20 of 240.
+    r rises over the first twelfth of the epochs: the authors' 20 of 240. Gradients flow into both halves of a map. The
+    authors have published the sums both as they are here and divided by 3.
     """
 
     def __init__(

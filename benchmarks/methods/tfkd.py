@@ -15,7 +15,8 @@ class TfKDReg(PeerTask):
     """L = (1 - alpha) CE(z, y) + alpha T^2 KL(p^d_T || softmax(z / T)).
 
     The teacher p^d gives `right` to the class and the rest evenly to the others, and is softened like the student:
-    p^d_T = softmax(log p^d / T).
+    p^d_T = softmax(log p^d / T). This is the paper's equation with Hinton's T^2; the authors' code softens p^d in place of its
+    logarithm and the student not at all, which is label smoothing of about alpha.
     """
 
     def __init__(
