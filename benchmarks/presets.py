@@ -75,7 +75,7 @@ PRESETS: dict[str, dict[str, Set]] = {
         "tin100-3k-wide": Set("tin100", 32, 30, "resnet20_cifar", 24, 64, 0.4, "bf16", 8, WIDE),
         # On CIFAR-10: ImageNet holds all of tin100, and weights from it have seen its classes, if not its images.
         "cifar10-2k-finetune": Set(
-            "cifar10", 96, 200, "tf_efficientnet_lite0", 5, 64, 0.05, "no", 5, (), (), "imagenet-lite0"
+            "cifar10", 96, 200, "tf_efficientnet_lite0", 5, 64, 0.01, "no", 5, (), (), "imagenet-lite0"
         ),
     },
     "gpu": {
