@@ -99,17 +99,6 @@ def test_byot_teaches_its_features_to_the_shallow_stages_alone():
         torch.testing.assert_close(ours, hand, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("place", [(0, 0), (15, 7), (31, 31)])
-def test_the_heads_see_all_of_the_map(place):
-    task, _ = make("deepsup")
-    heads = task.eval().trainable_module
-    for adapt, side in zip(heads.adapters, (32, 16), strict=True):
-        channels = adapt[0][0].in_channels
-        maps = torch.rand(1, channels, side, side, requires_grad=True)
-        adapt(maps).sum().backward()
-        assert maps.grad[0, :, place[0] * side // 32, place[1] * side // 32].abs().max() > 0
-
-
 def test_tffd():
     task, _ = make("tffd")
     x, y = batch()
