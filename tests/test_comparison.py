@@ -184,7 +184,7 @@ def test_rows_of_other_options_are_refused(tmp_path):
         words = accuracy.parse(["--data-root", ".", "--methods", "ce", "--seeds", "0", "--csv", str(path)])
         if weight == 1.0:
             assert len(accuracy.missing(words)) == len(presets.PRESETS["cpu"])
-    with pytest.raises(UserError, match="other values of sfr.weight"):
+    with pytest.raises(UserError, match=r"other values of sfr\.weight"):
         accuracy.missing(words)
 
 
