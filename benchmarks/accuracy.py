@@ -144,7 +144,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds one row, to the disk at once."""
-    new = not path.exists()
+    new = not path.exists() or not path.stat().st_size
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -155,9 +155,24 @@ def append(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def check_csv(path: Path) -> None:
+    """Raises UserError, before any run, unless rows can be added to the file."""
+    from timm_sfr.errors import UserError
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", newline="") as file:
+            file.seek(0)
+            found = next(csv.reader(file), None)
+    except OSError as error:
+        raise UserError(f"csv: cannot write to {path}: {error.strerror}") from error
+    if found is not None and tuple(found) != COLUMNS:
+        raise UserError(f"csv: {path} has other columns than a file of runs; name another one")
+
+
 def positive(text: str) -> int:
     """A whole number from 1 up, for argparse."""
-    number = int(text)
+    number = int(text) if text.strip().lstrip("-").isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up; got {text}")
     return number
@@ -201,7 +216,7 @@ def asked(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             raise UserError(f"sets: expected any of {', '.join(PRESETS[args.preset])}; got {name!r}{hint}")
     for name in methods:
         find(name)
-    return sets, methods
+    return list(dict.fromkeys(sets)), list(dict.fromkeys(methods))
 
 
 def missing(args: argparse.Namespace) -> list[Cell]:
@@ -215,7 +230,7 @@ def missing(args: argparse.Namespace) -> list[Cell]:
     cells = [
         Cell(args.preset, name, method, seed, split, args.epochs or PRESETS[args.preset][name].epochs)
         # Other seeds to choose by than to report: both train on the same images.
-        for seed in args.seeds or (range(100, 105) if args.heldout else range(5))
+        for seed in dict.fromkeys(args.seeds or ()) or (range(100, 105) if args.heldout else range(5))
         for name in sets
         for method in methods
     ]
@@ -256,6 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.limit is not None and args.csv.resolve() in (RESULTS, HELD_OUT):
             raise UserError("limit: a trial's scores do not belong in the results; name a --csv of its own")
+        check_csv(args.csv)
         cells = missing(args)
         for name, pixels in sorted({(cell.data.name, cell.data.pixels) for cell in cells}):
             for part in ("train", "val"):  # here, before several runs would do it at once

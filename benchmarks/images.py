@@ -42,7 +42,10 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
     images, labels = [], []
     for label, kind in enumerate(names):
         for path in sorted(path for path in (folder / kind).iterdir() if path.suffix.lower() in SUFFIXES):
-            image = Image.open(path).convert("RGB")
+            try:
+                image = Image.open(path).convert("RGB")
+            except OSError as error:
+                raise UserError(f"data-root: {path} does not decode as an image: {error}") from error
             # Box averages whole pixels where an image shrinks, and would only repeat them where it grows.
             smaller = pixels <= min(image.size)
             image = image.resize((pixels, pixels), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)

@@ -225,6 +225,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not pattern.search(text):
             text += f"\n## {label}\n\n<!-- {label} -->\n<!-- end -->\n"
         text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)
+    made = {"-".join((row["preset"], row["set"], row["split"])) for row in rows}
+    for label in sorted(set(re.findall(r"<!-- ([\w-]+) -->\n", text)) - made - {"end"}):
+        print(f"warning: {args.document} has a table {label} that no run is behind; take it out", file=sys.stderr)
     args.document.write_text(text)
     return 0
 

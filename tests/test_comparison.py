@@ -209,11 +209,25 @@ def test_the_committed_runs_are_of_the_options_that_their_names_mean(path):
     accuracy.missing(accuracy.parse(["--data-root", ".", "--csv", str(path)]))
 
 
-@pytest.mark.parametrize("words", [["--epochs", "0"], ["--jobs", "-1"], ["--limit", "0"]])
+@pytest.mark.parametrize("words", [["--epochs", "0"], ["--jobs", "x"], ["--limit", "-1"]])
 def test_counts_are_from_one_up(words, capsys):
     with pytest.raises(SystemExit):
         accuracy.parse(["--data-root", ".", *words])
     assert "expected a whole number from 1 up" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_take_the_runs_is_said_before_them(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": presets.Set("colours", 32, None, "resnet20_cifar", 2)})
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    words = ["--data-root", str(root), "--methods", "ce"]
+    for path, message in ((tmp_path, "cannot write to"), (tmp_path / "other.csv", "has other columns")):
+        assert accuracy.main([*words, "--csv", str(path)]) == 2 and message in capsys.readouterr().err
+    empty = tmp_path / "empty.csv"
+    accuracy.check_csv(empty)
+    accuracy.append(empty, dict.fromkeys(accuracy.COLUMNS, "1"))
+    assert accuracy.read(empty)[0]["method"] == "1"
+    twice = ["--data-root", ".", "--csv", str(tmp_path / "new.csv"), "--methods", "ce", "ce", "--seeds", "1", "1"]
+    assert len(accuracy.missing(accuracy.parse(twice))) == 1
 
 
 def test_held_out_scores_have_a_file_of_their_own():
@@ -248,5 +262,9 @@ def test_folders_with_other_files_and_without_images(tmp_path):
     with pytest.raises(UserError, match=r"expected images .* in .*train/b; found none"):
         decode(tmp_path, "set", "train", 8)
     Image.new("RGB", (8, 8)).save(tmp_path / "set" / "train" / "b" / "1.PNG")
+    (tmp_path / "set" / "train" / "b" / "2.jpg").write_text("no image")
+    with pytest.raises(UserError, match=r"2\.jpg does not decode"):
+        decode(tmp_path, "set", "train", 8)
+    (tmp_path / "set" / "train" / "b" / "2.jpg").unlink()
     images, labels, names = decode(tmp_path, "set", "train", 8)
     assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1] and names == ["a", "b"]

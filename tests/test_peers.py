@@ -272,8 +272,15 @@ def test_the_gradient_passes_no_teacher(name):
 def test_unknown_methods_are_errors():
     with pytest.raises(UserError, match="did you mean"):
         find("sfr-emdd")
-    with pytest.raises(UserError, match="lamda"):
-        find("sfr:lamda=1")
+    for name, message in (
+        ("sfr:lamda=1", "unknown option lamda"),
+        ("sfr:weigth=1", "did you mean 'weight'"),
+        ("sfr:enabled=false", "enabled is not an option"),
+        ("ce:smoothing=0.1", "'ce' has no options"),
+        ("byot:alpha=x", "alpha: expected a number; got 'x'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            find(name)
     assert find("sfr:weight=0.5,channels=projection").config.weight == 0.5
     with pytest.raises(UserError, match=r"unknown option alpha; CSKD has temperature, weight"):
         find("cskd:alpha=1")

@@ -80,6 +80,13 @@ def test_exported_keys_are_the_models(digits_run):
     assert set(found) == set(timm.create_model("resnet20_cifar").state_dict())
 
 
+def test_the_line_that_a_run_prints_loads_its_model(digits_run):
+    line = digits_run[1].strip().splitlines()[-1]
+    assert line.startswith("load it with: import timm, timm_sfr; model = ")
+    done = run(TRAIN[0], "-c", line.removeprefix("load it with: ") + "; print(model.num_classes, model.training)")
+    assert done.returncode == 0 and done.stdout == "10 False\n", done.stderr
+
+
 LOADS = """
 import sys, timm, torch
 {imports}
@@ -94,7 +101,10 @@ def test_plain_timm_loads_the_model_bit_for_bit(name, plugin, digits_run, tmp_pa
     """In a process that blocks timm_sfr for timm's own models; with `import timm_sfr` for ours."""
     folder = digits_run[0]
     if not plugin:
-        train("--model", name, "--img-size", 64, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "-b", 128)
+        done = train(
+            "--model", name, "--img-size", 64, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "-b", 128
+        )
+        assert "load it with: import timm; model = " in done.stdout
         folder = tmp_path / "run"
     state = torch.load(checkpoints(folder / "checkpoints")[-1], weights_only=True)
     best = json.loads((folder / "metrics.json").read_text())["best"]["epoch"] + 1

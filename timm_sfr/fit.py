@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
+from timm.models import get_arch_name
 from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from timm_sfr.engine import FiniteGuard, Trainer
 from timm_sfr.errors import UserError
 from timm_sfr.hub import Exporter
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.task import SFRTask
 from timm_sfr.workspace import open_workspace
 
@@ -67,7 +69,11 @@ def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = Non
     best, last = trainer.best, trainer.last
     say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}")
     say(f"the model is in {run / 'model'}")
-    say(f'load it with timm.create_model("local-dir:{run / "model"}", pretrained=True)')
+    # timm itself does not know the architectures that this package adds.
+    plugin = ", timm_sfr" if get_arch_name(trainer.facts["model"]) in SMALL_IMAGE_MODELS else ""
+    say(
+        f'load it with: import timm{plugin}; model = timm.create_model("local-dir:{run / "model"}", pretrained=True).eval()'
+    )
     return run
 
 

@@ -146,6 +146,8 @@ def find(name: str) -> Maker:
     made: Callable[..., Maker] | None = {"sfr": SFR, "sliced": partial(SFR, SlicedLoss)}.get(kind)
     if isinstance(METHODS.get(kind), Peer):
         made = partial(Peer, METHODS[kind].kind)
+    if kind in METHODS and made is None:
+        raise UserError(f"methods: {kind!r} has no options; got {name!r}")
     if made is None or not words:
         known = ", ".join(METHODS)
         raise UserError(
@@ -155,6 +157,9 @@ def find(name: str) -> Maker:
         options = yaml.safe_load("{" + words.replace("=", ": ") + "}")
         if fixed := sorted({"enabled", "loss"} & options.keys()):
             raise TypeError(f"{fixed[0]} is not an option of the comparison")
+        known = [field.name for field in dataclasses.fields(SFRConfig) if field.name != "enabled"]
+        if not isinstance(METHODS.get(kind), Peer) and (unknown := sorted(options.keys() - set(known))):
+            raise TypeError(f"unknown option {unknown[0]}{near_matches(unknown[0], known)}; SFR has {', '.join(known)}")
         return made(**options)
     except (TypeError, yaml.YAMLError) as error:
         raise UserError(f"methods: {name!r}: {error}") from error
