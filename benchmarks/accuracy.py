@@ -144,11 +144,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Adds one row, to the disk at once."""
-    new = not path.exists() or not path.stat().st_size
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        if new:
+        if not file.tell():
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         file.flush()
@@ -216,7 +215,7 @@ def asked(args: argparse.Namespace) -> tuple[list[str], list[str]]:
             raise UserError(f"sets: expected any of {', '.join(PRESETS[args.preset])}; got {name!r}{hint}")
     for name in methods:
         find(name)
-    return list(dict.fromkeys(sets)), list(dict.fromkeys(methods))
+    return sets, methods
 
 
 def missing(args: argparse.Namespace) -> list[Cell]:
@@ -230,11 +229,11 @@ def missing(args: argparse.Namespace) -> list[Cell]:
     cells = [
         Cell(args.preset, name, method, seed, split, args.epochs or PRESETS[args.preset][name].epochs)
         # Other seeds to choose by than to report: both train on the same images.
-        for seed in dict.fromkeys(args.seeds or ()) or (range(100, 105) if args.heldout else range(5))
+        for seed in args.seeds or (range(100, 105) if args.heldout else range(5))
         for name in sets
         for method in methods
     ]
-    return [cell for cell in cells if tuple(map(str, dataclasses.astuple(cell))) not in done]
+    return [cell for cell in dict.fromkeys(cells) if tuple(map(str, dataclasses.astuple(cell))) not in done]
 
 
 def _same_options(row: dict[str, str], path: Path) -> None:

@@ -14,19 +14,16 @@ from timm_sfr.errors import UserError
 T = TypeVar("T")
 
 
-def attempt(function: Callable[..., Any], piece: Any, *more: Any) -> Any:
-    """``function(piece, *more)``, or in words what went wrong: one that fails must not end the others."""
+def _work(answer: Any, function: Callable[..., Any], *job: Any) -> None:
+    """Sends ``function(*job)``, or in words what went wrong: one that fails must not end the others."""
     try:
-        return function(piece, *more)
+        found = function(*job)
     except UserError as error:
-        return str(error)
+        found = str(error)
     except Exception as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}"
-
-
-def _send(answer: Any, *job: Any) -> None:
-    answer.send(attempt(*job))
+        found = f"{type(error).__name__}: {error}"
+    answer.send(found)
 
 
 def side_by_side(
@@ -42,7 +39,7 @@ def side_by_side(
     def start(count: int) -> None:
         for piece in itertools.islice(queue, count):
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_send, args=(theirs, function, piece, *more))
+            process = context.Process(target=_work, args=(theirs, function, piece, *more))
             process.start()
             theirs.close()  # so that the end of the process ends the pipe
             running[ours] = (piece, process)

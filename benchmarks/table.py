@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
         return fail('matplotlib is not installed: pip install -e ".[bench]"')
     text = args.document.read_text()
     rows, clock = [row for path in args.csv for row in read(path)], read(args.timing)
-    for kind in sorted({(row["preset"], row["set"], row["split"]) for row in rows}):
+    kinds = sorted({(row["preset"], row["set"], row["split"]) for row in rows})
+    for kind in kinds:
         chosen = [row for row in rows if (row["preset"], row["set"], row["split"]) == kind]
         label = "-".join(kind)
         found = summaries(chosen)
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not pattern.search(text):
             text += f"\n## {label}\n\n<!-- {label} -->\n<!-- end -->\n"
         text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)
-    made = {"-".join((row["preset"], row["set"], row["split"])) for row in rows}
+    made = {"-".join(kind) for kind in kinds}
     for label in sorted(set(re.findall(r"<!-- ([\w-]+) -->\n", text)) - made - {"end"}):
         print(f"warning: {args.document} has a table {label} that no run is behind; take it out", file=sys.stderr)
     args.document.write_text(text)

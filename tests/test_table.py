@@ -84,6 +84,17 @@ def test_the_document_is_renewed_between_its_markers_alone(path, tmp_path):
     assert document.read_text() == first and (tmp_path / "results-cpu-digits-val.svg").read_bytes() == picture
 
 
+def test_a_table_without_runs_is_said(path, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    document = tmp_path / "results.md"
+    document.write_text("<!-- cpu-digits-val -->\n<!-- end -->\n<!-- cpu-gone-val -->\nold\n<!-- end -->\n")
+    assert table.main(["--csv", str(path), "--document", str(document), "--timing", str(tmp_path / "none.csv")]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "a table cpu-gone-val that no run is behind" in said and "digits" not in said and "old" in document.read_text()
+    )
+
+
 def test_a_file_that_is_not_there(path, tmp_path, capsys):
     assert table.main(["--csv", str(path) + "x"]) == 2 and "csv: there is no file" in capsys.readouterr().err
     assert table.main(["--csv", str(path), "--document", str(tmp_path / "no.md")]) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Protocol
 
@@ -50,10 +50,18 @@ class Plain:
         return {"peer": {"smoothing": self.smoothing}}
 
 
+def _only(options: dict[str, Any], known: Iterable[str], kind: str) -> None:
+    known = sorted(known)
+    if unknown := sorted(options.keys() - set(known)):
+        hint = near_matches(unknown[0], known)
+        raise TypeError(f"unknown option {', '.join(unknown)}{hint}; {kind} has {', '.join(known)}")
+
+
 class SFR:
     """Makes SFR tasks with these options over its defaults; `loss`, if any, takes the place of the feature loss."""
 
     def __init__(self, loss: Callable[[], nn.Module] | None = None, **options: Any) -> None:
+        _only(options, {field.name for field in dataclasses.fields(SFRConfig)} - {"enabled"}, "SFR")
         self.config, self.loss = SFRConfig(**options), loss
 
     def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
@@ -74,8 +82,7 @@ class Peer:
     def __init__(self, kind: Callable[..., TrainingTask], **options: Any) -> None:
         parameters = inspect.signature(kind).parameters
         known = {name: item.default for name, item in parameters.items() if item.default is not item.empty}
-        if unknown := sorted(options.keys() - known.keys()):
-            raise TypeError(f"unknown option {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(known))}")
+        _only(options, known, kind.__name__)
         if wrong := [name for name, value in options.items() if type(value) not in (int, float)]:
             raise TypeError(f"{wrong[0]}: expected a number; got {options[wrong[0]]!r}")
         self.kind, self.options = kind, known | options
@@ -157,9 +164,6 @@ def find(name: str) -> Maker:
         options = yaml.safe_load("{" + words.replace("=", ": ") + "}")
         if fixed := sorted({"enabled", "loss"} & options.keys()):
             raise TypeError(f"{fixed[0]} is not an option of the comparison")
-        known = [field.name for field in dataclasses.fields(SFRConfig) if field.name != "enabled"]
-        if not isinstance(METHODS.get(kind), Peer) and (unknown := sorted(options.keys() - set(known))):
-            raise TypeError(f"unknown option {unknown[0]}{near_matches(unknown[0], known)}; SFR has {', '.join(known)}")
         return made(**options)
     except (TypeError, yaml.YAMLError) as error:
         raise UserError(f"methods: {name!r}: {error}") from error
