@@ -3,6 +3,7 @@
 python train_sfr.py                                             trains a small model on the built-in digits
 python train_sfr.py --model resnet18 --data-dir DIR             trains on DIR/train/CLASS/*.jpg
 accelerate launch train_sfr.py ...                              the same on many processes
+python train_sfr.py ... --push-to-hub USER/NAME                 and publishes the best model
 python train_sfr.py --help                                      lists the options
 """
 
@@ -14,8 +15,8 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    from timm_sfr.cli import fail, parse
-    from timm_sfr.errors import UserError, one_line
+    from timm_sfr.cli import PUSH_FAILED, fail, parse
+    from timm_sfr.errors import HubError, UserError, one_line
     from timm_sfr.fit import fit
     from timm_sfr.launch import start_cpu_processes
 
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if status is not None:
             return status
         fit(config, resume)
+    except HubError as error:
+        return fail(one_line(error), PUSH_FAILED)
     except UserError as error:
         return fail(one_line(error))
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from hub_server import Hub
 
 import timm_sfr
 from timm_sfr.channels import group_channels
@@ -39,6 +40,14 @@ def _fresh():
     yield
     # Accelerate keeps the first precision of a process; a test must not hand its own on.
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def hub():
+    """A Hub on the loopback."""
+    server = Hub()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

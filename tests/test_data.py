@@ -13,10 +13,10 @@ from sklearn.metrics import top_k_accuracy_score
 
 from timm_sfr import UserError
 from timm_sfr.build import create_model, preprocessing
-from timm_sfr.config import AugConfig, DataConfig, ModelConfig
 from timm_sfr.data import open_splits
 from timm_sfr.evaluate import Scores
 from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader, seeded
+from timm_sfr.sections import AugConfig, DataConfig, ModelConfig
 
 PREP = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 1.0)
 

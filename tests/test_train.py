@@ -191,7 +191,8 @@ def test_an_export_carries_no_provenance_of_timms_weights(tmp_path):
         "--model", "resnet18", "--img-size", 32, "--epochs", 1, "-b", 256, "--output", tmp_path, "--experiment", "run"
     )
     config = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert not {"tag", "origin_url", "paper_ids", "license", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
+    assert not {"origin_url", "paper_ids", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
+    assert config["pretrained_cfg"]["tag"] == "sfr_digits" and config["pretrained_cfg"]["license"] == "apache-2.0"
     assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
 
 

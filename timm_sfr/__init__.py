@@ -2,16 +2,21 @@
 
 from timm_sfr import models as models
 from timm_sfr.channels import match_channels
-from timm_sfr.config import RunConfig, SFRConfig
-from timm_sfr.errors import UserError
+from timm_sfr.config import RunConfig
+from timm_sfr.errors import HubError, UserError
+from timm_sfr.hub import push_to_hub
 from timm_sfr.losses import DynamicLabelSmoothing, emd_l2, gaussian_l2
+from timm_sfr.pretrained import create_model
+from timm_sfr.sections import SFRConfig
 from timm_sfr.taps import TapPlan, choose_taps
 from timm_sfr.task import SFRTask
 from timm_sfr.transport import transport_plan
 from timm_sfr.version import __version__
+from timm_sfr.zoo import list_pretrained, register
 
 __all__ = [
     "DynamicLabelSmoothing",
+    "HubError",
     "RunConfig",
     "SFRConfig",
     "SFRTask",
@@ -19,8 +24,13 @@ __all__ = [
     "UserError",
     "__version__",
     "choose_taps",
+    "create_model",
     "emd_l2",
     "gaussian_l2",
+    "list_pretrained",
     "match_channels",
+    "push_to_hub",
     "transport_plan",
 ]
+
+register()

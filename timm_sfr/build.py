@@ -14,9 +14,9 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
-from timm_sfr.config import AugConfig, ModelConfig, OptimConfig, SFRConfig
 from timm_sfr.errors import UserError, near_matches
 from timm_sfr.loader import Preprocessing
+from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig
 from timm_sfr.task import SFRTask
 
 DEFAULT_MODEL = "resnet18"

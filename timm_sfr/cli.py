@@ -17,6 +17,8 @@ from timm_sfr.config import SECTIONS, RunConfig, options
 from timm_sfr.errors import UserError, near_matches
 from timm_sfr.workspace import read_run, read_yaml
 
+PUSH_FAILED = 3  # exit status: the run is done and whole, but not published
+
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, with near matches for a mistyped option."""
@@ -63,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | Non
             raise UserError("resume: the run has its own args.yaml; leave --config out")
         return RunConfig.from_flat({**read_run(Path(resume)), **given}, where=resume), Path(resume)
     stored = read_yaml(Path(config)) if config is not None else {}
+    stored.pop("zoo", None)  # what a recipe in hub_configs says of its published model; no option
     return RunConfig.from_flat({**stored, **given}, where=config or "options"), None
 
 
@@ -107,7 +110,7 @@ class _Pairs(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
-def fail(message: str) -> int:
-    """Prints one error line; the exit status of a failed run."""
+def fail(message: str, status: int = 2) -> int:
+    """Prints one error line; the exit status, 2 for a failed run."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+    return status

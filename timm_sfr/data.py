@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sfr.config import DataConfig
 from timm_sfr.errors import UserError
+from timm_sfr.sections import DataConfig
 
 SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
 

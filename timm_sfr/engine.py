@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_sfr import build, report
+from timm_sfr.card import Facts
 from timm_sfr.checkpoint import save_checkpoint
 from timm_sfr.config import RunConfig
 from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
-from timm_sfr.hub import Exporter
+from timm_sfr.export import Exporter
 from timm_sfr.loader import Preprocessing, TrainBatches, reseed
 from timm_sfr.workspace import Workspace
 
@@ -258,7 +259,8 @@ class Trainer:
         run = self.workspace.run
         report.write_summary(run / "summary.csv", self.rows)
         if improved and self.exporter is not None:
-            self.exporter.write(run / "model", self.exported_model().state_dict(), self.metrics())
+            facts = Facts(self.metrics(), self.config.flat(), self.rows)
+            self.exporter.write(run / "model", self.exported_model().state_dict(), facts)
         if self.best:
             report.write_json(run / "metrics.json", self.metrics())
         state = {**self.state(), "epoch": epoch + 1}

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The exceptions that a user's mistake, or the network, raises."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with a non-zero status; from Python it is a ``ValueError``.
     """
+
+
+class HubError(UserError):
+    """Something failed between here and the Hugging Face Hub; what is on the disk is whole."""
 
 
 def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:

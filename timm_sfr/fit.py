@@ -12,22 +12,22 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
-from timm.models import get_arch_name
 from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
 from timm_sfr import build, report
+from timm_sfr.card import base_model
 from timm_sfr.checkpoint import load_newest
 from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import FiniteGuard, Trainer
 from timm_sfr.errors import UserError
-from timm_sfr.hub import Exporter
+from timm_sfr.export import Exporter, resolve_hub
+from timm_sfr.hub import check_login, loading_line, published, push_to_hub
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
-from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.task import SFRTask
-from timm_sfr.workspace import open_workspace
+from timm_sfr.workspace import on_main, open_workspace
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,12 @@ def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = Non
     best, last = trainer.best, trainer.last
     say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}")
     say(f"the model is in {run / 'model'}")
-    # timm itself does not know the architectures that this package adds.
-    plugin = ", timm_sfr" if get_arch_name(trainer.facts["model"]) in SMALL_IMAGE_MODELS else ""
-    say(
-        f'load it with: import timm{plugin}; model = timm.create_model("local-dir:{run / "model"}", pretrained=True).eval()'
-    )
+    say(f"load it with: {loading_line(run, 'local-dir:' + str(run / 'model'))}")
+    hub = trainer.config.hub
+    if hub.push_to_hub is not None and trainer.workspace.main:
+        # The other processes are done, and their launcher waits for this one.
+        url = push_to_hub(run, hub.push_to_hub, private=hub.private, revision=hub.revision)
+        say(published(run, url, hub.push_to_hub, hub.revision))
     return run
 
 
@@ -86,6 +87,8 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     parts = parts or Parts()
     accelerator = make_accelerator(config)
     set_seed(config.engine.seed)
+    if config.hub.push_to_hub is not None:
+        on_main(accelerator, lambda: check_login(config.hub.push_to_hub))
     img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
     train, val = parts.splits(config.data, img_mode, config.engine.seed)
     num_classes = _num_classes(config, train)
@@ -93,7 +96,8 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     prep = build.preprocessing(config.model, model)
     device = accelerator.device
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
-    exporter = Exporter(model, prep, names) if accelerator.is_main_process else None
+    hub = resolve_hub(config, model)
+    exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
     task = parts.task(model, config.sfr, prep.input_size, device)
     batches = parts.batches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
 
@@ -120,7 +124,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     workspace = open_workspace(
         config.engine.output, config.engine.experiment, config.model.model or build.DEFAULT_MODEL, resume, accelerator
     )
-    resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
+    resolved = dataclasses.replace(resolve(config, prep, num_classes, lr, accelerator.mixed_precision), hub=hub)
     parameters = sum(p.numel() for p in model.parameters())
     workspace.say(_headline(resolved, task, accelerator, train, val, parameters))
     if getattr(task, "plan", None) is not None:
@@ -142,6 +146,9 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             "model": config.model.model or build.DEFAULT_MODEL,
             "dataset": config.data.dataset or config.data.data_dir,
             "sfr": config.sfr.enabled,
+            "base_model": base_model(
+                config.model.pretrained, config.model.model or build.DEFAULT_MODEL, model.pretrained_cfg
+            ),
             "parameters": parameters,
             "seed": config.engine.seed,
             "hardware": report.hardware(device, accelerator.num_processes),

@@ -1,91 +1,175 @@
-"""The model folder of a run: what plain timm loads, from disk or from the Hub."""
+"""Publishing on the Hugging Face Hub: the files of a run, or of a model, in one commit."""
 
 from __future__ import annotations
 
-import copy
+import csv
 import json
+import logging
+import shlex
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from timm.models import save_for_hf
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from timm_sfr.checkpoint import replace_atomically
-from timm_sfr.loader import Preprocessing
+from timm_sfr.card import Facts, render
+from timm_sfr.errors import HubError, UserError
+from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
+from timm_sfr.hub_client import retried, told, transient
+from timm_sfr.models import SMALL_IMAGE_MODELS
+from timm_sfr.sections import HubConfig, check_repo_id
+from timm_sfr.version import __version__
+from timm_sfr.workspace import read_yaml
 
-# What an architecture's default configuration says of the weights that timm publishes; ours are others.
-PROVENANCE = (
-    "tag", "url", "file", "hf_hub_id", "hf_hub_filename", "origin_url", "paper_ids", "paper_name", "license", "notes",
-    "source", "custom_load", "test_input_size", "test_crop_pct", "label_names", "label_descriptions",
-)  # fmt: skip
+_logger = logging.getLogger("timm_sfr")
+RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
 
 
-class Exporter:
-    """Writes ``config.json``, ``model.safetensors`` and ``README.md``; keeps an unwrapped copy of the model for it.
+def push_to_hub(
+    run_or_model: str | Path | nn.Module,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Publishes a finished run's best model, or a timm model, in one commit; returns the commit's address.
+
+    A run's repository gets ``config.json``, ``model.safetensors``, a card made from its measured scores, ``args.yaml``
+    (without where it was pushed to), ``summary.csv`` and ``metrics.json``; a model's the first three, without scores.
+    Weights are the plain timm model's, as safetensors. The repository and the branch are made where they are missing.
 
     Args:
-        model: The timm model before any wrapping; copied to the CPU.
-        prep: Its preprocessing, which goes into ``config.json``.
-        class_names: Names of its classes, if known.
+        run_or_model: A run's folder, a timm model, or an `SFRTask`.
+        repo_id: ``USER/NAME``.
+        private: Make the repository private, if it is made now.
+        revision: Branch to publish on, ``main`` by default.
+        token: A token with write access; by default that of ``hf auth login`` or HF_TOKEN.
+        commit_message: The commit's title.
+
+    Raises:
+        UserError: if there is nothing whole to publish.
+        HubError: if the Hub cannot be reached or refuses; nothing is lost on the disk, and it can be called again.
     """
-
-    def __init__(self, model: nn.Module, prep: Preprocessing, class_names: tuple[str, ...] | None) -> None:
-        self.template = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
-        config = getattr(self.template, "pretrained_cfg", {})
-        self.template.pretrained_cfg = {key: value for key, value in config.items() if key not in PROVENANCE}
-        self.prep, self.class_names = prep, class_names
-
-    def write(self, folder: Path, state: dict[str, torch.Tensor], metrics: dict[str, Any]) -> None:
-        """Replaces `folder` by one with the weights `state`, which must have exactly the model's keys."""
-        self.template.load_state_dict(state, strict=True)
-
-        def write(fresh: Path) -> None:
-            model_config = {"label_names": list(self.class_names)} if self.class_names else {}
-            save_for_hf(
-                self.template,
-                str(fresh),
-                model_config=model_config,
-                safe_serialization=True,
-                data_config={
-                    "input_size": self.prep.input_size,
-                    "mean": self.prep.mean,
-                    "std": self.prep.std,
-                    "interpolation": self.prep.interpolation,
-                    "crop_pct": self.prep.crop_pct,
-                    "crop_mode": self.prep.crop_mode,
-                },
+    check_repo_id(repo_id, "repo_id")
+    with TemporaryDirectory(prefix="timm_sfr-push-") as place:
+        if isinstance(run_or_model, (str, Path)):
+            files, again = (
+                run_files(Path(run_or_model), repo_id, Path(place)),
+                _command(run_or_model, repo_id, revision),
             )
-            config = json.loads((fresh / "config.json").read_text())
-            card_file = fresh / "README.md"
-            card_file.write_text(card(config["architecture"], metrics))
-            # safetensors leaves its file readable by the owner alone; give it what the user's umask gives the others.
-            (fresh / "model.safetensors").chmod(card_file.stat().st_mode)
+        else:
+            files, again = model_files(run_or_model, repo_id, Path(place)), "call push_to_hub again"
+        message = commit_message or f"Publish with timm_sfr {__version__}"
+        api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        replace_atomically(folder, write)
+        def make() -> None:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+
+        def commit() -> str:
+            # Made anew for every try: huggingface_hub notes in them what it has sent, and sends no file twice anyhow.
+            additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+            return str(api.create_commit(repo_id, additions, commit_message=message, revision=revision).commit_url)
+
+        with told(
+            f"push-to-hub: {repo_id} is not published", f"everything is on the disk; to try again: {again}", token
+        ):
+            retried(make, _logger.warning)
+            return retried(commit, _logger.warning)
 
 
-def card(architecture: str, metrics: dict[str, Any]) -> str:
-    """A short model card from the run's own figures."""
-    best, small = metrics["best"], architecture.endswith("_cifar")
-    return f"""---
-library_name: timm
-tags: [image-classification, timm, timm_sfr, self-distillation]
----
-# {architecture}
+def check_login(repo_id: str) -> None:
+    """Makes sure, before hours of training, that a push to `repo_id` has a token that the Hub knows and that may write.
 
-Trained {"with Self-Feature Regularization" if metrics["sfr"] else "without Self-Feature Regularization"} by
-timm_sfr {metrics["versions"]["timm_sfr"]} on {metrics["dataset"]}, seed
-{metrics["seed"]}. Nothing of it remains in the network.
+    A Hub that cannot be reached now may be reached then: that is only said.
 
-Validation ({best["images"]} images, epoch {best["epoch"] + 1} of {metrics["epochs"]}, the best by val_{metrics["eval_metric"]}):
-top-1 {best["val_top1"]:.2f} %, top-5 {best["val_top5"]:.2f} %, ECE {best["ece"]:.4f}.
+    Raises:
+        UserError: if there is no token, or the Hub refuses it.
+    """
+    what = f"push-to-hub: {repo_id} could not be published"
+    try:
+        with told(what):
+            who = HfApi().whoami()
+    except HubError as error:
+        if error.__cause__ is not None and transient(error.__cause__):
+            _logger.warning(f"{error}; training goes on, and the push is tried at its end")
+            return
+        raise UserError(str(error)) from error
+    if (who.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"{what}: the token only reads; make one with write access")
 
-```python
-import timm{", timm_sfr  # registers the architecture" if small else ""}
-model = timm.create_model("local-dir:.", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-logits = model(transform(image)[None])
-```
-"""
+
+def run_files(run: Path, repo_id: str, place: Path) -> dict[str, Path]:
+    """What is published of a run: file name to path; those that are made for it are written into `place`.
+
+    Raises:
+        UserError: if the run lacks a file, or one cannot be read.
+    """
+    needed = {
+        CONFIG: run / "model" / CONFIG,
+        WEIGHTS: run / "model" / WEIGHTS,
+        **{name: run / name for name in RUN_FILES},
+    }
+    missing = [str(path.relative_to(run)) for path in needed.values() if not path.is_file()]
+    if missing:
+        raise UserError(f"run: {str(run)!r} is no finished run: it has no {', '.join(missing)}; give the folder that the "
+                        "training printed")  # fmt: skip
+    options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key != "push_to_hub"}
+    try:
+        with safe_open(needed[WEIGHTS], framework="pt") as weights:
+            weights.keys()
+        config, metrics = (json.loads(needed[name].read_text()) for name in (CONFIG, "metrics.json"))
+        with needed["summary.csv"].open(newline="") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        card = render(config, Facts(metrics, options, rows, repo_id))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"run: a file of {str(run)!r} is damaged: {error}; train again, or go on with --resume {run}"
+        ) from error
+    files = needed | {CARD: place / CARD, "args.yaml": place / "args.yaml"}
+    files[CARD].write_text(card, encoding="utf-8")
+    files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
+    return files
+
+
+def model_files(model: nn.Module, repo_id: str, place: Path) -> dict[str, Path]:
+    """What is published of a timm model or an `SFRTask` by itself: configuration, weights and a card without scores.
+
+    Raises:
+        UserError: if it is no timm model.
+    """
+    plain = getattr(model, "plain_model", model)
+    config = getattr(plain, "pretrained_cfg", None)
+    if not isinstance(config, dict) or not config.get("architecture"):
+        raise UserError(f"model: expected a model of timm's (timm.create_model); got {type(plain).__name__}")
+    names = config.get("label_names")
+    kept = tuple(names) if names and len(names) == getattr(plain, "num_classes", None) else None
+    try:
+        Exporter(plain, None, kept, HubConfig()).write(place / "model", plain.state_dict(), Facts(repo_id=repo_id))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"model: cannot save {config['architecture']!r}: {error}") from error
+    return {name: place / "model" / name for name in (CONFIG, WEIGHTS, CARD)}
+
+
+def loading_line(run: Path, source: str) -> str:
+    """The Python line that loads the model of `run` from `source`; timm itself does not know our architectures."""
+    architecture = json.loads((run / "model" / CONFIG).read_text())["architecture"]
+    plugin = ", timm_sfr" if architecture in SMALL_IMAGE_MODELS else ""
+    return f'import timm{plugin}; model = timm.create_model("{source}", pretrained=True).eval()'
+
+
+def published(run: Path, url: str, repo_id: str, revision: str | None) -> str:
+    """What is said after a push."""
+    source = f"hf-hub:{repo_id}{f'@{revision}' if revision else ''}"
+    return f"published: {url}\nload it anywhere with: {loading_line(run, source)}"
+
+
+def _command(run: str | Path, repo_id: str, revision: str | None) -> str:
+    words = ["python", "-m", "timm_sfr.push", str(run), repo_id, *(["--revision", revision] if revision else [])]
+    return shlex.join(words)

@@ -23,9 +23,9 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from timm_sfr.config import AugConfig, DataConfig
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
+from timm_sfr.sections import AugConfig, DataConfig
 
 
 class Samples(Dataset):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from timm_sfr import smoothing as S
 from timm_sfr.channels import match_channels
-from timm_sfr.config import SFRConfig
 from timm_sfr.errors import UserError
+from timm_sfr.sections import SFRConfig
 from timm_sfr.transport import MARGINALS, cost_matrix, cross_marginals, transport_plan, uniform_marginals, unit
 
 PLANS = ("emd", "grid")

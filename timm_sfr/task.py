@@ -11,9 +11,9 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.config import SFRConfig
 from timm_sfr.errors import UserError
 from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss
+from timm_sfr.sections import SFRConfig
 from timm_sfr.taps import TappedModel, TapPlan, choose_taps
 
 _logger = logging.getLogger(__name__)

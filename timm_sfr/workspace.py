@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,26 @@ def open_workspace(output: str, experiment: str | None, model: str, resume: Path
     show_log()
     if resume is not None:
         return Workspace(resume, accelerator.is_main_process)
-    answer: list[str | None] = [None, None]
+    run = on_main(accelerator, lambda: str(_make(Path(output), experiment, model)))
+    return Workspace(Path(run), accelerator.is_main_process)
+
+
+def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
+    """What `work` gives on the main process, on every process.
+
+    Raises:
+        UserError: on every process, if it fails there.
+    """
+    answer: list[Any] = [None, None]
     if accelerator.is_main_process:
         try:
-            answer[0] = str(_make(Path(output), experiment, model))
-        except (UserError, OSError) as error:
-            answer[1] = str(error)
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = error
     broadcast_object_list(answer)
-    if answer[0] is None:
-        raise UserError(f"output: {answer[1]}")
-    return Workspace(Path(answer[0]), accelerator.is_main_process)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -103,6 +114,11 @@ def _make(output: Path, experiment: str | None, model: str) -> Path:
         while run.exists():
             run = run.with_name(run.name + "-2")
     if run.exists() and any(run.iterdir()):
-        raise UserError(f"{str(run)!r} already holds files; choose another --experiment, or go on with --resume {run}")
-    run.mkdir(parents=True, exist_ok=True)
+        raise UserError(
+            f"output: {str(run)!r} already holds files; choose another --experiment, or go on with --resume {run}"
+        )
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {error}") from error
     return run

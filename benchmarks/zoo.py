@@ -1,0 +1,92 @@
+"""Trains a recipe of the zoo over several seeds, and writes into it what was measured.
+
+    python -m benchmarks.zoo resnet20_cifar.sfr_digits
+
+Weights of the recipe's own seed go to `timm_sfr/weights/` where the recipe says that they come with the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+import yaml
+from scipy.stats import t
+
+from timm_sfr import RunConfig
+from timm_sfr.cli import fail
+from timm_sfr.errors import UserError, near_matches
+from timm_sfr.fit import fit
+from timm_sfr.zoo import WEIGHTS, ZooEntry, zoo
+
+
+def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
+    """Trains the recipe with `seed`, unless that is done; the run and what it measured."""
+    run = output / f"{entry.name}-seed{seed}"
+    if not (run / "metrics.json").exists():
+        run = fit(RunConfig.from_flat(entry.options | {"seed": seed, "output": str(output), "experiment": run.name}))
+    return run, json.loads((run / "metrics.json").read_text())
+
+
+def measured(runs: dict[int, dict], published: int) -> dict:
+    """The scores of `runs` by seed, as `timm_sfr.zoo.Measured`."""
+    last, best = [run["last"] for run in runs.values()], runs[published]["best"]
+    scores, some = [row["val_top1"] for row in last], runs[published]
+    interval = float(t.ppf(0.975, len(scores) - 1)) * stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    return {
+        "split": "validation",
+        "images": best["images"],
+        "seeds": list(runs),
+        "top1": round(mean(scores), 4),
+        "top1_interval": round(interval, 4),
+        "top5": round(mean(row["val_top5"] for row in last), 4),
+        "published_top1": round(best["val_top1"], 4),
+        "published_top5": round(best["val_top5"], 4),
+        "published_seed": published,
+        "published_epoch": best["epoch"] + 1,
+        "hardware": some["hardware"],
+        "versions": some["versions"],
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("name", help="a recipe in hub_configs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/zoo"), help="where the runs go (default: output/zoo)"
+    )
+    args = parser.parse_args(arguments)
+    entry = zoo().get(args.name)
+    try:
+        if entry is None:
+            raise UserError(
+                f"name: expected any of {', '.join(zoo())}; got {args.name!r}{near_matches(args.name, zoo())}"
+            )
+        published = int(entry.options["seed"])
+        if published not in args.seeds:
+            raise UserError(f"seeds: expected the recipe's own, {published}, among them; got {args.seeds}")
+        runs = {seed: train(entry, seed, args.output) for seed in args.seeds}
+    except UserError as error:
+        return fail(str(error))
+    if entry.about.weights is not None:
+        shutil.copy(runs[published][0] / "model" / "model.safetensors", WEIGHTS / entry.about.weights)
+    scores = {"metrics": measured({seed: metrics for seed, (_, metrics) in runs.items()}, published)}
+    text, _, _ = entry.recipe.read_text().partition(
+        "\n  metrics:"
+    )  # last in the file, so that all before it stays as it is
+    block = yaml.safe_dump(scores, sort_keys=False, width=120)
+    entry.recipe.write_text(text + "\n" + "".join(f"  {line}\n" for line in block.splitlines()))
+    print(block)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

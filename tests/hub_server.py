@@ -1,0 +1,341 @@
+"""A Hub of a few hundred lines on the loopback, for the real huggingface_hub and timm to speak to; faults on demand."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import RepoCard
+
+USERS = {"hf_writes_1234567890": ("user", "write"), "hf_reads_1234567890": ("user", "read")}
+WRITE, READ = USERS
+
+
+@dataclass
+class Repo:
+    """Commits, oldest first, each a whole tree of path to bytes; branches and tags point to them."""
+
+    private: bool = False
+    commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
+    branches: dict[str, str] = field(default_factory=dict)
+
+    def tree(self, revision: str) -> tuple[str, dict[str, bytes]] | None:
+        sha = self.branches.get(revision, revision)
+        return next(((oid, files) for oid, _, files in self.commits if oid == sha), None)
+
+    def commit(self, branch: str, title: str, files: dict[str, bytes]) -> str:
+        before = self.tree(branch)
+        whole = {**(before[1] if before else {}), **files}
+        oid = hashlib.sha1(f"{len(self.commits)} {title} {sorted(whole)}".encode()).hexdigest()
+        self.commits.append((oid, title, whole))
+        self.branches[branch] = oid
+        return oid
+
+
+class Hub:
+    """The server's state. `faults` maps a kind of request ("create", "put", "commit", ...) to what it answers instead:
+    a list of statuses, used up one by one, the last one for good where `forever` names the kind."""
+
+    def __init__(self) -> None:
+        self.repos: dict[str, Repo] = {}
+        self.objects: dict[str, bytes] = {}
+        self.faults: dict[str, list[int | str]] = {}
+        self.forever: set[str] = set()
+        self.log: list[tuple[str, str]] = []
+        hub = self
+
+        class Bound(Handler):
+            state = hub
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Bound)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def add(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Puts files into a repository, as somebody else's push would."""
+        return self.repos.setdefault(repo_id, Repo()).commit(branch, "add", files)
+
+    def count(self, kind: str) -> int:
+        return sum(1 for found, _ in self.log if found == kind)
+
+    def env(self, home, token: str | None = WRITE) -> dict[str, str]:
+        """What a client's process needs to speak to this Hub alone, with an empty cache in `home`."""
+        given = {"HF_TOKEN": token} if token else {}
+        return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
+                "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", **given}  # fmt: skip
+
+
+LFS_SIZE = 10_000  # as the Hub: small text is kept in git, larger or binary files beside it
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request; `state` is the Hub that it belongs to."""
+
+    state: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def reply(self, status: int, body=None, headers=None) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
+        self.send_response(status)
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data)),
+            **(headers or {}),
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(data)
+
+    def error(self, status: int, code: str | None, message: str) -> None:
+        headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
+        self.reply(status, {"error": message}, headers)
+
+    def body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            parts = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def user(self) -> tuple[str, str] | None:
+        return USERS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+
+    def faulty(self, kind: str) -> bool:
+        """Notes the request; answers it by the fault that waits for it, if one does."""
+        self.state.log.append((kind, self.path))
+        waiting = self.state.faults.get(kind)
+        if not waiting:
+            return False
+        fault = waiting[0] if kind in self.state.forever and len(waiting) == 1 else waiting.pop(0)
+        if fault == "close":
+            if kind == "put":
+                self.rfile.read(1000)  # some of it arrives
+            self.close_connection = True
+            self.connection.close()
+            return True
+        if fault == 0:
+            return False
+        self.body()
+        self.error(int(fault), None, "fault")
+        return True
+
+    def may_write(self, repo_id: str) -> bool:
+        who = self.user()
+        if who is None:
+            self.error(401, None, "Invalid credentials in Authorization header")
+        elif who[1] == "read" or who[0] != repo_id.split("/")[0]:
+            self.error(
+                403, None, f"You don't have the rights to create a model under the namespace {repo_id.split('/')[0]!r}"
+            )
+        else:
+            return True
+        return False
+
+    def found(self, repo_id: str, revision: str = "main"):
+        """(repository, sha, files), or None after an error was sent."""
+        repo = self.state.repos.get(repo_id)
+        if repo is None or (repo.private and self.user() is None):
+            self.error(401 if self.user() is None else 404, "RepoNotFound", "Repository not found")
+            return None
+        tree = repo.tree(revision)
+        if tree is None:
+            self.error(404, "RevisionNotFound", "Invalid rev id")
+            return None
+        return repo, *tree
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        rules = (
+            (r"/api/repos/create", self.create),
+            (r"/api/validate-yaml", self.validate_yaml),
+            (r"/api/models/([^/]+/[^/]+)/preupload/(.+)", self.preupload),
+            (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
+            (r"/verify", self.verify),
+            (r"/api/models/([^/]+/[^/]+)/commit/(.+)", self.commit),
+            (r"/api/models/([^/]+/[^/]+)/branch/(.+)", self.branch),
+        )
+        for pattern, rule in rules:
+            match = re.fullmatch(pattern, path)
+            if match:
+                if not self.faulty(rule.__name__):
+                    rule(*match.groups())
+                return
+        self.body()
+        self.error(404, None, f"no such route: {path}")
+
+    def create(self) -> None:
+        asked = json.loads(self.body())
+        who = self.user()
+        name = f"{asked.get('organization') or (who[0] if who else '')}/{asked['name']}"
+        if not self.may_write(name):
+            return
+        url = f"{self.state.url}/{name}"
+        if name in self.state.repos:
+            self.reply(409, {"url": url, "error": "You already created this model repo"})
+            return
+        repo = self.state.repos.setdefault(
+            name, Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
+        )
+        repo.commit("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
+        self.reply(200, {"url": url})
+
+    def validate_yaml(self) -> None:
+        content = json.loads(self.body())["content"]
+        try:
+            data = RepoCard(content).data.to_dict()
+            data.pop("model-index", None)
+            ModelCardData(**data)
+            errors = (
+                [] if isinstance(data.get("tags"), list) and data.get("library_name") else ["tags and library_name"]
+            )
+        except Exception as error:
+            errors = [str(error)]
+        self.reply(400 if errors else 200, {"errors": [{"message": text} for text in errors], "warnings": []})
+
+    def preupload(self, repo_id: str, revision: str) -> None:
+        asked = json.loads(self.body())
+        if not self.may_write(repo_id):
+            return
+        found = self.found(repo_id, revision)
+        if found is None:
+            return
+        answer = []
+        for file in asked["files"]:
+            have = found[2].get(file["path"])
+            large = file["size"] > LFS_SIZE
+            oid = None
+            if have is not None:
+                oid = hashlib.sha256(have).hexdigest() if large else git_oid(have)
+            mode = "lfs" if large else "regular"
+            answer.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        self.reply(200, {"files": answer})
+
+    def batch(self, repo_id: str) -> None:
+        asked = json.loads(self.body())
+        answer = []
+        for thing in asked["objects"]:
+            places = {"upload": f"store/{thing['oid']}", "verify": "verify"}
+            actions = {what: {"href": f"{self.state.url}/{place}"} for what, place in places.items()}
+            there = thing["oid"] in self.state.objects
+            answer.append({**thing, **({} if there else {"actions": actions})})
+        self.reply(200, {"transfer": "basic", "objects": answer})
+
+    def do_PUT(self) -> None:
+        if self.faulty("put"):
+            return
+        content = self.body()
+        assert "Authorization" not in self.headers
+        self.state.objects[self.path.rsplit("/", 1)[-1]] = content
+        self.reply(200)
+
+    def verify(self) -> None:
+        asked = json.loads(self.body())
+        content = self.state.objects.get(asked["oid"])
+        whole = content is not None and hashlib.sha256(content).hexdigest() == asked["oid"]
+        self.reply(200 if whole else 422)
+
+    def commit(self, repo_id: str, revision: str) -> None:
+        lines = [json.loads(line) for line in self.body().splitlines() if line]
+        if not self.may_write(repo_id):
+            return
+        found = self.found(repo_id, revision)
+        if found is None:
+            return
+        title, files = "", {}
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                title = value["summary"]
+                if value.get("parentCommit") not in (None, found[1]):
+                    return self.error(412, None, "A commit has happened since")
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.state.objects[value["oid"]]
+        oid = found[0].commit(revision, title, files)
+        self.reply(200, {"commitUrl": f"{self.state.url}/{repo_id}/commit/{oid}", "commitOid": oid, "success": True})
+
+    def branch(self, repo_id: str, name: str) -> None:
+        self.body()
+        if not self.may_write(repo_id):
+            return
+        found = self.found(repo_id)
+        if found is None:
+            return
+        if name in found[0].branches:
+            return self.error(409, None, "Reference already exists")
+        found[0].branches[name] = found[1]
+        self.reply(200)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        if path == "/api/whoami-v2":
+            if self.faulty("whoami"):
+                return
+            who = self.user()
+            if who is None:
+                return self.error(401, None, "Invalid credentials in Authorization header")
+            token = {"accessToken": {"role": who[1], "displayName": "test"}}
+            return self.reply(200, {"type": "user", "name": who[0], "orgs": [], "auth": token})
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        if match:
+            return None if self.faulty("resolve") else self.resolve(*match.groups())
+        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path)
+        if match:
+            found = self.found(match[1], match[2] or "main")
+            if found is not None:
+                siblings = [{"rfilename": name} for name in found[2]]
+                self.reply(
+                    200,
+                    {"id": match[1], "sha": found[1], "siblings": siblings, "tags": [], "private": found[0].private},
+                )
+            return None
+        return self.error(404, None, f"no such route: {path}")
+
+    def resolve(self, repo_id: str, revision: str, name: str) -> None:
+        found = self.found(repo_id, revision)
+        if found is None:
+            return
+        _, sha, files = found
+        if name not in files:
+            return self.error(404, "EntryNotFound", "Entry not found")
+        content = files[name]
+        large = len(content) > LFS_SIZE
+        digest = hashlib.sha256(content).hexdigest()
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{digest if large else git_oid(content)}"', "Accept-Ranges": "bytes"}
+        if large:
+            headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if span:
+            start, end = int(span[1]), int(span[2] or len(content) - 1)
+            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
+            return self.reply(206, content[start : end + 1], headers)
+        self.reply(200, content, headers)
+
+
+def git_oid(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,0 +1,192 @@
+"""The zoo in timm, the model that comes with the package, and prediction."""
+
+import json
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import run
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import timm_sfr
+from timm_sfr import RunConfig
+from timm_sfr.data import Digits
+from timm_sfr.predict import find_images
+from timm_sfr.zoo import CONFIGS, ZooEntry, register, zoo
+
+NAME = "resnet20_cifar.sfr_digits"
+PREDICT = [sys.executable, "-m", "timm_sfr.predict"]
+SHIPPED = [name for name, entry in zoo().items() if entry.about.weights]
+
+
+@pytest.fixture(params=zoo())
+def entry(request):
+    return zoo()[request.param]
+
+
+def test_every_recipe_is_a_run_and_a_model(entry):
+    config = RunConfig.from_flat(entry.options)
+    architecture, tag = entry.name.split(".", 1)
+    assert config.model.model == architecture and config.hub.tag == tag and config.sfr.enabled
+    model = timm.create_model(entry.name)
+    about = model.pretrained_cfg
+    assert model.num_classes == about["num_classes"] == entry.about.num_classes
+    assert sum(p.numel() for p in model.parameters()) == entry.about.parameters
+    assert about["tag"] == tag and about["license"] == config.hub.license == "apache-2.0"
+    assert not {"url", "origin_url", "paper_ids", "notes"} & about.keys()
+    assert ("hf_hub_id" in about) != ("file" in about)
+    if config.model.img_size:
+        assert about["input_size"] == (3, config.model.img_size, config.model.img_size)
+    if config.model.mean:
+        assert about["mean"] == config.model.mean and about["std"] == config.model.std
+
+
+def test_the_zoo_is_timms():
+    assert timm.list_pretrained("*sfr*") == sorted(zoo(), key=lambda name: timm.list_pretrained("*sfr*").index(name))
+    assert set(timm.list_models("*.sfr*", pretrained=True)) == set(zoo())
+    # timm's own weights are as they were.
+    assert timm.create_model("resnet18").pretrained_cfg["tag"] == "a1_in1k"
+    assert "resnet18.a1_in1k" in timm.list_pretrained("resnet18") and timm.list_models("resnet18") == ["resnet18"]
+    assert {"resnet18", "resnet50"} <= set(timm.list_models(module="resnet"))
+    before = timm.list_pretrained("resnet18*")
+    register()
+    assert timm.list_pretrained("resnet18*") == before
+
+
+def test_the_table():
+    table = str(timm_sfr.list_pretrained())
+    lines = table.splitlines()
+    assert len(lines) == len(zoo()) + 1 and lines[0].split() == ["name", "parameters", "dataset", "top-1", "repository"]
+    for name, entry in zoo().items():
+        line = next(line for line in lines if line.startswith(name + " "))
+        measured = entry.measured
+        assert ("not yet measured" in line) == (measured is None)
+        assert measured is None or f"{measured.published_top1:.2f} %" in line
+    assert [entry.name for entry in timm_sfr.list_pretrained("*digits")] == [NAME]
+
+
+def test_the_namespace_is_a_setting():
+    code = "import timm_sfr; print(timm_sfr.list_pretrained('*cifar10')[0].repo_id)"
+    assert run(sys.executable, "-c", code, TIMM_SFR_NAMESPACE="me").stdout == "me/mobilenetv2_cifar.sfr_cifar10\n"
+
+
+def test_a_recipe_that_is_wrong_is_named(tmp_path, monkeypatch):
+    (tmp_path / "resnet18.sfr_x.yaml").write_text("model: resnet18\nzoo: {parameter: 1}\n")
+    monkeypatch.setattr("timm_sfr.zoo.CONFIGS", tmp_path)
+    with pytest.raises(timm_sfr.UserError, match=r"resnet18.sfr_x.yaml: the `zoo:` part does not read"):
+        zoo.__wrapped__()
+
+
+def test_not_published_yet(hub, tmp_path):
+    """By either way to load it, one line with the command that trains it."""
+    for create in ("timm_sfr.create_model('{}')", "timm.create_model('{}', pretrained=True)"):
+        code = (
+            "import timm, timm_sfr\ntry:\n    " + create.format("resnet20_cifar.sfr_cifar10") + "\n"
+            "except timm_sfr.HubError as error:\n    print(error)"
+        )
+        done = run(sys.executable, "-c", code, **hub.env(tmp_path, token=None))
+        said = (
+            "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet; to train it: python train_sfr.py --config "
+        )
+        assert f"{said}{CONFIGS / 'resnet20_cifar.sfr_cifar10.yaml'}" in done.stdout, done.stderr
+
+
+def test_published_loads_by_its_name(hub, tmp_path):
+    """Once its repository is there, the zoo's name loads it, in timm too."""
+    model = timm.create_model("resnet20_cifar.sfr_cifar10")
+    weights = tmp_path / "model.safetensors"
+    save_file(model.state_dict(), weights)
+    about = {"num_classes": 10, "input_size": [3, 32, 32]}
+    config = {"architecture": "resnet20_cifar", "num_classes": 10, "pretrained_cfg": about}
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": weights.read_bytes()}
+    hub.add("me/resnet20_cifar.sfr_cifar10", files)
+    code = (
+        "import timm, timm_sfr; a = timm.create_model('resnet20_cifar.sfr_cifar10', pretrained=True); "
+        "b = timm_sfr.create_model('resnet20_cifar.sfr_cifar10'); print(a.fc.bias.tolist() == b.fc.bias.tolist())"
+    )
+    done = run(sys.executable, "-c", code, TIMM_SFR_NAMESPACE="me", **hub.env(tmp_path / "home", token=None))
+    assert done.stdout == "True\n", done.stderr
+
+
+def accuracy(model):
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    digits = Digits(train=False, mode="RGB")
+    images = torch.stack([transform(digits[i][0]) for i in range(len(digits))])
+    labels = torch.tensor([digits[i][1] for i in range(len(digits))])
+    with torch.no_grad():
+        best = model(images).topk(5).indices == labels[:, None]
+    return 100 * best[:, 0].float().mean().item(), 100 * best.any(1).float().mean().item(), len(labels)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_model_that_comes_with_the_package(name, monkeypatch):
+    """It loads with no network and scores on the digits what its recipe says."""
+    entry: ZooEntry = zoo()[name]
+    assert SHIPPED == [NAME] and entry.measured is not None and len(entry.measured.seeds) >= 5
+    for model in (timm.create_model(name, pretrained=True).eval(), timm_sfr.create_model(name)):
+        top1, top5, images = accuracy(model)
+        assert images == entry.measured.images
+        assert top1 == pytest.approx(entry.measured.published_top1, abs=1e-3)
+        assert top5 == pytest.approx(entry.measured.published_top5, abs=1e-3)
+        assert model.pretrained_cfg["label_names"] == tuple("0123456789")
+    with safe_open(model.pretrained_cfg["file"], framework="pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+    assert timm.create_model(name, pretrained=True, num_classes=3)(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    digits = Digits(train=False, mode="RGB")
+    for i in range(3):
+        digits[i][0].save(tmp_path / f"{i}-is-{digits[i][1]}.png")
+    Image.new("L", (20, 30)).save(tmp_path / "grey.png")
+    return tmp_path
+
+
+def test_predict_a_folder(pictures):
+    done = run(*PREDICT, NAME, pictures, "--topk", 2)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    blocks = done.stdout.split(str(pictures))[1:]
+    assert len(blocks) == 4 and all(len(block.strip().splitlines()) == 3 for block in blocks)
+    for block in blocks[:3]:
+        name, best, _ = block.strip().splitlines()
+        assert best.split()[0] == name[-5] and float(best.split()[1]) > 50
+
+
+def test_predict_json_and_bad_files(pictures):
+    (pictures / "1-is-torn.png").write_bytes((pictures / "grey.png").read_bytes()[:40])
+    (pictures / "notes.txt").write_text("no image")
+    done = run(*PREDICT, NAME, pictures, pictures / "notes.txt", "--json")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 1 and len(rows) == 6 and sum(row["error"] is not None for row in rows) == 2
+    assert all(len(row["classes"]) == 5 for row in rows if row["error"] is None)
+    assert sum(c["probability"] for c in rows[0]["classes"]) <= 1
+    assert "skipped: " in done.stderr and "error: 2 of 6 images could not be read" in done.stderr
+
+
+def test_predict_a_run(digits_run, pictures):
+    done = run(*PREDICT, digits_run[0], pictures / "grey.png")
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (("resnet20_cifar.sfr_digit", "x"), "no such file"),
+        (("resnet20_cifra", "README.md"), "did you mean"),
+        (("./nowhere", "README.md"), "holds no config.json"),
+        ((NAME, "tests"), "no image in tests"),
+        ((NAME, "README.md", "--topk", 0), "expected 1 or more"),
+        ((NAME, "README.md", "--top", 0), "did you mean '--topk'"),
+    ],
+)
+def test_predict_mistakes(words, said):
+    done = run(*PREDICT, *words)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_find_images_sorts(pictures):
+    assert [path.name for path in find_images([pictures])][-1] == "grey.png"

@@ -1,0 +1,185 @@
+"""The model card: everything in it is read from what the run wrote, nothing typed in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from timm.models import parse_model_name
+
+from timm_sfr.models import SMALL_IMAGE_MODELS
+
+TAGS = ["image-classification", "timm", "timm_sfr", "self-distillation"]
+CURVE, CURVE_ROWS = ("train_loss", "val_loss", "val_top1"), 10
+# torchvision's names for what the Hub has under an owner's.
+ON_THE_HUB = {"torch/cifar10": "uoft-cs/cifar10", "torch/cifar100": "uoft-cs/cifar100"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card is made from.
+
+    Attributes:
+        metrics: What the run's metrics.json holds; empty where no run is known.
+        options: The run's resolved options, as its args.yaml.
+        rows: The rows of its summary.csv.
+        repo_id: The repository that the card is for, None for the folder on the disk.
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    repo_id: str | None = None
+
+
+def dataset_name(options: dict[str, Any]) -> str:
+    """A dataset's name in a tag or a title: lower case, without owner, path or spaces."""
+    source = options.get("dataset") or options.get("data_dir") or "data"
+    word = PurePath(str(source)).stem.lower() or "data"
+    return "".join(letter if letter.isalnum() else "_" for letter in word).strip("_") or "data"
+
+
+def dataset_id(options: dict[str, Any]) -> str:
+    """The dataset's id on the Hub, where it is known to have one, or its name."""
+    source = str(options.get("dataset") or "")
+    given = options.get("hub_dataset") or ON_THE_HUB.get(source.lower())
+    return given or (source.removeprefix("hfds/") if source.startswith("hfds/") else dataset_name(options))
+
+
+def render(config: dict[str, Any], facts: Facts) -> str:
+    """The card of a model from its ``config.json`` and what is known of its run."""
+    name = facts.repo_id.split("/")[-1] if facts.repo_id else config["architecture"]
+    parts = [f"---\n{metadata(name, config, facts).to_yaml()}\n---", f"# {name}", _summary(config, facts)]
+    if facts.metrics:
+        parts += [_scores(facts), _recipe(facts), _curve(facts)]
+    parts.insert(3, _usage(config, facts))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def metadata(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
+    """The head of the card, with the scores as the Hub reads them (percent, on the split that they were measured on)."""
+    best, options = facts.metrics.get("best"), facts.options
+    results = None
+    if best:
+        shared = {
+            "task_type": "image-classification",
+            "dataset_type": dataset_id(options),
+            "dataset_name": dataset_name(options),
+            "dataset_split": _split(options),
+        }
+        results = [
+            EvalResult(metric_type="accuracy", metric_name=f"Top {k} Accuracy", metric_value=round(best[f"val_top{k}"], 4),
+                       **shared)
+            for k in (1, 5)
+        ]  # fmt: skip
+    return ModelCardData(
+        library_name="timm",
+        tags=TAGS if facts.metrics.get("sfr", True) else [tag for tag in TAGS if tag != "self-distillation"],
+        license=config["pretrained_cfg"].get("license"),
+        datasets=[dataset_id(options)] if options else None,
+        base_model=facts.metrics.get("base_model"),
+        pipeline_tag="image-classification",
+        model_name=name,
+        eval_results=results,
+    )
+
+
+def _summary(config: dict[str, Any], facts: Facts) -> str:
+    classes, size = config["num_classes"], config["pretrained_cfg"]["input_size"]
+    text = f"`{config['architecture']}` for {classes} classes at {size[1]} x {size[2]} pixels."
+    if not facts.metrics:
+        return text + " Published with timm_sfr; no run with measured scores belongs to these weights."
+    metrics, options = facts.metrics, facts.options
+    where = f"{dataset_name(options)}, {metrics['parameters'] / 1e6:.2f} M parameters"
+    source = metrics.get("base_model") or PurePath(options.get("initial_checkpoint") or "").name
+    start = f"Training started from the weights of {source}." if source else ""
+    if not metrics["sfr"]:
+        return f"{text} Trained on {where}, without Self-Feature Regularization, by timm_sfr. {start}".strip()
+    sfr = (
+        f"while it trained, its deep features taught its shallow ones (matching `{options['sfr_matching']}`, channels "
+        f"`{options['sfr_channels']}`, weight {options['sfr_weight']:g}) and its labels were smoothed by "
+        f"{options['smoothing']:g} (`{options['sfr_smoothing_source']}`, `{options['sfr_smoothing_schedule']}`)"
+    )
+    return (
+        f"{text} Trained on {where}, with Self-Feature Regularization by timm_sfr: {sfr}. No teacher was used, and "
+        f"nothing of it is left: at inference this is the plain timm model. {start}"
+    ).strip()
+
+
+def _usage(config: dict[str, Any], facts: Facts) -> str:
+    """Four lines: model, transform, probabilities, the best five by name."""
+    source = f"hf-hub:{facts.repo_id}" if facts.repo_id else "local-dir:."
+    ours = config["architecture"] in SMALL_IMAGE_MODELS
+    names = 'model.pretrained_cfg["label_names"][i]' if config.get("label_names") else "i"
+    top = min(5, config["num_classes"])
+    note = "\n`pip install timm-sfr` first: its import adds this architecture to timm." if ours else ""
+    return f"""## Use{note}
+
+```python
+import timm{", timm_sfr" if ours else ""}
+from PIL import Image
+
+model = timm.create_model("{source}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+p, index = model(transform(Image.open("image.png").convert("{_mode(config)}"))[None]).softmax(1)[0].topk({top})
+print([({names}, round(v, 4)) for v, i in zip(p.tolist(), index.tolist())])
+```"""
+
+
+def _mode(config: dict[str, Any]) -> str:
+    return "L" if config["pretrained_cfg"]["input_size"][0] == 1 else "RGB"
+
+
+def _scores(facts: Facts) -> str:
+    best, last, metrics = facts.metrics["best"], facts.metrics["last"], facts.metrics
+    lines = [
+        f"| {what} | {row['epoch'] + 1} | {row['val_top1']:.2f} | {row['val_top5']:.2f} | {row['val_loss']:.4f} | "
+        f"{row['ece']:.4f} |"
+        for what, row in (("these weights: best epoch", best), ("last epoch", last))
+    ]
+    return f"""## Scores
+
+On split `{_split(facts.options)}` of {dataset_name(facts.options)} ({best["images"]} images), one run, seed {metrics["seed"]}:
+
+| | epoch | top-1 % | top-5 % | loss | ECE |
+|---|---:|---:|---:|---:|---:|
+{chr(10).join(lines)}
+
+The best epoch was chosen by `{metrics["eval_metric"]}` on that same split, so its score is optimistic."""
+
+
+def _recipe(facts: Facts) -> str:
+    metrics = facts.metrics
+    versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    data = " (give `--data-dir`, where your copy of the data lies)" if facts.options.get("data_dir") else ""
+    return f"""## Recipe
+
+`python train_sfr.py --config args.yaml`, with the `args.yaml` beside this card, repeats it{data}.
+{metrics["epochs"]} epochs, {metrics["seconds"]:.0f} s on {metrics["hardware"]}, {metrics["mixed_precision"]} mixed precision;
+{versions}."""
+
+
+def _curve(facts: Facts) -> str:
+    rows = [row for row in facts.rows if row["val_top1"] != ""]
+    if not rows:
+        return ""
+    step = max(1, -(-len(rows) // CURVE_ROWS))
+    shown = rows[::-1][::step][::-1]
+    lines = [
+        f"| {int(row['epoch']) + 1} | " + " | ".join(f"{float(row[name]):.4f}" for name in CURVE) + " |"
+        for row in shown
+    ]
+    return "## Curve\n\n| epoch | train loss | val loss | val top-1 % |\n|---:|---:|---:|---:|\n" + "\n".join(lines)
+
+
+def _split(options: dict[str, Any]) -> str:
+    return "validation" if options.get("dataset") == "digits" else str(options.get("val_split", "validation"))
+
+
+def base_model(pretrained: bool, model: str, config: dict[str, Any]) -> str | None:
+    """Whose weights training started from: their repository on the Hub, or the model's name; None if from scratch."""
+    if not pretrained:
+        return None
+    return (config.get("hf_hub_id") or parse_model_name(model)[1]).split("@")[0]

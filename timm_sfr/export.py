@@ -1,0 +1,91 @@
+"""The model folder of a run: what plain timm loads, from disk or from the Hub."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from timm_sfr.card import Facts, dataset_name, render
+from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.config import RunConfig
+from timm_sfr.loader import Preprocessing
+from timm_sfr.sections import HubConfig
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+
+# What an architecture's default configuration says of the weights that timm publishes; ours are others.
+PROVENANCE = (
+    "tag", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "origin_url", "paper_ids", "paper_name",
+    "license", "notes", "description", "custom_load", "test_input_size", "test_crop_pct", "test_pool_size", "label_names",
+    "label_descriptions", "label_offset",
+)  # fmt: skip
+
+
+def own_config(config: dict[str, Any]) -> dict[str, Any]:
+    """timm's pretrained configuration of an architecture without what it says of the weights that timm publishes."""
+    return {key: value for key, value in config.items() if key not in PROVENANCE}
+
+
+def resolve_hub(config: RunConfig, model: nn.Module) -> HubConfig:
+    """The hub options with tag and licence written out: ``sfr_DATASET``; the pretrained weights' licence, or Apache 2.0."""
+    name = dataset_name({"dataset": config.data.dataset, "data_dir": config.data.data_dir})
+    theirs = getattr(model, "pretrained_cfg", {}).get("license") if config.model.pretrained else None
+    return dataclasses.replace(
+        config.hub,
+        tag=config.hub.tag or (f"sfr_{name}" if config.sfr.enabled else name),
+        license=config.hub.license or theirs or "apache-2.0",
+    )
+
+
+class Exporter:
+    """Writes ``config.json``, ``model.safetensors`` and ``README.md``; keeps an unwrapped copy of the model for it.
+
+    Args:
+        model: The timm model before any wrapping; copied to the CPU.
+        prep: Its preprocessing, which goes into ``config.json``; None keeps what the model's configuration says.
+        class_names: Names of its classes, if known.
+        hub: Tag and licence of the weights, resolved.
+    """
+
+    def __init__(
+        self, model: nn.Module, prep: Preprocessing | None, class_names: tuple[str, ...] | None, hub: HubConfig
+    ) -> None:
+        self.template = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
+        self.template.pretrained_cfg = own_config(getattr(self.template, "pretrained_cfg", {}))
+        self.prep, self.class_names, self.hub = prep, class_names, hub
+
+    def write(self, folder: Path, state: dict[str, torch.Tensor], facts: Facts) -> None:
+        """Replaces `folder` by one with the weights `state`, which must have exactly the model's keys."""
+        self.template.load_state_dict(state, strict=True)
+
+        def write(fresh: Path) -> None:
+            save_for_hf(
+                self.template,
+                str(fresh),
+                model_config=self._model_config(),
+                safe_serialization=True,
+                data_config=self._data_config(),
+            )
+            card_file = fresh / CARD
+            card_file.write_text(render(json.loads((fresh / CONFIG).read_text()), facts), encoding="utf-8")
+            # safetensors leaves its file readable by the owner alone; give it what the user's umask gives the others.
+            (fresh / WEIGHTS).chmod(card_file.stat().st_mode)
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        replace_atomically(folder, write)
+
+    def _model_config(self) -> dict[str, Any]:
+        says = {"tag": self.hub.tag, "license": self.hub.license}
+        found: dict[str, Any] = {"pretrained_cfg": {key: value for key, value in says.items() if value is not None}}
+        return found | ({"label_names": list(self.class_names)} if self.class_names else {})
+
+    def _data_config(self) -> dict[str, Any] | None:
+        names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        return {name: getattr(self.prep, name) for name in names} if self.prep is not None else None

@@ -1,0 +1,150 @@
+"""What can go wrong between here and the Hub: told in one line, and tried again where that helps."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+
+from timm_sfr.errors import HubError, UserError
+
+Result = TypeVar("Result")
+
+# 412: somebody else's commit came between ours and what it was made on.
+TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
+WAITS = (1, 2, 4)  # seconds before each further try
+PATIENCE = 10  # seconds after which no further try begins: huggingface_hub has tried for up to 23 by itself
+HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
+
+
+@contextlib.contextmanager
+def told(what: str, advice: str = "", token: str | None = None) -> Iterator[None]:
+    """Turns what the Hub's client, the network and the disk raise inside into one `HubError`: ``what: reason; advice``.
+
+    The token never is a part of it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not _expected(error):
+            raise
+        text = f"{what}: {reason(error, token)}{'; ' if advice else ''}{advice}"
+        for secret in (token, get_token()):
+            text = text.replace(secret, "***") if secret else text
+        raise HubError(text) from error
+
+
+def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
+    """What `action` gives, tried up to four times while it fails by something that passes: the network, a busy server."""
+    started, waits = time.monotonic(), iter(WAITS)
+    while True:
+        try:
+            return action()
+        except Exception as error:
+            wait = next(waits, None)
+            if wait is None or not transient(error) or time.monotonic() - started > PATIENCE:
+                raise
+            say(f"the Hub: {reason(error)}; trying again in {wait} s")
+        time.sleep(wait)
+
+
+def transient(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    if any(isinstance(link, (OfflineModeIsEnabled, LocalTokenNotFoundError)) for link in _chain(error)):
+        return False
+    code = status(error)
+    return code in TRANSIENT if code is not None else network(error)
+
+
+def status(error: BaseException) -> int | None:
+    """The HTTP status that the server answered with, if it did."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if response is not None:
+            return response.status_code
+    return None
+
+
+def network(error: BaseException) -> bool:
+    """Whether the server could not be reached, or was lost."""
+    return any(
+        isinstance(link, (ConnectionError, TimeoutError)) or type(link).__module__.startswith(HTTP_CLIENTS)
+        for link in _chain(error)
+    )
+
+
+def reason(error: BaseException, token: str | None = None) -> str:
+    """Why, in words, without a line break; `token` is the one that was given, if one was."""
+    links, code, server = list(_chain(error)), status(error), constants.ENDPOINT
+    full = next((x for x in links if isinstance(x, OSError) and x.errno == errno.ENOSPC), None)
+    if full is not None:
+        return f"the disk is full ({full.filename or constants.HF_HUB_CACHE})"
+    if _any(links, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if _any(links, LocalTokenNotFoundError) or (code == 401 and not token and not get_token()):
+        return "no token was found; run `hf auth login`, or set HF_TOKEN"
+    if (code == 401 and not _any(links, RepositoryNotFoundError)) or _said(
+        links, "Invalid credentials", "Invalid username"
+    ):
+        return f"{server} refused the token (401); run `hf auth login`, or set HF_TOKEN to a valid one"
+    if code == 403:
+        return "no right to write there (403): it needs a token with write access, and a name under your own user or organisation"
+    if _any(links, RevisionNotFoundError):
+        return "it has no such revision"
+    if _any(links, EntryNotFoundError) and not _any(links, LocalEntryNotFoundError):
+        return _short(links[0])
+    if _any(links, RepositoryNotFoundError) or code == 404:
+        return f"{server} has no such repository, or it is private and you are not logged in"
+    if code == 412:
+        return "somebody else's commit came in between (412)"
+    if code is not None:
+        said = next((link.server_message for link in links if getattr(link, "server_message", None)), None)
+        return f"{server} answered {code}{': ' if said else ''}{' '.join((said or '').split())[:200]}"
+    if network(error) or _any(links, LocalEntryNotFoundError):
+        return f"cannot reach {server}"
+    return _short(links[0])
+
+
+def _expected(error: BaseException) -> bool:
+    """Whether this is the world's doing rather than a fault of this program."""
+    kinds = (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError)
+    return isinstance(error, kinds) or network(error) or status(error) is not None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from."""
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or link.__context__
+
+
+def _any(links: list[BaseException], kind: type) -> bool:
+    return any(isinstance(link, kind) for link in links)
+
+
+def _said(links: list[BaseException], *texts: str) -> bool:
+    return any(text in str(link) for link in links for text in texts)
+
+
+def _short(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:200] if lines else type(error).__name__

@@ -1,0 +1,125 @@
+"""Loading: a run's folder, a repository on the Hub, a model of the zoo, or any model of timm's, behind one function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+
+from timm_sfr.errors import HubError, UserError, near_matches
+from timm_sfr.export import CONFIG, WEIGHTS
+from timm_sfr.hub_client import reason, told
+from timm_sfr.sections import check_repo_id
+from timm_sfr.zoo import ZooEntry, loading, zoo
+
+
+def create_model(
+    name: str,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model from wherever `name` points, in evaluation mode if its weights were loaded.
+
+    Args:
+        name: ``USER/NAME`` or ``hf-hub:USER/NAME[@REVISION]`` on the Hub; a folder with ``config.json`` and
+            ``model.safetensors``, or that of a run; a name of the zoo, such as ``resnet20_cifar.sfr_digits``; or any
+            other name that timm knows.
+        pretrained: Load the weights; without, only the architecture at its recorded size.
+        num_classes: Classes of the classifier; a number other than the weights' gives it new ones.
+        revision: A branch, tag or commit of the repository.
+        token: A token, for private repositories; by default that of ``hf auth login`` or HF_TOKEN.
+        cache_dir: Where downloads are kept; huggingface_hub's own cache by default. What is there needs no network.
+        kwargs: Further arguments of ``timm.create_model``.
+
+    Raises:
+        UserError: if there is no such model, or its files do not fit together. A repository with a pickle in the place
+            of safetensors is refused.
+        HubError: if it is on the Hub and cannot be had.
+    """
+    arguments = {"pretrained": pretrained, "num_classes": num_classes, **kwargs}
+    folder, entry = _local(name), zoo().get(name)
+    if folder is not None:
+        return _from_folder(folder, name, arguments)
+    if entry is not None and (entry.about.weights is None or revision is not None) and pretrained:
+        return _from_folder(_download(entry.repo_id, revision, token, cache_dir, entry), name, arguments)
+    if ":" in name or "/" in name:
+        repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
+        check_repo_id(repo_id, "model")
+        return _from_folder(_download(repo_id, revision or at or None, token, cache_dir), name, arguments)
+    if not timm.is_model(name):
+        known = [*zoo(), *timm.list_models()]
+        raise UserError(f"model: there is no {name!r}{near_matches(name, known) or '; timm.list_models() lists them'}")
+    return _create(name, name, arguments | {"cache_dir": cache_dir})
+
+
+def _local(name: str) -> Path | None:
+    """The folder that `name` means, if it means one: a model's, or the one within a run's."""
+    given = name.removeprefix("local-dir:")
+    for folder in (Path(given), Path(given) / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if name.startswith("local-dir:") or given.startswith((".", "/", "~")):
+        raise UserError(
+            f"model: {given!r} holds no {CONFIG} and no model/{CONFIG}; give the folder that the training printed"
+        )
+    return None
+
+
+def _download(
+    repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None, entry: ZooEntry | None = None
+) -> Path:
+    """The folder in the cache that holds the repository's configuration and weights."""
+    what = f"model: cannot load {repo_id}{f' at {revision}' if revision else ''}"
+    where = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    try:
+        with loading(entry, token) if entry is not None else told(what, token=token):
+            config = hf_hub_download(repo_id, CONFIG, **where)
+            hf_hub_download(repo_id, WEIGHTS, **where)
+    except HubError as error:
+        cause = error.__cause__
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            raise HubError(
+                f"{what}: expected {CONFIG} and {WEIGHTS} there; one is missing, and a pickle is not loaded"
+            ) from error
+        raise
+    return Path(config).parent
+
+
+def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model in `folder`, by timm, from safetensors alone."""
+    try:
+        architecture = str(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"model: the {CONFIG} of {name!r} is damaged or not timm's: {reason(error)}") from error
+    if not timm.is_model(architecture):
+        raise UserError(
+            f"model: {name!r} is a {architecture!r}, which neither timm {timm.__version__} nor timm_sfr has; import what "
+            "adds it to timm first, or install a newer one"
+        )
+    if arguments["pretrained"] and not (folder / WEIGHTS).is_file():
+        raise UserError(f"model: {name!r} has no {WEIGHTS}; a pickle is not loaded")
+    return _create(f"local-dir:{folder}", name, arguments)
+
+
+def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        model = timm.create_model(source, **arguments)
+    except SafetensorError as error:
+        raise UserError(f"model: the weights of {name!r} are damaged: {error}; download or train them again") from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+        raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
+    except Exception as error:
+        with told(f"model: cannot load {name!r}"):
+            raise error
+    return model.eval() if arguments["pretrained"] else model
