@@ -89,7 +89,7 @@ def test_not_published_yet(hub, tmp_path):
         )
         done = run(sys.executable, "-c", code, **hub.env(tmp_path, token=None))
         said = (
-            "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet; to train it: python train_sfr.py --config "
+            "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet; to train it: train-sfr --config "
         )
         assert f"{said}{CONFIGS / 'resnet20_cifar.sfr_cifar10.yaml'}" in done.stdout, done.stderr
 

@@ -156,7 +156,7 @@ def _recipe(facts: Facts) -> str:
     data = " (give `--data-dir`, where your copy of the data lies)" if facts.options.get("data_dir") else ""
     return f"""## Recipe
 
-`python train_sfr.py --config args.yaml`, with the `args.yaml` beside this card, repeats it{data}.
+`train-sfr --config args.yaml`, with the `args.yaml` beside this card, repeats it{data}.
 {metrics["epochs"]} epochs, {metrics["seconds"]:.0f} s on {metrics["hardware"]}, {metrics["mixed_precision"]} mixed precision;
 {versions}."""
 

@@ -93,7 +93,7 @@ class ZooEntry:
     def command(self) -> str:
         """The command that trains it."""
         data = self.options.get("data_dir") or self.options.get("dataset")
-        return f"python train_sfr.py --config {self.recipe}{'' if data else ' --data-dir DIR'}"
+        return f"train-sfr --config {self.recipe}{'' if data else ' --data-dir DIR'}"
 
     def pretrained_cfg(self) -> PretrainedCfg:
         """timm's configuration of these weights: the architecture's own, with this recipe's input, classes and source."""
