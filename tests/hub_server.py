@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -49,6 +50,7 @@ class Hub:
         self.objects: dict[str, bytes] = {}
         self.faults: dict[str, list[int | str]] = {}
         self.forever: set[str] = set()
+        self.slow = 0.0  # seconds that an upload takes
         self.log: list[tuple[str, str]] = []
         hub = self
 
@@ -245,6 +247,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.faulty("put"):
             return
         content = self.body()
+        time.sleep(self.state.slow)
         assert "Authorization" not in self.headers
         self.state.objects[self.path.rsplit("/", 1)[-1]] = content
         self.reply(200)

@@ -118,7 +118,7 @@ def test_config_and_card(hub, finished, tmp_path):
     assert about["mean"] == [0.4914, 0.4822, 0.4465] and about["input_size"] == [3, 16, 16]
     assert config["label_names"] == list("0123456789")
     assert not {"url", "hf_hub_id", "origin_url", "paper_ids", "notes"} & about.keys()
-    assert "push_to_hub" not in yaml.safe_load(files["args.yaml"])
+    assert not {"push_to_hub", "output", "experiment"} & yaml.safe_load(files["args.yaml"]).keys()
     assert all(isinstance(tensor, torch.Tensor) for tensor in load(files["model.safetensors"]).values())
 
     best = json.loads((finished / "metrics.json").read_text())["best"]
@@ -127,7 +127,7 @@ def test_config_and_card(hub, finished, tmp_path):
     assert results["Top 1 Accuracy"].metric_value == pytest.approx(best["val_top1"], abs=1e-4)
     assert results["Top 5 Accuracy"].metric_value == pytest.approx(best["val_top5"], abs=1e-4)
     assert results["Top 1 Accuracy"].dataset_split == "validation"
-    assert card.data.library_name == "timm" and card.data.license == "apache-2.0" and card.data.datasets == ["digits"]
+    assert card.data.library_name == "timm" and card.data.license == "apache-2.0" and card.data.datasets is None
     assert {"image-classification", "timm", "timm_sfr", "self-distillation"} == set(card.data.tags)
     assert f"{best['val_top1']:.2f}" in card.text and "seed 42" in card.text and "user/card" in card.text
     check = python(
@@ -184,7 +184,7 @@ def test_second_push_and_revisions(hub, finished, tmp_path):
     assert push(finished, "user/two", hub, home).returncode == 0 and len(repo.commits) == 3
     # Another branch, made where it is missing.
     assert push(finished, "user/two", hub, home, "--revision", "v2").returncode == 0
-    assert "v2" in repo.branches and len(repo.commits) == 3
+    assert len(repo.commits) == 4 and b'"hf-hub:user/two@v2"' in repo.tree("v2")[1]["README.md"]
 
 
 def test_a_card_that_the_hub_refuses(hub, finished, tmp_path):
@@ -291,7 +291,34 @@ def test_a_token_that_cannot_write_stops_before_training(hub, tmp_path):
     assert done.returncode == 2 and "expected USER/NAME; got 'x'" in done.stderr
 
 
+def test_the_command_to_try_again_is_whole(hub, finished, tmp_path):
+    """What was private must not become public by it."""
+    hub.faults["create"] = [403]
+    done = push(finished, "user/x", hub, tmp_path / "home", "--private", "--revision", "v2", "--commit-message", "a b")
+    assert f"timm_sfr.push {finished} user/x --private --revision v2 --commit-message 'a b'" in done.stderr
+
+
+def test_a_slow_upload_leaves_the_commit_its_tries(hub, finished, tmp_path):
+    hub.slow, hub.faults["commit"] = 11, [503]
+    assert push(finished, "user/x", hub, tmp_path / "home").returncode == 0 and hub.count("commit") == 2
+
+
+def test_a_token_is_in_no_traceback(hub, finished, tmp_path):
+    code = "import timm_sfr; timm_sfr.push_to_hub({!r}, 'user/x', token='hf_secret_1234567890{}')"
+    for tail, said in (
+        ("\\n", "refused the token"),
+        (" b", "token: expected one word"),
+        ("é", "token: expected one word"),
+    ):
+        done = python(code.format(str(finished), tail), **hub.env(tmp_path / "home", None))
+        assert said in done.stderr and "secret" not in done.stderr, done.stderr
+
+
 def test_a_run_that_is_not_whole_is_not_published(hub, finished, tmp_path):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    (finished / "metrics.json").write_text(json.dumps(metrics | {"epochs": 20}))
+    done = push(finished, "user/x", hub, tmp_path / "home")
+    assert done.returncode == 2 and "stopped after 4 of 20 epochs" in done.stderr and not hub.repos
     weights = finished / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     done = push(finished, "user/x", hub, tmp_path / "home")

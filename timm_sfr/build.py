@@ -45,6 +45,8 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
             load_checkpoint(model, config.initial_checkpoint)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
+    except UserError:
+        raise
     except (RuntimeError, TypeError, ValueError, OSError, AssertionError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model: cannot create {name!r}: {reason}") from error

@@ -7,7 +7,6 @@ from pathlib import PurePath
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from timm.models import parse_model_name
 
 from timm_sfr.models import SMALL_IMAGE_MODELS
 
@@ -25,13 +24,13 @@ class Facts:
         metrics: What the run's metrics.json holds; empty where no run is known.
         options: The run's resolved options, as its args.yaml.
         rows: The rows of its summary.csv.
-        repo_id: The repository that the card is for, None for the folder on the disk.
+        source: ``USER/NAME[@REVISION]`` that the card is for, None for the folder on the disk.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    repo_id: str | None = None
+    source: str | None = None
 
 
 def dataset_name(options: dict[str, Any]) -> str:
@@ -41,16 +40,16 @@ def dataset_name(options: dict[str, Any]) -> str:
     return "".join(letter if letter.isalnum() else "_" for letter in word).strip("_") or "data"
 
 
-def dataset_id(options: dict[str, Any]) -> str:
-    """The dataset's id on the Hub, where it is known to have one, or its name."""
+def dataset_id(options: dict[str, Any]) -> str | None:
+    """The dataset's id on the Hub, where it is known to have one."""
     source = str(options.get("dataset") or "")
     given = options.get("hub_dataset") or ON_THE_HUB.get(source.lower())
-    return given or (source.removeprefix("hfds/") if source.startswith("hfds/") else dataset_name(options))
+    return given or (source.removeprefix("hfds/") if source.startswith("hfds/") else None)
 
 
 def render(config: dict[str, Any], facts: Facts) -> str:
     """The card of a model from its ``config.json`` and what is known of its run."""
-    name = facts.repo_id.split("/")[-1] if facts.repo_id else config["architecture"]
+    name = facts.source.split("@")[0].split("/")[-1] if facts.source else config["architecture"]
     parts = [f"---\n{metadata(name, config, facts).to_yaml()}\n---", f"# {name}", _summary(config, facts)]
     if facts.metrics:
         parts += [_scores(facts), _recipe(facts), _curve(facts)]
@@ -65,7 +64,7 @@ def metadata(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
     if best:
         shared = {
             "task_type": "image-classification",
-            "dataset_type": dataset_id(options),
+            "dataset_type": dataset_id(options) or dataset_name(options),
             "dataset_name": dataset_name(options),
             "dataset_split": _split(options),
         }
@@ -76,9 +75,9 @@ def metadata(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
         ]  # fmt: skip
     return ModelCardData(
         library_name="timm",
-        tags=TAGS if facts.metrics.get("sfr", True) else [tag for tag in TAGS if tag != "self-distillation"],
+        tags=TAGS if facts.metrics.get("sfr") else [tag for tag in TAGS if tag != "self-distillation"],
         license=config["pretrained_cfg"].get("license"),
-        datasets=[dataset_id(options)] if options else None,
+        datasets=[known] if (known := dataset_id(options)) else None,
         base_model=facts.metrics.get("base_model"),
         pipeline_tag="image-classification",
         model_name=name,
@@ -94,6 +93,7 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
     metrics, options = facts.metrics, facts.options
     where = f"{dataset_name(options)}, {metrics['parameters'] / 1e6:.2f} M parameters"
     source = metrics.get("base_model") or PurePath(options.get("initial_checkpoint") or "").name
+    source = source or ("another model" if options.get("pretrained") else "")
     start = f"Training started from the weights of {source}." if source else ""
     if not metrics["sfr"]:
         return f"{text} Trained on {where}, without Self-Feature Regularization, by timm_sfr. {start}".strip()
@@ -110,7 +110,7 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
 
 def _usage(config: dict[str, Any], facts: Facts) -> str:
     """Four lines: model, transform, probabilities, the best five by name."""
-    source = f"hf-hub:{facts.repo_id}" if facts.repo_id else "local-dir:."
+    source = f"hf-hub:{facts.source}" if facts.source else "local-dir:."
     ours = config["architecture"] in SMALL_IMAGE_MODELS
     names = 'model.pretrained_cfg["label_names"][i]' if config.get("label_names") else "i"
     top = min(5, config["num_classes"])
@@ -179,7 +179,6 @@ def _split(options: dict[str, Any]) -> str:
 
 
 def base_model(pretrained: bool, model: str, config: dict[str, Any]) -> str | None:
-    """Whose weights training started from: their repository on the Hub, or the model's name; None if from scratch."""
-    if not pretrained:
-        return None
-    return (config.get("hf_hub_id") or parse_model_name(model)[1]).split("@")[0]
+    """Whose weights training started from: their repository on the Hub, or None if from scratch or from a local file."""
+    known = config.get("hf_hub_id") if pretrained and not model.startswith("local-dir:") else None
+    return known.split("@")[0] if known else None

@@ -14,7 +14,13 @@ class UserError(ValueError):
 
 
 class HubError(UserError):
-    """Something failed between here and the Hugging Face Hub; what is on the disk is whole."""
+    """Something failed between here and the Hugging Face Hub; what is on the disk is whole.
+
+    Attributes:
+        reason: The error behind it.
+    """
+
+    reason: BaseException | None = None
 
 
 def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:

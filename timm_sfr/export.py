@@ -34,13 +34,18 @@ def own_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_hub(config: RunConfig, model: nn.Module) -> HubConfig:
-    """The hub options with tag and licence written out: ``sfr_DATASET``; the pretrained weights' licence, or Apache 2.0."""
+    """The hub options with tag and licence written out: ``sfr_DATASET``; Apache 2.0 for weights made from scratch.
+
+    Weights that started from others keep those's licence, or have none where it is not known. `args.yaml` keeps what was
+    asked for: another data set or start would make the answer wrong.
+    """
     name = dataset_name({"dataset": config.data.dataset, "data_dir": config.data.data_dir})
     theirs = getattr(model, "pretrained_cfg", {}).get("license") if config.model.pretrained else None
+    scratch = not config.model.pretrained and not config.model.initial_checkpoint
     return dataclasses.replace(
         config.hub,
         tag=config.hub.tag or (f"sfr_{name}" if config.sfr.enabled else name),
-        license=config.hub.license or theirs or "apache-2.0",
+        license=config.hub.license or ("apache-2.0" if scratch else theirs),
     )
 
 

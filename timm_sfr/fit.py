@@ -96,8 +96,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     prep = build.preprocessing(config.model, model)
     device = accelerator.device
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
-    hub = resolve_hub(config, model)
-    exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
+    exporter = Exporter(model, prep, names, resolve_hub(config, model)) if accelerator.is_main_process else None
     task = parts.task(model, config.sfr, prep.input_size, device)
     batches = parts.batches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
 
@@ -124,7 +123,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     workspace = open_workspace(
         config.engine.output, config.engine.experiment, config.model.model or build.DEFAULT_MODEL, resume, accelerator
     )
-    resolved = dataclasses.replace(resolve(config, prep, num_classes, lr, accelerator.mixed_precision), hub=hub)
+    resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
     workspace.say(_headline(resolved, task, accelerator, train, val, parameters))
     if getattr(task, "plan", None) is not None:

@@ -13,18 +13,21 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors import SafetensorError, safe_open
+from timm.utils import unwrap_model
 from torch import nn
 
 from timm_sfr.card import Facts, render
 from timm_sfr.errors import HubError, UserError
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
-from timm_sfr.hub_client import retried, told, transient
+from timm_sfr.hub_client import check_token, retried, told, transient
 from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.sections import HubConfig, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
 
 _logger = logging.getLogger("timm_sfr")
+# Where the run was kept and published is nothing to repeat.
+NOT_OTHERS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment")
 RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
 
 
@@ -40,7 +43,7 @@ def push_to_hub(
     """Publishes a finished run's best model, or a timm model, in one commit; returns the commit's address.
 
     A run's repository gets ``config.json``, ``model.safetensors``, a card made from its measured scores, ``args.yaml``
-    (without where it was pushed to), ``summary.csv`` and ``metrics.json``; a model's the first three, without scores.
+    (without where it was kept and pushed to), ``summary.csv`` and ``metrics.json``; a model's the first three, without scores.
     Weights are the plain timm model's, as safetensors. The repository and the branch are made where they are missing.
 
     Args:
@@ -56,14 +59,15 @@ def push_to_hub(
         HubError: if the Hub cannot be reached or refuses; nothing is lost on the disk, and it can be called again.
     """
     check_repo_id(repo_id, "repo_id")
+    token, source = check_token(token), f"{repo_id}{f'@{revision}' if revision else ''}"
     with TemporaryDirectory(prefix="timm_sfr-push-") as place:
         if isinstance(run_or_model, (str, Path)):
             files, again = (
-                run_files(Path(run_or_model), repo_id, Path(place)),
-                _command(run_or_model, repo_id, revision),
+                run_files(Path(run_or_model), source, Path(place)),
+                _command(run_or_model, repo_id, private, revision, commit_message),
             )
         else:
-            files, again = model_files(run_or_model, repo_id, Path(place)), "call push_to_hub again"
+            files, again = model_files(run_or_model, source, Path(place)), "call push_to_hub again"
         message = commit_message or f"Publish with timm_sfr {__version__}"
         api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
 
@@ -72,15 +76,21 @@ def push_to_hub(
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
 
+        def additions() -> list[CommitOperationAdd]:
+            # Made anew for every try: huggingface_hub notes in them what it has done, and sends no file twice anyhow.
+            return [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
+
+        def upload() -> None:
+            api.preupload_lfs_files(repo_id, additions(), revision=revision)
+
         def commit() -> str:
-            # Made anew for every try: huggingface_hub notes in them what it has sent, and sends no file twice anyhow.
-            additions = [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-            return str(api.create_commit(repo_id, additions, commit_message=message, revision=revision).commit_url)
+            return str(api.create_commit(repo_id, additions(), commit_message=message, revision=revision).commit_url)
 
         with told(
             f"push-to-hub: {repo_id} is not published", f"everything is on the disk; to try again: {again}", token
         ):
             retried(make, _logger.warning)
+            retried(upload, _logger.warning)  # apart, so that a long upload leaves the commit its own tries
             return retried(commit, _logger.warning)
 
 
@@ -97,16 +107,16 @@ def check_login(repo_id: str) -> None:
         with told(what):
             who = HfApi().whoami()
     except HubError as error:
-        if error.__cause__ is not None and transient(error.__cause__):
+        if error.reason is not None and transient(error.reason):
             _logger.warning(f"{error}; training goes on, and the push is tried at its end")
             return
-        raise UserError(str(error)) from error
-    if (who.get("auth") or {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(str(error)) from None
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise UserError(f"{what}: the token only reads; make one with write access")
 
 
-def run_files(run: Path, repo_id: str, place: Path) -> dict[str, Path]:
-    """What is published of a run: file name to path; those that are made for it are written into `place`.
+def run_files(run: Path, source: str, place: Path) -> dict[str, Path]:
+    """What is published of a run as `source`, USER/NAME[@REVISION]: file name to path; what is made for it goes to `place`.
 
     Raises:
         UserError: if the run lacks a file, or one cannot be read.
@@ -120,38 +130,44 @@ def run_files(run: Path, repo_id: str, place: Path) -> dict[str, Path]:
     if missing:
         raise UserError(f"run: {str(run)!r} is no finished run: it has no {', '.join(missing)}; give the folder that the "
                         "training printed")  # fmt: skip
-    options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key != "push_to_hub"}
+    options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in NOT_OTHERS}
     try:
         with safe_open(needed[WEIGHTS], framework="pt") as weights:
             weights.keys()
         config, metrics = (json.loads(needed[name].read_text()) for name in (CONFIG, "metrics.json"))
         with needed["summary.csv"].open(newline="") as file:
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
-        card = render(config, Facts(metrics, options, rows, repo_id))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        card = render(config, Facts(metrics, options, rows, source))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
             f"run: a file of {str(run)!r} is damaged: {error}; train again, or go on with --resume {run}"
         ) from error
+    done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
+    if done < asked:
+        raise UserError(
+            f"run: {str(run)!r} stopped after {done} of {asked} epochs; go on with --resume {run}, then publish it"
+        )
     files = needed | {CARD: place / CARD, "args.yaml": place / "args.yaml"}
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
     return files
 
 
-def model_files(model: nn.Module, repo_id: str, place: Path) -> dict[str, Path]:
-    """What is published of a timm model or an `SFRTask` by itself: configuration, weights and a card without scores.
+def model_files(model: nn.Module, source: str, place: Path) -> dict[str, Path]:
+    """What is published of a timm model or an `SFRTask` as `source`: configuration, weights and a card without scores.
 
     Raises:
         UserError: if it is no timm model.
     """
-    plain = getattr(model, "plain_model", model)
+    plain = unwrap_model(getattr(model, "plain_model", model))
+    plain = getattr(plain, "_orig_mod", plain)  # torch.compile's
     config = getattr(plain, "pretrained_cfg", None)
     if not isinstance(config, dict) or not config.get("architecture"):
         raise UserError(f"model: expected a model of timm's (timm.create_model); got {type(plain).__name__}")
     names = config.get("label_names")
     kept = tuple(names) if names and len(names) == getattr(plain, "num_classes", None) else None
     try:
-        Exporter(plain, None, kept, HubConfig()).write(place / "model", plain.state_dict(), Facts(repo_id=repo_id))
+        Exporter(plain, None, kept, HubConfig()).write(place / "model", plain.state_dict(), Facts(source=source))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot save {config['architecture']!r}: {error}") from error
     return {name: place / "model" / name for name in (CONFIG, WEIGHTS, CARD)}
@@ -170,6 +186,7 @@ def published(run: Path, url: str, repo_id: str, revision: str | None) -> str:
     return f"published: {url}\nload it anywhere with: {loading_line(run, source)}"
 
 
-def _command(run: str | Path, repo_id: str, revision: str | None) -> str:
-    words = ["python", "-m", "timm_sfr.push", str(run), repo_id, *(["--revision", revision] if revision else [])]
-    return shlex.join(words)
+def _command(run: str | Path, repo_id: str, private: bool, revision: str | None, message: str | None) -> str:
+    words = ["python", "-m", "timm_sfr.push", str(run), repo_id, *(["--private"] if private else [])]
+    words += ["--revision", revision] if revision else []
+    return shlex.join([*words, *(["--commit-message", message] if message else [])])

@@ -11,6 +11,7 @@ from typing import TypeVar
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -45,9 +46,28 @@ def told(what: str, advice: str = "", token: str | None = None) -> Iterator[None
         if not _expected(error):
             raise
         text = f"{what}: {reason(error, token)}{'; ' if advice else ''}{advice}"
-        for secret in (token, get_token()):
-            text = text.replace(secret, "***") if secret else text
-        raise HubError(text) from error
+        secrets = [secret for secret in (token, get_token()) if secret]
+        for secret in secrets:
+            text = text.replace(secret, "***")
+        told_off = HubError(text)
+        told_off.reason = error
+        # A client's own message may quote the header that it sent: then it is left out of the traceback too.
+        leaks = any(secret in str(link) for secret in secrets for link in _chain(error))
+        raise told_off from (None if leaks else error)
+
+
+def check_token(token: str | None) -> str | None:
+    """`token` without blanks around it.
+
+    Raises:
+        UserError: if it can be no token; its text is not repeated.
+    """
+    if token is None:
+        return None
+    clean = token.strip()
+    if not clean or not clean.isascii() or not clean.isprintable() or " " in clean:
+        raise UserError("token: expected one word of ASCII letters (hf_...); got something else")
+    return clean
 
 
 def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
@@ -97,14 +117,19 @@ def reason(error: BaseException, token: str | None = None) -> str:
         return f"the disk is full ({full.filename or constants.HF_HUB_CACHE})"
     if _any(links, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
-    if _any(links, LocalTokenNotFoundError) or (code == 401 and not token and not get_token()):
+    refused = code == 401 and not _any(links, RepositoryNotFoundError)
+    if _any(links, LocalTokenNotFoundError) or (refused and not token and not get_token()):
         return "no token was found; run `hf auth login`, or set HF_TOKEN"
-    if (code == 401 and not _any(links, RepositoryNotFoundError)) or _said(
-        links, "Invalid credentials", "Invalid username"
-    ):
+    if refused or _said(links, "Invalid credentials", "Invalid username"):
         return f"{server} refused the token (401); run `hf auth login`, or set HF_TOKEN to a valid one"
+    gated = next((link for link in links if isinstance(link, GatedRepoError)), None)
+    if gated is not None:
+        return f"it is gated; log in, and ask for access on its page at {server}"
     if code == 403:
-        return "no right to write there (403): it needs a token with write access, and a name under your own user or organisation"
+        return (
+            "no right to write there (403): it needs a token with write access, and a name under your own user or organisation"
+            + _quoted(links)
+        )
     if _any(links, RevisionNotFoundError):
         return "it has no such revision"
     if _any(links, EntryNotFoundError) and not _any(links, LocalEntryNotFoundError):
@@ -114,8 +139,7 @@ def reason(error: BaseException, token: str | None = None) -> str:
     if code == 412:
         return "somebody else's commit came in between (412)"
     if code is not None:
-        said = next((link.server_message for link in links if getattr(link, "server_message", None)), None)
-        return f"{server} answered {code}{': ' if said else ''}{' '.join((said or '').split())[:200]}"
+        return f"{server} answered {code}{_quoted(links)}"
     if network(error) or _any(links, LocalEntryNotFoundError):
         return f"cannot reach {server}"
     return _short(links[0])
@@ -143,6 +167,12 @@ def _any(links: list[BaseException], kind: type) -> bool:
 
 def _said(links: list[BaseException], *texts: str) -> bool:
     return any(text in str(link) for link in links for text in texts)
+
+
+def _quoted(links: list[BaseException]) -> str:
+    """What the server said of it, after a colon."""
+    said = next((link.server_message for link in links if getattr(link, "server_message", None)), "")
+    return f": {' '.join(said.split())[:200]}" if said else ""
 
 
 def _short(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from timm_sfr.errors import HubError, UserError, near_matches
 from timm_sfr.export import CONFIG, WEIGHTS
-from timm_sfr.hub_client import reason, told
+from timm_sfr.hub_client import check_token, reason, told
 from timm_sfr.sections import check_repo_id
 from timm_sfr.zoo import ZooEntry, loading, zoo
 
@@ -48,15 +49,21 @@ def create_model(
         HubError: if it is on the Hub and cannot be had.
     """
     arguments = {"pretrained": pretrained, "num_classes": num_classes, **kwargs}
-    folder, entry = _local(name), zoo().get(name)
+    where = {"revision": revision, "token": check_token(token), "cache_dir": cache_dir}
+    entry = zoo().get(name)
+    if entry is not None and (entry.about.weights is None or revision is not None) and pretrained:
+        return _from_folder(_download(entry.repo_id, where, entry=entry), name, arguments)
+    folder = None if timm.is_model(name) else _local(name)
+    if revision is not None and (folder is not None or timm.is_model(name)):
+        raise UserError(f"revision: {name!r} is not on the Hub and has none")
     if folder is not None:
         return _from_folder(folder, name, arguments)
-    if entry is not None and (entry.about.weights is None or revision is not None) and pretrained:
-        return _from_folder(_download(entry.repo_id, revision, token, cache_dir, entry), name, arguments)
     if ":" in name or "/" in name:
         repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
         check_repo_id(repo_id, "model")
-        return _from_folder(_download(repo_id, revision or at or None, token, cache_dir), name, arguments)
+        return _from_folder(
+            _download(repo_id, where | {"revision": revision or at or None}, pretrained), name, arguments
+        )
     if not timm.is_model(name):
         known = [*zoo(), *timm.list_models()]
         raise UserError(f"model: there is no {name!r}{near_matches(name, known) or '; timm.list_models() lists them'}")
@@ -65,7 +72,7 @@ def create_model(
 
 def _local(name: str) -> Path | None:
     """The folder that `name` means, if it means one: a model's, or the one within a run's."""
-    given = name.removeprefix("local-dir:")
+    given = os.path.expanduser(name.removeprefix("local-dir:"))
     for folder in (Path(given), Path(given) / "model"):
         if (folder / CONFIG).is_file():
             return folder
@@ -76,18 +83,17 @@ def _local(name: str) -> Path | None:
     return None
 
 
-def _download(
-    repo_id: str, revision: str | None, token: str | None, cache_dir: str | Path | None, entry: ZooEntry | None = None
-) -> Path:
+def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: ZooEntry | None = None) -> Path:
     """The folder in the cache that holds the repository's configuration and weights."""
+    revision, token = where["revision"], where["token"]
     what = f"model: cannot load {repo_id}{f' at {revision}' if revision else ''}"
-    where = {"revision": revision, "token": token, "cache_dir": cache_dir}
     try:
         with loading(entry, token) if entry is not None else told(what, token=token):
             config = hf_hub_download(repo_id, CONFIG, **where)
-            hf_hub_download(repo_id, WEIGHTS, **where)
+            if weights:  # of the same commit
+                hf_hub_download(repo_id, WEIGHTS, **where | {"revision": Path(config).parent.name})
     except HubError as error:
-        cause = error.__cause__
+        cause = error.reason
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
             raise HubError(
                 f"{what}: expected {CONFIG} and {WEIGHTS} there; one is missing, and a pickle is not loaded"
@@ -115,6 +121,8 @@ def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Modul
 def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
     try:
         model = timm.create_model(source, **arguments)
+    except UserError:
+        raise
     except SafetensorError as error:
         raise UserError(f"model: the weights of {name!r} are damaged: {error}; download or train them again") from error
     except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:

@@ -236,7 +236,7 @@ class HubConfig(Checked):
     private: bool = option(False, "make that repository private, if it is made now")
     revision: str | None = option(None, "branch to publish on (default: main)")
     license: str | None = option(
-        None, "licence of the weights (default: that of the pretrained weights, or apache-2.0)"
+        None, "licence of the weights (default: apache-2.0; that of the pretrained weights, if any)"
     )
     tag: str | None = option(None, "timm tag of the weights (default: sfr_DATASET)")
     dataset: str | None = option(None, "id of the dataset on the Hub, for the model card (default: its name)")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
@@ -106,6 +106,7 @@ class ZooEntry:
         if size is not None:
             says |= {"input_size": (self.options.get("in_chans") or 3, size, size), "pool_size": None}
         source = {"file": str(WEIGHTS / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
+        source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # timm would take a pickle too
         says |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
                  "label_names": self.about.label_names, "license": self.options.get("hub_license")}  # fmt: skip
         return PretrainedCfg(**known | says | source)
@@ -118,7 +119,7 @@ class ZooTable(list):
         lines = [("name", "parameters", "dataset", "top-1", "repository")]
         for entry in self:
             measured = entry.measured
-            score = "not yet measured" if measured is None else f"{measured.published_top1:.2f} % ({measured.split})"
+            score = "not yet measured" if measured is None else f"{measured.top1:.2f} ± {measured.top1_interval:.2f} %"
             dataset = str(entry.options.get("dataset") or entry.options.get("hub_dataset") or "")
             where = "comes with the package" if entry.about.weights else entry.repo_id
             lines.append((entry.name, f"{entry.about.parameters / 1e6:.2f} M", dataset, score, where))
@@ -185,8 +186,8 @@ def loading(entry: ZooEntry, token: str | None = None) -> Iterator[None]:
         with told(what, token=token):
             yield
     except HubError as error:
-        if isinstance(error.__cause__, RepositoryNotFoundError):
-            raise HubError(f"{what}: it is not published yet; to train it: {entry.command}") from error
+        if isinstance(error.reason, RepositoryNotFoundError) and not isinstance(error.reason, GatedRepoError):
+            raise HubError(f"{what}: it is not published yet (or private); to train it: {entry.command}") from None
         raise
 
 
@@ -195,9 +196,10 @@ def _explaining(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module
 
     @functools.wraps(entrypoint)
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        tag = kwargs.get("pretrained_cfg")
-        entry = zoo().get(f"{entrypoint.__name__}.{tag}") if pretrained and isinstance(tag, str) else None
-        with loading(entry) if entry is not None else contextlib.nullcontext():
+        given = kwargs.get("pretrained_cfg")
+        tag = given.get("tag") if isinstance(given, dict) else getattr(given, "tag", given)
+        entry = zoo().get(f"{entrypoint.__name__}.{tag}") if pretrained else None
+        with loading(entry) if entry is not None and not entry.about.weights else contextlib.nullcontext():
             return entrypoint(pretrained=pretrained, **kwargs)
 
     return create
