@@ -13,11 +13,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import yaml
-from scipy.stats import t
 
+from benchmarks.table import interval
 from timm_sfr import RunConfig
 from timm_sfr.cli import fail
 from timm_sfr.errors import UserError, near_matches
@@ -37,13 +37,13 @@ def measured(runs: dict[int, dict], published: int) -> dict:
     """The scores of `runs` by seed, as `timm_sfr.zoo.Measured`."""
     last, best = [run["last"] for run in runs.values()], runs[published]["best"]
     scores, some = [row["val_top1"] for row in last], runs[published]
-    interval = float(t.ppf(0.975, len(scores) - 1)) * stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0
+    half = interval(scores) if len(scores) > 1 else 0.0
     return {
         "split": "validation",
         "images": best["images"],
         "seeds": list(runs),
         "top1": round(mean(scores), 4),
-        "top1_interval": round(interval, 4),
+        "top1_interval": round(half, 4),
         "top5": round(mean(row["val_top5"] for row in last), 4),
         "published_top1": round(best["val_top1"], 4),
         "published_top5": round(best["val_top5"], 4),

@@ -127,7 +127,8 @@ def test_config_and_card(hub, finished, tmp_path):
     assert results["Top 1 Accuracy"].metric_value == pytest.approx(best["val_top1"], abs=1e-4)
     assert results["Top 5 Accuracy"].metric_value == pytest.approx(best["val_top5"], abs=1e-4)
     assert results["Top 1 Accuracy"].dataset_split == "validation"
-    assert card.data.library_name == "timm" and card.data.license == "apache-2.0" and card.data.datasets is None
+    head = card.data
+    assert head.library_name == "timm" and head.license == "apache-2.0" and head.datasets is None
     assert {"image-classification", "timm", "timm_sfr", "self-distillation"} == set(card.data.tags)
     assert f"{best['val_top1']:.2f}" in card.text and "seed 42" in card.text and "user/card" in card.text
     check = python(

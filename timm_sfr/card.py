@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_sfr.loader import img_mode
 from timm_sfr.models import SMALL_IMAGE_MODELS
 
 TAGS = ["image-classification", "timm", "timm_sfr", "self-distillation"]
@@ -112,24 +113,26 @@ def _usage(config: dict[str, Any], facts: Facts) -> str:
     """Four lines: model, transform, probabilities, the best five by name."""
     source = f"hf-hub:{facts.source}" if facts.source else "local-dir:."
     ours = config["architecture"] in SMALL_IMAGE_MODELS
+    mode = img_mode(config["pretrained_cfg"]["input_size"][0])
     names = 'model.pretrained_cfg["label_names"][i]' if config.get("label_names") else "i"
     top = min(5, config["num_classes"])
     note = "\n`pip install timm-sfr` first: its import adds this architecture to timm." if ours else ""
     return f"""## Use{note}
 
 ```python
-import timm{", timm_sfr" if ours else ""}
+{imports(config["architecture"])}
 from PIL import Image
 
 model = timm.create_model("{source}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-p, index = model(transform(Image.open("image.png").convert("{_mode(config)}"))[None]).softmax(1)[0].topk({top})
+p, index = model(transform(Image.open("image.png").convert("{mode}"))[None]).softmax(1)[0].topk({top})
 print([({names}, round(v, 4)) for v, i in zip(p.tolist(), index.tolist())])
 ```"""
 
 
-def _mode(config: dict[str, Any]) -> str:
-    return "L" if config["pretrained_cfg"]["input_size"][0] == 1 else "RGB"
+def imports(architecture: str) -> str:
+    """The import that loading takes: timm itself does not know the architectures that this package adds."""
+    return f"import timm{', timm_sfr' if architecture in SMALL_IMAGE_MODELS else ''}"
 
 
 def _scores(facts: Facts) -> str:

@@ -16,11 +16,10 @@ from safetensors import SafetensorError, safe_open
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_sfr.card import Facts, render
+from timm_sfr.card import Facts, imports, render
 from timm_sfr.errors import HubError, UserError
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
 from timm_sfr.hub_client import check_token, retried, told, transient
-from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.sections import HubConfig, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
@@ -59,7 +58,7 @@ def push_to_hub(
         HubError: if the Hub cannot be reached or refuses; nothing is lost on the disk, and it can be called again.
     """
     check_repo_id(repo_id, "repo_id")
-    token, source = check_token(token), f"{repo_id}{f'@{revision}' if revision else ''}"
+    token, source = check_token(token), _at(repo_id, revision)
     with TemporaryDirectory(prefix="timm_sfr-push-") as place:
         if isinstance(run_or_model, (str, Path)):
             files, again = (
@@ -174,16 +173,18 @@ def model_files(model: nn.Module, source: str, place: Path) -> dict[str, Path]:
 
 
 def loading_line(run: Path, source: str) -> str:
-    """The Python line that loads the model of `run` from `source`; timm itself does not know our architectures."""
+    """The Python line that loads the model of `run` from `source`."""
     architecture = json.loads((run / "model" / CONFIG).read_text())["architecture"]
-    plugin = ", timm_sfr" if architecture in SMALL_IMAGE_MODELS else ""
-    return f'import timm{plugin}; model = timm.create_model("{source}", pretrained=True).eval()'
+    return f'{imports(architecture)}; model = timm.create_model("{source}", pretrained=True).eval()'
 
 
 def published(run: Path, url: str, repo_id: str, revision: str | None) -> str:
     """What is said after a push."""
-    source = f"hf-hub:{repo_id}{f'@{revision}' if revision else ''}"
-    return f"published: {url}\nload it anywhere with: {loading_line(run, source)}"
+    return f"published: {url}\nload it anywhere with: {loading_line(run, f'hf-hub:{_at(repo_id, revision)}')}"
+
+
+def _at(repo_id: str, revision: str | None) -> str:
+    return f"{repo_id}@{revision}" if revision else repo_id
 
 
 def _command(run: str | Path, repo_id: str, private: bool, revision: str | None, message: str | None) -> str:

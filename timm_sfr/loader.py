@@ -110,6 +110,11 @@ class EpochSampler(Sampler[int]):
         yield from (own + self.epoch * self.count).tolist()
 
 
+def img_mode(channels: int) -> str:
+    """The PIL mode of images with so many channels."""
+    return "L" if channels == 1 else "RGB"
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Image size and normalisation, as timm's ``resolve_data_config`` gives them."""
@@ -124,7 +129,7 @@ class Preprocessing:
     @property
     def img_mode(self) -> str:
         """The PIL mode with this many channels."""
-        return "L" if self.input_size[0] == 1 else "RGB"
+        return img_mode(self.input_size[0])
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, C, H, W) as float32 with the mean taken off and divided by the deviation."""

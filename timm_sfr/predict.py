@@ -71,9 +71,11 @@ def predict(model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 
     import torch
     from PIL import Image
 
+    from timm_sfr.loader import img_mode
+
     data = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**data, is_training=False)
-    mode, names = "L" if data["input_size"][0] == 1 else "RGB", class_names(model)
+    mode, names = img_mode(data["input_size"][0]), class_names(model)
     for start in range(0, len(files), batch_size):
         part, images, errors = files[start : start + batch_size], {}, {}
         for file in part:

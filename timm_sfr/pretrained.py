@@ -119,15 +119,15 @@ def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Modul
 
 
 def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
-    try:
-        model = timm.create_model(source, **arguments)
-    except UserError:
-        raise
-    except SafetensorError as error:
-        raise UserError(f"model: the weights of {name!r} are damaged: {error}; download or train them again") from error
-    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-        raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
-    except Exception as error:
-        with told(f"model: cannot load {name!r}"):
-            raise error
+    with told(f"model: cannot load {name!r}"):
+        try:
+            model = timm.create_model(source, **arguments)
+        except UserError:
+            raise
+        except SafetensorError as error:
+            raise UserError(
+                f"model: the weights of {name!r} are damaged: {error}; download or train them again"
+            ) from error
+        except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+            raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
     return model.eval() if arguments["pretrained"] else model
