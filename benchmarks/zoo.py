@@ -19,18 +19,33 @@ import yaml
 
 from benchmarks.table import interval
 from timm_sfr import RunConfig
+from timm_sfr.checkpoint import checkpoints
 from timm_sfr.cli import fail
 from timm_sfr.errors import UserError, near_matches
 from timm_sfr.fit import fit
+from timm_sfr.workspace import read_run
 from timm_sfr.zoo import WEIGHTS, ZooEntry, zoo
 
 
 def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
-    """Trains the recipe with `seed`, unless that is done; the run and what it measured."""
+    """Trains the recipe with `seed`, goes on where that was interrupted, or takes what is done; the run and what it measured.
+
+    Raises:
+        UserError: if the run that is there is of another recipe.
+    """
     run = output / f"{entry.name}-seed{seed}"
-    if not (run / "metrics.json").exists():
-        run = fit(RunConfig.from_flat(entry.options | {"seed": seed, "output": str(output), "experiment": run.name}))
-    return run, json.loads((run / "metrics.json").read_text())
+    config = RunConfig.from_flat(entry.options | {"seed": seed, "output": str(output), "experiment": run.name})
+    if not checkpoints(run / "checkpoints"):
+        fit(config)
+    theirs = read_run(run)
+    other = sorted(name for name, value in (entry.options | {"seed": seed}).items() if theirs.get(name) != value)
+    if other:
+        raise UserError(f"output: {run} was trained with other options than the recipe: {', '.join(other)}; remove it")
+    metrics = json.loads((run / "metrics.json").read_text())
+    if metrics["last"]["epoch"] + 1 < metrics["epochs"]:
+        fit(RunConfig.from_flat(theirs), resume=run)
+        metrics = json.loads((run / "metrics.json").read_text())
+    return run, metrics
 
 
 def measured(runs: dict[int, dict], published: int) -> dict:

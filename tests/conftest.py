@@ -3,7 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest

@@ -18,6 +18,8 @@ from huggingface_hub.repocard import RepoCard
 
 USERS = {"hf_writes_1234567890": ("user", "write"), "hf_reads_1234567890": ("user", "read")}
 WRITE, READ = USERS
+ORGANISATION = "team"  # of both
+LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0", "gemma", "other", "unknown")  # some of the Hub's
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Repo:
     """Commits, oldest first, each a whole tree of path to bytes; branches and tags point to them."""
 
     private: bool = False
+    gated: bool = False
     commits: list[tuple[str, str, dict[str, bytes]]] = field(default_factory=list)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -32,9 +35,10 @@ class Repo:
         sha = self.branches.get(revision, revision)
         return next(((oid, files) for oid, _, files in self.commits if oid == sha), None)
 
-    def commit(self, branch: str, title: str, files: dict[str, bytes]) -> str:
+    def commit(self, branch: str, title: str, files: dict[str, bytes], deleted: set[str] = frozenset()) -> str:
         before = self.tree(branch)
         whole = {**(before[1] if before else {}), **files}
+        whole = {name: content for name, content in whole.items() if name not in deleted}
         oid = hashlib.sha1(f"{len(self.commits)} {title} {sorted(whole)}".encode()).hexdigest()
         self.commits.append((oid, title, whole))
         self.branches[branch] = oid
@@ -146,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         who = self.user()
         if who is None:
             self.error(401, None, "Invalid credentials in Authorization header")
-        elif who[1] == "read" or who[0] != repo_id.split("/")[0]:
+        elif who[1] == "read" or repo_id.split("/")[0] not in (who[0], ORGANISATION):
             self.error(
                 403, None, f"You don't have the rights to create a model under the namespace {repo_id.split('/')[0]!r}"
             )
@@ -159,6 +163,9 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.state.repos.get(repo_id)
         if repo is None or (repo.private and self.user() is None):
             self.error(401 if self.user() is None else 404, "RepoNotFound", "Repository not found")
+            return None
+        if repo.gated and self.path.count("/resolve/"):
+            self.error(403, "GatedRepo", "Access to this model is restricted")
             return None
         tree = repo.tree(revision)
         if tree is None:
@@ -208,9 +215,16 @@ class Handler(BaseHTTPRequestHandler):
             data = RepoCard(content).data.to_dict()
             data.pop("model-index", None)
             ModelCardData(**data)
-            errors = (
-                [] if isinstance(data.get("tags"), list) and data.get("library_name") else ["tags and library_name"]
-            )
+            known = data.get("license") in (None, *LICENSES)
+            names = [*data.get("datasets", []), *([data["base_model"]] if "base_model" in data else [])]
+            rules = {
+                "tags must be a list": isinstance(data.get("tags"), list),
+                '"library_name" is missing': bool(data.get("library_name")),
+                f'"license" must be one of [{", ".join(LICENSES)}]': known,
+                '"license_name" is missing': data.get("license") != "other" or bool(data.get("license_name")),
+                "not an id": all(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) for name in names),
+            }
+            errors = [text for text, held in rules.items() if not held]
         except Exception as error:
             errors = [str(error)]
         self.reply(400 if errors else 200, {"errors": [{"message": text} for text in errors], "warnings": []})
@@ -265,7 +279,7 @@ class Handler(BaseHTTPRequestHandler):
         found = self.found(repo_id, revision)
         if found is None:
             return
-        title, files = "", {}
+        title, files, deleted = "", {}, set()
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
@@ -276,7 +290,9 @@ class Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.state.objects[value["oid"]]
-        oid = found[0].commit(revision, title, files)
+            elif line["key"] == "deletedFile":
+                deleted.add(value["path"])
+        oid = found[0].commit(revision, title, files, deleted)
         self.reply(200, {"commitUrl": f"{self.state.url}/{repo_id}/commit/{oid}", "commitOid": oid, "success": True})
 
     def branch(self, repo_id: str, name: str) -> None:
@@ -303,7 +319,12 @@ class Handler(BaseHTTPRequestHandler):
             if who is None:
                 return self.error(401, None, "Invalid credentials in Authorization header")
             token = {"accessToken": {"role": who[1], "displayName": "test"}}
-            return self.reply(200, {"type": "user", "name": who[0], "orgs": [], "auth": token})
+            return self.reply(200, {"type": "user", "name": who[0], "orgs": [{"name": ORGANISATION}], "auth": token})
+        if re.fullmatch(r"/api/models/[^/]+/[^/]+/xet-write-token/.+", path):
+            if self.faulty("xet"):
+                return None
+            nobody = {"casUrl": "http://127.0.0.1:9", "accessToken": "xet", "exp": int(time.time()) + 600}
+            return self.reply(200, nobody)
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         if match:
             return None if self.faulty("resolve") else self.resolve(*match.groups())

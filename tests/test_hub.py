@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load, save_file
 
 FILES = {"config.json", "model.safetensors", "README.md", "args.yaml", "summary.csv", "metrics.json"}
+STARTING = 10  # seconds that Python and the imports may take on two busy cores
 PUSH = [sys.executable, "-m", "timm_sfr.push"]
 PREDICT = [sys.executable, "-m", "timm_sfr.predict"]
 LOGITS = """
@@ -51,7 +52,7 @@ def push(folder, repo, hub, home, *words, token=WRITE, **env):
     """What the command answers: exit status, output, the error line; never a traceback, in under half a minute."""
     started = time.monotonic()
     done = run(*PUSH, folder, repo, *words, **{**hub.env(home, token), **env})
-    assert time.monotonic() - started < 45, "bounded: 30 s and the start of Python"
+    assert time.monotonic() - started < 30 + STARTING, "bounded"
     assert "Traceback" not in done.stderr, done.stderr
     return done
 
@@ -288,8 +289,17 @@ def test_a_token_that_cannot_write_stops_before_training(hub, tmp_path):
         done = run(*TRAIN, *words, "user/x", **hub.env(tmp_path / "home", token))
         assert done.returncode == 2 and said in done.stderr and not (tmp_path / "run").exists(), done.stderr
         assert token is None or token not in done.stderr
-    done = run(*TRAIN, *words, "x", **hub.env(tmp_path / "home"))
-    assert done.returncode == 2 and "expected USER/NAME; got 'x'" in done.stderr
+    for repo, said in (
+        (("x",), "expected USER/NAME; got 'x'"),
+        (("other/x",), "the token's owner is none of 'other'; expected any of user, team there"),
+        (("team/x", "--hub-license", "my own"), """the Hub refuses the card: "license" must be one of [apache-2.0, """),
+        (
+            ("user/x", "--hub-dataset", "my data"),
+            "the Hub refuses the card: not an id; see --hub-license and --hub-dataset",
+        ),
+    ):
+        done = run(*TRAIN, *words, *repo, **hub.env(tmp_path / "home"))
+        assert done.returncode == 2 and said in done.stderr and not (tmp_path / "run").exists(), done.stderr
 
 
 def test_the_command_to_try_again_is_whole(hub, finished, tmp_path):
@@ -297,6 +307,65 @@ def test_the_command_to_try_again_is_whole(hub, finished, tmp_path):
     hub.faults["create"] = [403]
     done = push(finished, "user/x", hub, tmp_path / "home", "--private", "--revision", "v2", "--commit-message", "a b")
     assert f"timm_sfr.push {finished} user/x --private --revision v2 --commit-message 'a b'" in done.stderr
+
+
+def test_what_belongs_to_other_weights_goes(hub, finished, tmp_path):
+    """A model after a run: its scores and curve go; so does a pickle, which would be of other weights."""
+    hub.add("team/x", {"pytorch_model.bin": b"pickle", "notes.txt": b"kept"})
+    done = push(finished, "team/x", hub, tmp_path / "home", "--hub-license", "mit")
+    files = hub.repos["team/x"].commits[-1][2]
+    assert done.returncode == 0 and set(files) == FILES | {"notes.txt"}, done.stderr
+    assert "deleted from team/x, as of other weights: pytorch_model.bin" in done.stdout
+    assert ModelCard(files["README.md"].decode()).data.license == "mit"
+    assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "mit"
+    assert yaml.safe_load(files["args.yaml"])["hub_license"] == "mit"
+    code = (
+        "import timm_sfr; model = timm_sfr.create_model('resnet20_cifar.sfr_digits'); "
+        "timm_sfr.push_to_hub(model, 'team/x', license='dinov3-license')"
+    )
+    done = python(code, **hub.env(tmp_path / "home"))
+    files = hub.repos["team/x"].commits[-1][2]
+    assert done.returncode == 0 and set(files) == {"config.json", "model.safetensors", "README.md", "notes.txt"}
+    head = ModelCard(files["README.md"].decode()).data
+    assert (head.license, head.license_name) == ("other", "dinov3-license")
+
+
+def test_a_public_repository_stays_closed_to_private_weights(hub, finished, tmp_path):
+    hub.add("user/open", {"notes.txt": b"kept"})
+    done = push(finished, "user/open", hub, tmp_path / "home", "--private")
+    assert done.returncode == 2 and "user/open is there and public" in done.stderr, done.stderr
+    assert len(hub.repos["user/open"].commits) == 1 and not hub.objects
+
+
+@pytest.mark.parametrize("answers", ([], [503]))
+def test_a_xet_server_that_is_away(answers, hub, finished, tmp_path):
+    """hf_xet by itself tries for minutes."""
+    pytest.importorskip("hf_xet")
+    hub.faults["xet"] = answers
+    hub.forever.add("xet")
+    done = push(finished, "user/x", hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
+    assert done.returncode == 3 and "user/x is not published: cannot reach the storage (Xet)" in done.stderr, (
+        done.stderr
+    )
+    assert hub.count("xet") and not hub.count("put") and WRITE not in done.stdout + done.stderr
+
+
+def test_names_of_classes_travel(hub, folder, tmp_path):
+    """Into the configuration, and out of it in a prediction; the card of the run tells of its last epoch."""
+    env = hub.env(tmp_path / "home")
+    size = ("--img-size", 32, "--batch-size", 20, "--epochs", 3, "--workers", 0)
+    words = ("--data-dir", folder, "--val-split", "val", *size, "--output", tmp_path)
+    done = run(*TRAIN, *words, "--experiment", "run", "--push-to-hub", "user/named", **env)
+    assert done.returncode == 0, done.stderr
+    config = json.loads(hub.repos["user/named"].commits[-1][2]["config.json"])
+    assert config["label_names"] == ["class0", "class1", "class2"]
+    image = next((folder / "val").rglob("*.png"))
+    done = run(*PREDICT, "user/named", image, **hub.env(tmp_path / "empty", token=None))
+    assert done.returncode == 0 and {line.split()[0] for line in done.stdout.splitlines()[1:]} == set(
+        config["label_names"]
+    )
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| last epoch | 3 |" in card and "in the folder above" in card
 
 
 def test_a_slow_upload_leaves_the_commit_its_tries(hub, finished, tmp_path):
@@ -339,7 +408,7 @@ except timm_sfr.UserError as error:
 """
     started = time.monotonic()
     done = python(code, **{**hub.env(home, token=None), **env})
-    assert done.returncode == 0 and time.monotonic() - started < 45, done.stderr
+    assert done.returncode == 0 and time.monotonic() - started < 30 + STARTING, done.stderr
     assert len(done.stdout.strip().splitlines()) == 1
     return done.stdout
 
@@ -409,6 +478,9 @@ def test_other_arguments_of_create_model(hub, finished, tmp_path):
     assert push(finished, "user/x", hub, tmp_path / "home", "--private").returncode == 0
     assert hub.repos["user/x"].private
     assert "no such repository, or it is private" in load_error(hub, tmp_path / "a", "user/x")
+    hub.repos["user/x"].private, hub.repos["user/x"].gated = False, True
+    assert "it is gated; log in, and ask for access" in load_error(hub, tmp_path / "a", "user/x")
+    hub.repos["user/x"].gated = False
     code = (
         "import timm_sfr; a = timm_sfr.create_model('hf-hub:user/x', num_classes=3, drop_rate=0.1); "
         "b = timm_sfr.create_model('user/x', pretrained=False); print(a.num_classes, a.training, b.num_classes, b.training)"

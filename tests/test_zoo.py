@@ -1,21 +1,24 @@
 """The zoo in timm, the model that comes with the package, and prediction."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 import timm
 import torch
+import yaml
 from conftest import run
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import timm_sfr
+from benchmarks.zoo import main as measure
 from timm_sfr import RunConfig
 from timm_sfr.data import Digits
 from timm_sfr.predict import find_images
-from timm_sfr.zoo import CONFIGS, ZooEntry, register, zoo
+from timm_sfr.zoo import CONFIGS, Measured, ZooEntry, register, zoo
 
 NAME = "resnet20_cifar.sfr_digits"
 PREDICT = [sys.executable, "-m", "timm_sfr.predict"]
@@ -133,6 +136,32 @@ def test_the_model_that_comes_with_the_package(name, monkeypatch):
     with safe_open(model.pretrained_cfg["file"], framework="pt") as file:
         assert set(file.keys()) == set(model.state_dict())
     assert timm.create_model(name, pretrained=True, num_classes=3)(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+
+
+def test_a_recipe_is_measured(tmp_path, monkeypatch, capsys):
+    """Over its seeds; what is done is taken, a run of another recipe is not."""
+    entry = zoo()[NAME]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(entry.recipe.read_text())
+    (tmp_path / "weights").mkdir()
+    short = dataclasses.replace(entry, recipe=recipe, options=entry.options | {"epochs": 1})
+    monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: short})
+    monkeypatch.setattr("benchmarks.zoo.WEIGHTS", tmp_path / "weights")
+    words = [NAME, "--seeds", "0", "1", "--output", str(tmp_path / "runs")]
+    assert measure(words) == 0
+    runs = [json.loads((tmp_path / "runs" / f"{NAME}-seed{i}" / "metrics.json").read_text()) for i in (0, 1)]
+    written = yaml.safe_load(recipe.read_text())
+    found = Measured(**written["zoo"]["metrics"])
+    assert found.top1 == pytest.approx(sum(one["last"]["val_top1"] for one in runs) / 2, abs=1e-4)
+    assert found.seeds == (0, 1) and found.published_top1 == pytest.approx(runs[0]["best"]["val_top1"], abs=1e-4)
+    assert {key: written[key] for key in entry.options} == entry.options
+    times = [path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")]
+    assert measure(words) == 0 and times == [
+        path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")
+    ]
+    monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: dataclasses.replace(short, options=entry.options)})
+    capsys.readouterr()
+    assert measure(words) == 2 and "other options than the recipe: epochs" in capsys.readouterr().err
 
 
 @pytest.fixture

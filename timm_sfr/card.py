@@ -13,6 +13,11 @@ from timm_sfr.models import SMALL_IMAGE_MODELS
 
 TAGS = ["image-classification", "timm", "timm_sfr", "self-distillation"]
 CURVE, CURVE_ROWS = ("train_loss", "val_loss", "val_top1"), 10
+# Licences of timm's weights that the Hub has no name for; any other that it does not take is found before training.
+NOT_THE_HUBS = (
+    "cvnets-license", "dinov3-license", "fastvit-license", "mobileone-license", "nvidia-open-model-license", "qwen-community-1.0",
+    "sapiens2-license", "seer-license",
+)  # fmt: skip
 # torchvision's names for what the Hub has under an owner's.
 ON_THE_HUB = {"torch/cifar10": "uoft-cs/cifar10", "torch/cifar100": "uoft-cs/cifar100"}
 
@@ -61,7 +66,8 @@ def render(config: dict[str, Any], facts: Facts) -> str:
 def metadata(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
     """The head of the card, with the scores as the Hub reads them (percent, on the split that they were measured on)."""
     best, options = facts.metrics.get("best"), facts.options
-    results = None
+    licence = config["pretrained_cfg"].get("license")
+    named, results = licence in NOT_THE_HUBS, None
     if best:
         shared = {
             "task_type": "image-classification",
@@ -77,7 +83,8 @@ def metadata(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
     return ModelCardData(
         library_name="timm",
         tags=TAGS if facts.metrics.get("sfr") else [tag for tag in TAGS if tag != "self-distillation"],
-        license=config["pretrained_cfg"].get("license"),
+        license="other" if named else licence,
+        license_name=licence if named else None,
         datasets=[known] if (known := dataset_id(options)) else None,
         base_model=facts.metrics.get("base_model"),
         pipeline_tag="image-classification",
@@ -156,10 +163,11 @@ The best epoch was chosen by `{metrics["eval_metric"]}` on that same split, so i
 def _recipe(facts: Facts) -> str:
     metrics = facts.metrics
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
+    where = "beside this card" if facts.source else "in the folder above"
     data = " (give `--data-dir`, where your copy of the data lies)" if facts.options.get("data_dir") else ""
     return f"""## Recipe
 
-`train-sfr --config args.yaml`, with the `args.yaml` beside this card, repeats it{data}.
+`train-sfr --config args.yaml`, with the `args.yaml` {where}, repeats it{data}.
 {metrics["epochs"]} epochs, {metrics["seconds"]:.0f} s on {metrics["hardware"]}, {metrics["mixed_precision"]} mixed precision;
 {versions}."""
 

@@ -258,9 +258,12 @@ class Trainer:
         """Summary, best model, metrics and checkpoint of an epoch, each whole; the checkpoint last: it is what counts."""
         run = self.workspace.run
         report.write_summary(run / "summary.csv", self.rows)
-        if improved and self.exporter is not None:
+        if self.exporter is not None and self.best:
             facts = Facts(self.metrics(), self.config.flat(), self.rows)
-            self.exporter.write(run / "model", self.exported_model().state_dict(), facts)
+            if improved:
+                self.exporter.write(run / "model", self.exported_model().state_dict(), facts)
+            elif (run / "model").is_dir():
+                self.exporter.describe(run / "model", facts)
         if self.best:
             report.write_json(run / "metrics.json", self.metrics())
         state = {**self.state(), "epoch": epoch + 1}

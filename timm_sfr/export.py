@@ -78,13 +78,18 @@ class Exporter:
                 safe_serialization=True,
                 data_config=self._data_config(),
             )
-            card_file = fresh / CARD
-            card_file.write_text(render(json.loads((fresh / CONFIG).read_text()), facts), encoding="utf-8")
+            self.describe(fresh, facts)
             # safetensors leaves its file readable by the owner alone; give it what the user's umask gives the others.
-            (fresh / WEIGHTS).chmod(card_file.stat().st_mode)
+            (fresh / WEIGHTS).chmod((fresh / CARD).stat().st_mode)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
         replace_atomically(folder, write)
+
+    @staticmethod
+    def describe(folder: Path, facts: Facts) -> None:
+        """Replaces the card of the model in `folder`."""
+        text = render(json.loads((folder / CONFIG).read_text()), facts)
+        replace_atomically(folder / CARD, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
     def _model_config(self) -> dict[str, Any]:
         says = {"tag": self.hub.tag, "license": self.hub.license}

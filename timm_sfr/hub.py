@@ -11,15 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from safetensors import SafetensorError, safe_open
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_sfr.card import Facts, imports, render
+from timm_sfr.card import Facts, imports, metadata, render
 from timm_sfr.errors import HubError, UserError
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
-from timm_sfr.hub_client import check_token, retried, told, transient
+from timm_sfr.hub_client import bounded_xet, check_token, retried, told, transient
 from timm_sfr.sections import HubConfig, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
@@ -28,6 +28,7 @@ _logger = logging.getLogger("timm_sfr")
 # Where the run was kept and published is nothing to repeat.
 NOT_OTHERS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment")
 RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
+PICKLES = ("pytorch_model.bin",)
 
 
 def push_to_hub(
@@ -38,20 +39,23 @@ def push_to_hub(
     revision: str | None = None,
     token: str | None = None,
     commit_message: str | None = None,
+    license: str | None = None,
 ) -> str:
     """Publishes a finished run's best model, or a timm model, in one commit; returns the commit's address.
 
     A run's repository gets ``config.json``, ``model.safetensors``, a card made from its measured scores, ``args.yaml``
     (without where it was kept and pushed to), ``summary.csv`` and ``metrics.json``; a model's the first three, without scores.
-    Weights are the plain timm model's, as safetensors. The repository and the branch are made where they are missing.
+    Weights are the plain timm model's, as safetensors. The repository and the branch are made where they are missing. A run's
+    files, and a pickle, that an earlier push left there and that do not belong to these weights are deleted by the same commit.
 
     Args:
         run_or_model: A run's folder, a timm model, or an `SFRTask`.
         repo_id: ``USER/NAME``.
-        private: Make the repository private, if it is made now.
+        private: Make the repository private, if it is made now; one that is there and public is refused.
         revision: Branch to publish on, ``main`` by default.
         token: A token with write access; by default that of ``hf auth login`` or HF_TOKEN.
         commit_message: The commit's title.
+        license: Licence of the weights; by default what the run recorded, and none for a model.
 
     Raises:
         UserError: if there is nothing whole to publish.
@@ -62,18 +66,25 @@ def push_to_hub(
     with TemporaryDirectory(prefix="timm_sfr-push-") as place:
         if isinstance(run_or_model, (str, Path)):
             files, again = (
-                run_files(Path(run_or_model), source, Path(place)),
-                _command(run_or_model, repo_id, private, revision, commit_message),
+                run_files(Path(run_or_model), source, Path(place), license),
+                _command(run_or_model, repo_id, private, revision, commit_message, license),
             )
         else:
-            files, again = model_files(run_or_model, source, Path(place)), "call push_to_hub again"
+            files, again = model_files(run_or_model, source, Path(place), license), "call push_to_hub again"
         message = commit_message or f"Publish with timm_sfr {__version__}"
         api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
 
-        def make() -> None:
-            api.create_repo(repo_id, private=private, exist_ok=True)
+        def make() -> list[str]:
+            """The files that the repository has."""
+            # False would make it public where an organisation's are private.
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            about = api.model_info(repo_id, revision=revision)
+            if private and about.private is False:
+                raise UserError(f"private: {repo_id} is there and public; make it private in its settings on the Hub, or leave "
+                                "--private out; nothing was sent")  # fmt: skip
+            return [file.rfilename for file in about.siblings or []]
 
         def additions() -> list[CommitOperationAdd]:
             # Made anew for every try: huggingface_hub notes in them what it has done, and sends no file twice anyhow.
@@ -83,39 +94,78 @@ def push_to_hub(
             api.preupload_lfs_files(repo_id, additions(), revision=revision)
 
         def commit() -> str:
-            return str(api.create_commit(repo_id, additions(), commit_message=message, revision=revision).commit_url)
+            all_of_it = [*additions(), *(CommitOperationDelete(name) for name in stale)]
+            return str(api.create_commit(repo_id, all_of_it, commit_message=message, revision=revision).commit_url)
 
         with told(
             f"push-to-hub: {repo_id} is not published", f"everything is on the disk; to try again: {again}", token
         ):
-            retried(make, _logger.warning)
-            retried(upload, _logger.warning)  # apart, so that a long upload leaves the commit its own tries
-            return retried(commit, _logger.warning)
+            stale = sorted({*RUN_FILES, *PICKLES} & {*retried(make, _logger.warning)} - {*files})
+            with bounded_xet():
+                retried(upload, _logger.warning)  # apart, so that a long upload leaves the commit its own tries
+            url = retried(commit, _logger.warning)
+    if stale:
+        _logger.info(f"deleted from {source}, as of other weights: {', '.join(stale)}")
+    return url
 
 
-def check_login(repo_id: str) -> None:
-    """Makes sure, before hours of training, that a push to `repo_id` has a token that the Hub knows and that may write.
+def check_push(hub: HubConfig, options: dict[str, Any]) -> None:
+    """Makes sure, before hours of training, that the Hub will take the push that `hub` asks for after it.
 
-    A Hub that cannot be reached now may be reached then: that is only said.
+    That is: it knows the token, which may write; the repository is the user's or an organisation's of theirs; and a card
+    with this licence and this dataset passes. A Hub that cannot be reached now may be reached then: that is only said.
+
+    Args:
+        hub: With the licence resolved, see `resolve_hub`.
+        options: The run's options.
 
     Raises:
-        UserError: if there is no token, or the Hub refuses it.
+        UserError: if there is no token, or the Hub refuses.
     """
-    what = f"push-to-hub: {repo_id} could not be published"
+    what = f"push-to-hub: {hub.push_to_hub} could not be published"
+    owner, name = str(hub.push_to_hub).split("/")
     try:
         with told(what):
             who = HfApi().whoami()
+            if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+                raise UserError(f"{what}: the token only reads; make one with write access")
+            mine = [who["name"], *(group["name"] for group in who.get("orgs") or [])]
+            if owner.casefold() not in map(str.casefold, mine):
+                raise UserError(
+                    f"{what}: the token's owner is none of {owner!r}; expected any of {', '.join(mine)} there"
+                )
+            head = metadata(name, {"pretrained_cfg": {"license": hub.license}}, Facts(options=options))
+            check_card(ModelCard(f"---\n{head.to_yaml()}\n---\n"), what)
     except HubError as error:
         if error.reason is not None and transient(error.reason):
             _logger.warning(f"{error}; training goes on, and the push is tried at its end")
             return
         raise UserError(str(error)) from None
-    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise UserError(f"{what}: the token only reads; make one with write access")
 
 
-def run_files(run: Path, source: str, place: Path) -> dict[str, Path]:
+def check_card(card: ModelCard, what: str) -> None:
+    """Asks the Hub whether it takes the head of a card.
+
+    Raises:
+        UserError: if not, with what it says is wrong.
+    """
+    try:
+        card.validate()
+    except ValueError as error:
+        try:
+            said = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])
+        except (ValueError, KeyError, TypeError):
+            said = str(error)
+        raise UserError(
+            f"{what}: the Hub refuses the card: {said}; see --hub-license and --hub-dataset (licences: "
+            "https://huggingface.co/docs/hub/repositories-licenses)"
+        ) from None
+
+
+def run_files(run: Path, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
     """What is published of a run as `source`, USER/NAME[@REVISION]: file name to path; what is made for it goes to `place`.
+
+    `license`, if given, takes the place of the one that the run recorded.
 
     Raises:
         UserError: if the run lacks a file, or one cannot be read.
@@ -136,6 +186,8 @@ def run_files(run: Path, source: str, place: Path) -> dict[str, Path]:
         config, metrics = (json.loads(needed[name].read_text()) for name in (CONFIG, "metrics.json"))
         with needed["summary.csv"].open(newline="") as file:
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
+        if license is not None:
+            config["pretrained_cfg"]["license"] = options["hub_license"] = license
         card = render(config, Facts(metrics, options, rows, source))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(
@@ -146,13 +198,14 @@ def run_files(run: Path, source: str, place: Path) -> dict[str, Path]:
         raise UserError(
             f"run: {str(run)!r} stopped after {done} of {asked} epochs; go on with --resume {run}, then publish it"
         )
-    files = needed | {CARD: place / CARD, "args.yaml": place / "args.yaml"}
+    files = needed | {name: place / name for name in (CARD, CONFIG, "args.yaml")}
+    files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
     return files
 
 
-def model_files(model: nn.Module, source: str, place: Path) -> dict[str, Path]:
+def model_files(model: nn.Module, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
     """What is published of a timm model or an `SFRTask` as `source`: configuration, weights and a card without scores.
 
     Raises:
@@ -166,7 +219,8 @@ def model_files(model: nn.Module, source: str, place: Path) -> dict[str, Path]:
     names = config.get("label_names")
     kept = tuple(names) if names and len(names) == getattr(plain, "num_classes", None) else None
     try:
-        Exporter(plain, None, kept, HubConfig()).write(place / "model", plain.state_dict(), Facts(source=source))
+        exporter = Exporter(plain, None, kept, HubConfig(license=license))
+        exporter.write(place / "model", plain.state_dict(), Facts(source=source))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot save {config['architecture']!r}: {error}") from error
     return {name: place / "model" / name for name in (CONFIG, WEIGHTS, CARD)}
@@ -187,7 +241,9 @@ def _at(repo_id: str, revision: str | None) -> str:
     return f"{repo_id}@{revision}" if revision else repo_id
 
 
-def _command(run: str | Path, repo_id: str, private: bool, revision: str | None, message: str | None) -> str:
+def _command(run: str | Path, repo_id: str, private: bool, *values: str | None) -> str:
+    """The command that publishes it; `values` are revision, title and licence."""
     words = ["python", "-m", "timm_sfr.push", str(run), repo_id, *(["--private"] if private else [])]
-    words += ["--revision", revision] if revision else []
-    return shlex.join([*words, *(["--commit-message", message] if message else [])])
+    for name, value in zip(("--revision", "--commit-message", "--hub-license"), values, strict=True):
+        words += [name, value] if value else []
+    return shlex.join(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -29,6 +30,7 @@ Result = TypeVar("Result")
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4)  # seconds before each further try
 PATIENCE = 10  # seconds after which no further try begins: huggingface_hub has tried for up to 23 by itself
+XET = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_MAX_DURATION": "10s"}
 HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
@@ -82,6 +84,18 @@ def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
                 raise
             say(f"the Hub: {reason(error)}; trying again in {wait} s")
         time.sleep(wait)
+
+
+@contextlib.contextmanager
+def bounded_xet() -> Iterator[None]:
+    """Has the first upload by hf_xet, which reads this then, give up after some ten seconds; by itself it tries for minutes."""
+    given = {name: os.environ.get(name) for name in XET}
+    os.environ.update({name: value for name, value in XET.items() if given[name] is None})
+    try:
+        yield
+    finally:
+        for name in (name for name, value in given.items() if value is None):
+            del os.environ[name]
 
 
 def transient(error: BaseException) -> bool:
@@ -140,6 +154,8 @@ def reason(error: BaseException, token: str | None = None) -> str:
         return "somebody else's commit came in between (412)"
     if code is not None:
         return f"{server} answered {code}{_quoted(links)}"
+    if any(type(link) is ConnectionError for link in links):  # Python's own is hf_xet's
+        return f"cannot reach the storage (Xet) of {server}"
     if network(error) or _any(links, LocalEntryNotFoundError):
         return f"cannot reach {server}"
     return _short(links[0])

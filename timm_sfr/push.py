@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
     parser.add_argument("--revision", help="branch to publish on (default: main)")
     parser.add_argument("--commit-message", help="title of the commit")
+    parser.add_argument("--hub-license", help="licence of the weights (default: what the run recorded)")
     show_log()
     try:
         args = parser.parse_args(arguments)
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             private=args.private,
             revision=args.revision,
             commit_message=args.commit_message,
+            license=args.hub_license,
         )
     except HubError as error:
         return fail(str(error), PUSH_FAILED)

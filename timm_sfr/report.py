@@ -6,12 +6,12 @@ import csv
 import json
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import huggingface_hub
-import ot
 import safetensors
 import timm
 import torch
@@ -82,10 +82,10 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Versions of everything that a figure can depend on."""
-    modules = {"timm": timm, "torch": torch, "POT": ot, "accelerate": accelerate, "safetensors": safetensors,
+    modules = {"timm": timm, "torch": torch, "accelerate": accelerate, "safetensors": safetensors,
                "huggingface_hub": huggingface_hub}  # fmt: skip
     found = {name: str(module.__version__) for name, module in modules.items()}
-    return {"timm_sfr": __version__, "python": platform.python_version(), **found}
+    return {"timm_sfr": __version__, "python": platform.python_version(), "POT": metadata.version("POT"), **found}
 
 
 def hardware(device: torch.device, processes: int) -> str:

@@ -5,7 +5,6 @@ Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C chann
 
 from __future__ import annotations
 
-import ot
 import torch
 from torch import Tensor
 
@@ -103,6 +102,8 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
 
 def exact(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Optimal plans by POT's network simplex (`ot.emd`), in NumPy float64, one problem at a time: (B, N, M)."""
+    import ot  # only here: it takes a second, a fifth of this package's import
+
     costs, rows, columns = (x.double().cpu().numpy() for x in (cost, a, b))
     # The simplex wants equal masses to float64 precision; float32 sums to 1 only to 1e-7.
     rows, columns = rows / rows.sum(-1, keepdims=True), columns / columns.sum(-1, keepdims=True)

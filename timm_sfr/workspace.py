@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from accelerate.utils import broadcast_object_list
@@ -18,6 +18,7 @@ from timm_sfr.checkpoint import checkpoints
 from timm_sfr.errors import UserError
 
 _logger = logging.getLogger("timm_sfr")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,17 @@ def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
     if answer[1] is not None:
         raise answer[1]
     return answer[0]
+
+
+def main_first(accelerator: Any, work: Callable[[], Result]) -> Result:
+    """What `work` gives on each process, on a machine's main one before its others: what it downloads is there for them."""
+    if not accelerator.is_local_main_process:
+        accelerator.wait_for_everyone()
+        return work()
+    try:
+        return work()
+    finally:
+        accelerator.wait_for_everyone()
 
 
 def read_run(run: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from timm_sfr.checked import Checked, option
 from timm_sfr.errors import HubError, UserError
 from timm_sfr.export import own_config
 from timm_sfr.hub_client import told
+from timm_sfr.sections import check_repo_id
 from timm_sfr.workspace import read_yaml
 
 HERE = Path(__file__).resolve().parent
@@ -130,9 +131,17 @@ class ZooTable(list):
     __repr__ = __str__
 
 
+@functools.cache
 def namespace() -> str:
-    """The user or organisation whose repositories the zoo means: TIMM_SFR_NAMESPACE, or ``timm-sfr``."""
-    return os.environ.get("TIMM_SFR_NAMESPACE") or OWNER
+    """The user or organisation whose repositories the zoo means: TIMM_SFR_NAMESPACE at import, or ``timm-sfr``."""
+    name = os.environ.get("TIMM_SFR_NAMESPACE") or OWNER
+    try:
+        check_repo_id(f"{name}/name", "TIMM_SFR_NAMESPACE")
+    except UserError:
+        warnings.warn(f"TIMM_SFR_NAMESPACE: expected the name of a user or an organisation on the Hub; got {name!r}; "
+                      f"{OWNER!r} is taken", stacklevel=2)  # fmt: skip
+        return OWNER
+    return name
 
 
 @functools.cache
