@@ -26,7 +26,9 @@ from benchmarks.accuracy import positive
 from benchmarks.presets import imagenet_lite0
 from timm_sfr.channels import group_channels
 from timm_sfr.errors import UserError
-from timm_sfr.taps import choose_taps, forward_taps, to_nodes
+from timm_sfr.features import forward_taps
+from timm_sfr.tapped import to_nodes
+from timm_sfr.taps import choose_taps
 from timm_sfr.transport import cost_matrix, exact, round_plan, sinkhorn, uniform_marginals, unit
 
 SOLVERS: dict[str, Callable[..., Tensor]] = {

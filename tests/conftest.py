@@ -15,7 +15,9 @@ from hub_server import Hub
 import timm_sfr
 from timm_sfr.channels import group_channels
 from timm_sfr.data import Digits
-from timm_sfr.taps import choose_taps, forward_taps, to_nodes
+from timm_sfr.features import forward_taps
+from timm_sfr.tapped import to_nodes
+from timm_sfr.taps import choose_taps
 from timm_sfr.transport import cost_matrix, unit
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -6,8 +6,9 @@ import timm.optim
 import torch
 
 from timm_sfr import SFRConfig, SFRTask, UserError, choose_taps
+from timm_sfr.features import forward_taps
 from timm_sfr.models import SMALL_IMAGE_MODELS
-from timm_sfr.taps import TappedModel, forward_taps, to_nodes
+from timm_sfr.tapped import TappedModel, to_nodes
 
 # name: (indices, channels, grids) at the model's own size
 EXPECTED = {
@@ -116,7 +117,7 @@ def test_nodes_are_locations():
 @pytest.mark.parametrize("name", ["resnet20_cifar", "vit_tiny_patch16_224"])
 def test_the_optimizer_factory_sees_through_the_wrapper(name):
     model = timm.create_model(name, num_classes=10)
-    tapped = TappedModel(model, [], [])
+    tapped = TappedModel(model)
 
     def decays(module):
         prefix = "model." if module is tapped else ""

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 
 from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, gaussian_l2, match_channels
-from timm_sfr.taps import forward_taps, to_nodes
+from timm_sfr.features import forward_taps
+from timm_sfr.tapped import to_nodes
 from timm_sfr.task import weight_at
 
 

@@ -6,7 +6,6 @@ import logging
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from timm_sfr.errors import UserError
 from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss
 from timm_sfr.sections import SFRConfig
-from timm_sfr.taps import TappedModel, TapPlan, choose_taps
+from timm_sfr.tapped import TappedModel
+from timm_sfr.taps import TapPlan, choose_taps
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class SFRTask(TrainingTask):
     final values and the class table stays uniform.
 
     Args:
-        model: Any timm classifier.
+        model: Any timm classifier, or any other module from images to logits (then give `input_size`).
         config: SFR's options; the defaults if None.
         input_size: (C, H, W) of the training images; the model's own if None.
         base: A timm task over the same model that turns images into logits once, such as `LogitDistillationTask`; its
@@ -79,13 +79,10 @@ class SFRTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.config = config or SFRConfig()
         self.plan: TapPlan | None = None
-        indices: list[int] = []
         grids: list[tuple[int, int]] = []
         projection: ChannelProjection | None = None
         if self.config.weight > 0:
-            size = input_size or resolve_model_data_config(model)["input_size"]
-            self.plan = choose_taps(model, size, self.config.taps)
-            indices = self.plan.indices
+            self.plan = choose_taps(model, input_size, self.config.taps)
             # A location of one tap stands for the same place as that of the other only on a common grid.
             common = self.config.matching == "grid" or self.config.channels == "transport"
             grids = self.plan.node_grids(self.config.max_nodes, common)
@@ -94,10 +91,11 @@ class SFRTask(TrainingTask):
                 projection = ChannelProjection(shallow, self.plan.deep.channels)
             if verbose:
                 _logger.info("SFR taps:\n%s", self.plan)
-        self.trainable_module: nn.Module = TappedModel(model, indices, grids, projection).to(device)
+        self.trainable_module: nn.Module = TappedModel(model, self.plan, grids, projection).to(device)
         self.feature_loss = FeatureLoss(self.config)
+        classes = self.plan.num_classes if self.plan is not None else int(getattr(model, "num_classes", 0))
         self.smoothing = DynamicLabelSmoothing(
-            model.num_classes, self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
+            classes, self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
         ).to(device)
         self.smoothing.epsilon_t.fill_(self.config.smoothing)
         self.register_buffer("weight", torch.tensor(self.config.weight, device=device), persistent=False)
@@ -119,21 +117,27 @@ class SFRTask(TrainingTask):
         """One pass and its losses.
 
         Args:
-            input: Images, (B, C, H, W).
+            input: Images, (B, C, H, W). NaFlex's dictionaries of patches are not taken.
             target: Class indices (B,), or distributions (B, K) from mixup or CutMix.
 
         Returns:
             ``loss`` = ``task_loss`` + ``sfr_weight`` * ``sfr_loss`` (scalars), ``output`` (B, K), and ``smoothing``,
             the batch's mean epsilon. With a base task, ``task_loss`` is its loss and its terms keep their names under
-            ``base_``.
+            ``base_``. Where the model gives two logits to train by (distilled training), they are averaged, as the
+            model does at inference; a base task gets both.
         """
+        if not isinstance(input, Tensor):
+            raise UserError(f"expected images as one tensor (B, C, H, W); got {type(input).__name__}: load NaFlex models' images at "
+                            "one size, by timm's plain loader")  # fmt: skip
         logits, nodes = self.trainable_module(input)
         extra: dict[str, Tensor] = {}
         if self.base is None:
+            logits = torch.stack(logits).mean(0) if isinstance(logits, tuple) else logits
             task_loss, epsilon = self.smoothing(logits, target)
         else:
             self.base.trainable_module.output = logits
             extra = self.base(input, target)
+            logits = extra.get("output", logits)
             task_loss, epsilon = extra["loss"], self.weight.new_zeros(())
             extra = {f"base_{name}": value for name, value in extra.items() if name not in ("loss", "output")}
         sfr_loss = self.feature_loss(nodes[:-1], nodes[-1]) if nodes else self.weight.new_zeros(())

@@ -11,7 +11,8 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.taps import choose_taps, forward_taps
+from timm_sfr.features import forward_taps
+from timm_sfr.taps import choose_taps
 
 
 class Mapped(nn.Module):

@@ -1,0 +1,77 @@
+"""`TappedModel`: the module that training runs, from images to logits and the nodes of the taps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from timm_sfr.features import HOOKS, Hooks, forward_taps
+from timm_sfr.taps import TapPlan
+
+
+def to_nodes(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average-pools a map to `grid` and lists its locations: (B, C, H, W) to (B, N, C)."""
+    if x.shape[-2:] != grid:
+        x = F.adaptive_avg_pool2d(x, grid)
+    return x.flatten(2).transpose(1, 2)
+
+
+class TappedModel(nn.Module):
+    """What training runs and DDP wraps: images (B, C, H, W) to logits (B, K) and tapped nodes [(B, N_t, C_t)].
+
+    `model` is the plain model, whose state dict is what gets exported; `projection`, if any, is the learned channel map of
+    the shallow taps, used in training only.
+
+    Args:
+        model: The plain model.
+        plan: Its taps; None for logits alone.
+        grids: What each tap is pooled to, see `TapPlan.node_grids`.
+        projection: `ChannelProjection`, if the channels are matched so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: TapPlan | None = None,
+        grids: list[tuple[int, int]] | None = None,
+        projection: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.projection = projection
+        self.indices, self.grids = [] if plan is None else plan.indices, grids or []
+        self.hooks = Hooks(model, plan.modules) if plan is not None and plan.mechanism == HOOKS else None
+
+    def forward(self, x: Tensor) -> tuple[Any, list[Tensor]]:
+        """Logits (B, K), and the nodes of the shallow taps and then of the deep one."""
+        if not self.indices:
+            return self.model(x), []
+        take = forward_taps(self.model, x, self.indices) if self.hooks is None else self.hooks.forward(self.model, x)
+        logits, maps = take
+        nodes = [to_nodes(tap, grid) for tap, grid in zip(maps, self.grids, strict=True)]
+        if self.projection is not None:
+            nodes = [*self.projection(nodes[:-1]), nodes[-1]]
+        return logits, nodes
+
+    def no_weight_decay(self) -> set[str]:
+        """The model's own list, so that timm's optimizer factory finds it through the wrapper."""
+        names = getattr(self.model, "no_weight_decay", set)()
+        return {f"model.{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The model's own layer groups under its names here, for timm's layer-wise learning rates."""
+        matcher = self.model.group_matcher(coarse=coarse)
+        if callable(matcher):
+            return lambda name: matcher(name.removeprefix("model."))
+        return {group: _prefixed(patterns) for group, patterns in matcher.items()}
+
+
+def _prefixed(patterns: Any) -> Any:
+    """timm's group patterns (a regex, or (regex, order) pairs) with ``model.`` allowed before every name."""
+    if isinstance(patterns, str):
+        return "|".join(
+            rf"^model\.{part[1:]}" if part.startswith("^") else rf"^model\.{part}" for part in patterns.split("|")
+        )
+    return [(_prefixed(pattern), *rest) for pattern, *rest in patterns]
