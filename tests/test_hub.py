@@ -361,14 +361,13 @@ def test_a_hub_that_is_away_before_training(hub, tmp_path):
     assert set(hub.repos["user/x"].commits[-1][2]) - {".gitattributes"} == FILES
 
 
-@pytest.mark.parametrize("answers,said", [([], "cannot reach the storage (Xet)"), ([503], "http://127.0.0.1")])
-def test_a_xet_server_that_is_away(answers, said, hub, finished, tmp_path):
+def test_a_xet_server_that_is_busy(hub, finished, tmp_path):
     """hf_xet by itself tries for minutes."""
     pytest.importorskip("hf_xet")
-    hub.faults["xet"] = answers
+    hub.faults["xet"] = [503]
     hub.forever.add("xet")
     done = push(finished, "user/x", hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
-    assert done.returncode == 3 and f"user/x is not published: {said}" in done.stderr, done.stderr
+    assert done.returncode == 3 and "answered 503" in done.stderr, done.stderr
     assert hub.count("xet") and not hub.count("put") and WRITE not in done.stdout + done.stderr
 
 
