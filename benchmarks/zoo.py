@@ -8,6 +8,7 @@ Weights of the recipe's own seed go to `timm_sfr/weights/` where the recipe says
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import sys
@@ -33,9 +34,12 @@ def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
     Raises:
         UserError: if the run that is there is of another recipe.
     """
+    if not (entry.options.get("dataset") or entry.options.get("data_dir")):
+        raise UserError(f"data-dir: {entry.name} does not come with its data; give --data-dir DIR")
     run = output / f"{entry.name}-seed{seed}"
     config = RunConfig.from_flat(entry.options | {"seed": seed, "output": str(output), "experiment": run.name})
     if not checkpoints(run / "checkpoints"):
+        shutil.rmtree(run, ignore_errors=True)  # interrupted in its first epoch
         fit(config)
     theirs = read_run(run)
     other = sorted(name for name, value in (entry.options | {"seed": seed}).items() if theirs.get(name) != value)
@@ -78,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("output/zoo"), help="where the runs go (default: output/zoo)"
     )
+    parser.add_argument("--data-dir", help="where the data lies, for a recipe that does not come with it")
     args = parser.parse_args(arguments)
     entry = zoo().get(args.name)
     try:
@@ -85,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(
                 f"name: expected any of {', '.join(zoo())}; got {args.name!r}{near_matches(args.name, zoo())}"
             )
+        if args.data_dir:
+            entry = dataclasses.replace(entry, options=entry.options | {"data_dir": args.data_dir})
         published = int(entry.options["seed"])
         if published not in args.seeds:
             raise UserError(f"seeds: expected the recipe's own, {published}, among them; got {args.seeds}")

@@ -3,6 +3,10 @@
 import itertools
 import random
 import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from timm_sfr.data import open_splits
 from timm_sfr.evaluate import Scores
 from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader, seeded
 from timm_sfr.sections import AugConfig, DataConfig, ModelConfig
+from timm_sfr.workspace import one_at_a_time
 
 PREP = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 1.0)
 
@@ -152,3 +157,21 @@ def test_channels_and_size_are_options_of_their_own(options, size):
     config = ModelConfig(model="resnet20_cifar", **options)
     prep = preprocessing(config, create_model(config, 10))
     assert prep.input_size == size and len(prep.mean) == len(prep.std) == size[0]
+
+
+def test_processes_open_the_data_one_at_a_time(tmp_path, monkeypatch):
+    """So that a download happens once; alone, a process takes no lock."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    inside, most = [], []
+
+    def work():
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return 7
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: one_at_a_time(SimpleNamespace(num_processes=4), work), range(4)))
+    assert answers == [7] * 4 and max(most) == 1 and list(tmp_path.glob("*.lock"))
+    assert one_at_a_time(SimpleNamespace(num_processes=1), work) == 7

@@ -291,7 +291,7 @@ def test_a_token_that_cannot_write_stops_before_training(hub, tmp_path):
         assert token is None or token not in done.stderr
     for repo, said in (
         (("x",), "expected USER/NAME; got 'x'"),
-        (("other/x",), "the token's owner is none of 'other'; expected any of user, team there"),
+        (("other/x",), "the token does not write for 'other'; expected any of user, team there"),
         (("team/x", "--hub-license", "my own"), """the Hub refuses the card: "license" must be one of [apache-2.0, """),
         (
             ("user/x", "--hub-dataset", "my data"),
@@ -315,7 +315,7 @@ def test_what_belongs_to_other_weights_goes(hub, finished, tmp_path):
     done = push(finished, "team/x", hub, tmp_path / "home", "--hub-license", "mit")
     files = hub.repos["team/x"].commits[-1][2]
     assert done.returncode == 0 and set(files) == FILES | {"notes.txt"}, done.stderr
-    assert "deleted from team/x, as of other weights: pytorch_model.bin" in done.stdout
+    assert "deleting from team/x, as of other weights: pytorch_model.bin" in done.stdout
     assert ModelCard(files["README.md"].decode()).data.license == "mit"
     assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "mit"
     assert yaml.safe_load(files["args.yaml"])["hub_license"] == "mit"
@@ -332,22 +332,61 @@ def test_what_belongs_to_other_weights_goes(hub, finished, tmp_path):
 
 def test_a_public_repository_stays_closed_to_private_weights(hub, finished, tmp_path):
     hub.add("user/open", {"notes.txt": b"kept"})
-    done = push(finished, "user/open", hub, tmp_path / "home", "--private")
-    assert done.returncode == 2 and "user/open is there and public" in done.stderr, done.stderr
-    assert len(hub.repos["user/open"].commits) == 1 and not hub.objects
-
-
-@pytest.mark.parametrize("answers", ([], [503]))
-def test_a_xet_server_that_is_away(answers, hub, finished, tmp_path):
-    """hf_xet by itself tries for minutes."""
-    pytest.importorskip("hf_xet")
-    hub.faults["xet"] = answers
-    hub.forever.add("xet")
-    done = push(finished, "user/x", hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
-    assert done.returncode == 3 and "user/x is not published: cannot reach the storage (Xet)" in done.stderr, (
+    done = push(finished, "user/open", hub, tmp_path / "home", "--private", "--revision", "v2")
+    assert done.returncode == 3 and "it is there and public" in done.stderr and "to try again" in done.stderr, (
         done.stderr
     )
+    repo = hub.repos["user/open"]
+    assert len(repo.commits) == 1 and not hub.objects and list(repo.branches) == ["main"]
+    words = ("--output", tmp_path, "--experiment", "new", "--push-to-hub", "user/open", "--hub-private")
+    done = run(*TRAIN, *words, **hub.env(tmp_path / "home"))
+    assert done.returncode == 2 and "it is there and public" in done.stderr and not (tmp_path / "new").exists()
+
+
+def test_a_commit_whose_answer_was_lost(hub, finished, tmp_path):
+    """It was carried out, deletions and all: trying again finds that."""
+    hub.add("user/x", {"pytorch_model.bin": b"pickle"})
+    hub.faults["answer"] = [504]
+    done = push(finished, "user/x", hub, tmp_path / "home")
+    assert done.returncode == 0 and len(hub.repos["user/x"].commits) == 2, done.stderr
+    assert set(hub.repos["user/x"].commits[-1][2]) == FILES
+
+
+def test_a_hub_that_is_away_before_training(hub, tmp_path):
+    """It may be back after it."""
+    hub.faults["whoami"], hub.faults["validate_yaml"] = [503], [503]
+    words = ("--epochs", 1, "--output", tmp_path, "--experiment", "run", "--push-to-hub", "user/x")
+    done = run(*TRAIN, *words, **hub.env(tmp_path / "home"))
+    assert done.returncode == 0 and done.stdout.count("training goes on") == 2, done.stderr
+    assert set(hub.repos["user/x"].commits[-1][2]) - {".gitattributes"} == FILES
+
+
+def test_a_xet_server_that_is_busy(hub, finished, tmp_path):
+    """hf_xet by itself tries for minutes."""
+    pytest.importorskip("hf_xet")
+    hub.faults["xet"] = [503]
+    hub.forever.add("xet")
+    done = push(finished, "user/x", hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
+    assert done.returncode == 3 and "answered 503" in done.stderr, done.stderr
     assert hub.count("xet") and not hub.count("put") and WRITE not in done.stdout + done.stderr
+
+
+def test_xet_is_bounded_after_a_download_too(hub, finished, tmp_path):
+    """Whose session has no such bound; and no answer of its server is taken for a dead line."""
+    code = (
+        "import timm_sfr, time; from huggingface_hub.utils._xet import get_xet_session; get_xet_session()\n"
+        f"try:\n    timm_sfr.push_to_hub({str(finished)!r}, 'user/x')\nexcept timm_sfr.HubError as error: print(error)"
+    )
+    pytest.importorskip("hf_xet")
+    started = time.monotonic()
+    done = python(code, **{**hub.env(tmp_path / "home"), "HF_HUB_DISABLE_XET": "0"})
+    assert "cannot reach the storage (Xet)" in done.stdout and time.monotonic() - started < 30 + STARTING, done.stderr
+    hub.faults["xet"] = [403]
+    hub.forever.add("xet")
+    before = hub.count("xet")
+    done = push(finished, "user/x", hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
+    assert done.returncode == 3 and "no right to write there (403)" in done.stderr, done.stderr
+    assert hub.count("xet") == before + 1
 
 
 def test_names_of_classes_travel(hub, folder, tmp_path):

@@ -76,6 +76,12 @@ def test_the_namespace_is_a_setting():
     assert run(sys.executable, "-c", code, TIMM_SFR_NAMESPACE="me").stdout == "me/mobilenetv2_cifar.sfr_cifar10\n"
 
 
+def test_a_namespace_that_is_none():
+    code = "import timm_sfr; print(timm_sfr.list_pretrained('*cifar10')[0].repo_id)"
+    done = run(sys.executable, "-c", code, TIMM_SFR_NAMESPACE="a/b")
+    assert done.stdout == "timm-sfr/mobilenetv2_cifar.sfr_cifar10\n" and "expected the name of a user" in done.stderr
+
+
 def test_a_recipe_that_is_wrong_is_named(tmp_path, monkeypatch):
     (tmp_path / "resnet18.sfr_x.yaml").write_text("model: resnet18\nzoo: {parameter: 1}\n")
     monkeypatch.setattr("timm_sfr.zoo.CONFIGS", tmp_path)
@@ -141,6 +147,7 @@ def test_the_model_that_comes_with_the_package(name, monkeypatch):
 def test_a_recipe_is_measured(tmp_path, monkeypatch, capsys):
     """Over its seeds; what is done is taken, a run of another recipe is not."""
     entry = zoo()[NAME]
+    assert measure(["resnet18.sfr_in1k"]) == 2 and "give --data-dir DIR" in capsys.readouterr().err
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(entry.recipe.read_text())
     (tmp_path / "weights").mkdir()
@@ -155,11 +162,21 @@ def test_a_recipe_is_measured(tmp_path, monkeypatch, capsys):
     assert found.top1 == pytest.approx(sum(one["last"]["val_top1"] for one in runs) / 2, abs=1e-4)
     assert found.seeds == (0, 1) and found.published_top1 == pytest.approx(runs[0]["best"]["val_top1"], abs=1e-4)
     assert {key: written[key] for key in entry.options} == entry.options
+    # One that was interrupted goes on.
+    run = tmp_path / "runs" / f"{NAME}-seed1"
+    longer = dataclasses.replace(short, options=entry.options | {"epochs": 2})
+    monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: longer})
+    for seed in (0, 1):
+        args = tmp_path / "runs" / f"{NAME}-seed{seed}" / "args.yaml"
+        args.write_text(yaml.safe_dump(yaml.safe_load(args.read_text()) | {"epochs": 2}))
+        path = args.with_name("metrics.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 2}))
+    assert measure(words) == 0 and json.loads((run / "metrics.json").read_text())["last"]["epoch"] == 1
     times = [path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")]
     assert measure(words) == 0 and times == [
         path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")
     ]
-    monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: dataclasses.replace(short, options=entry.options)})
+    monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: entry})
     capsys.readouterr()
     assert measure(words) == 2 and "other options than the recipe: epochs" in capsys.readouterr().err
 

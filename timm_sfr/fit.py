@@ -24,10 +24,11 @@ from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import FiniteGuard, Trainer
 from timm_sfr.errors import UserError
 from timm_sfr.export import Exporter, resolve_hub
-from timm_sfr.hub import check_push, loading_line, published, push_to_hub
+from timm_sfr.hub import loading_line, published, push_to_hub
+from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
 from timm_sfr.task import SFRTask
-from timm_sfr.workspace import main_first, on_main, open_workspace
+from timm_sfr.workspace import on_main, one_at_a_time, open_workspace, show_log
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,13 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
         UserError: as `fit`.
     """
     parts = parts or Parts()
+    show_log()
     accelerator = make_accelerator(config)
     set_seed(config.engine.seed)
+    if config.hub.push_to_hub is not None:
+        on_main(accelerator, lambda: check_push(config.hub))
     img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
-    train, val = main_first(accelerator, lambda: parts.splits(config.data, img_mode, config.engine.seed))
+    train, val = one_at_a_time(accelerator, lambda: parts.splits(config.data, img_mode, config.engine.seed))
     num_classes = _num_classes(config, train)
     model = build.create_model(config.model, num_classes)
     prep = build.preprocessing(config.model, model)
@@ -96,7 +100,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
     hub = resolve_hub(config, model)
     if hub.push_to_hub is not None:
-        on_main(accelerator, lambda: check_push(hub, config.flat()))
+        on_main(accelerator, lambda: check_card(hub, config.flat()))
     exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
     task = parts.task(model, config.sfr, prep.input_size, device)
     batches = parts.batches(train, config.data, config.aug, prep, config.engine.seed, accelerator)

@@ -11,15 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError, safe_open
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_sfr.card import Facts, imports, metadata, render
-from timm_sfr.errors import HubError, UserError
+from timm_sfr.card import Facts, imports, render
+from timm_sfr.errors import UserError
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
-from timm_sfr.hub_client import bounded_xet, check_token, retried, told, transient
+from timm_sfr.hub_client import PUBLIC, bounded_xet, check_token, retried, told
 from timm_sfr.sections import HubConfig, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
@@ -46,7 +46,7 @@ def push_to_hub(
     A run's repository gets ``config.json``, ``model.safetensors``, a card made from its measured scores, ``args.yaml``
     (without where it was kept and pushed to), ``summary.csv`` and ``metrics.json``; a model's the first three, without scores.
     Weights are the plain timm model's, as safetensors. The repository and the branch are made where they are missing. A run's
-    files, and a pickle, that an earlier push left there and that do not belong to these weights are deleted by the same commit.
+    files and a pickle that are there and are not among these are of other weights, and are deleted by the same commit.
 
     Args:
         run_or_model: A run's folder, a timm model, or an `SFRTask`.
@@ -74,17 +74,13 @@ def push_to_hub(
         message = commit_message or f"Publish with timm_sfr {__version__}"
         api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
 
-        def make() -> list[str]:
-            """The files that the repository has."""
+        def make() -> None:
             # False would make it public where an organisation's are private.
             api.create_repo(repo_id, private=private or None, exist_ok=True)
+            if private and api.model_info(repo_id).private is False:
+                raise ValueError(PUBLIC)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            about = api.model_info(repo_id, revision=revision)
-            if private and about.private is False:
-                raise UserError(f"private: {repo_id} is there and public; make it private in its settings on the Hub, or leave "
-                                "--private out; nothing was sent")  # fmt: skip
-            return [file.rfilename for file in about.siblings or []]
 
         def additions() -> list[CommitOperationAdd]:
             # Made anew for every try: huggingface_hub notes in them what it has done, and sends no file twice anyhow.
@@ -94,72 +90,27 @@ def push_to_hub(
             api.preupload_lfs_files(repo_id, additions(), revision=revision)
 
         def commit() -> str:
-            all_of_it = [*additions(), *(CommitOperationDelete(name) for name in stale)]
-            return str(api.create_commit(repo_id, all_of_it, commit_message=message, revision=revision).commit_url)
+            # Looked up for every try: one whose answer was lost may have been carried out.
+            there = {file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or []}
+            stale = sorted({*RUN_FILES, *PICKLES} & there - {*files})
+            if stale:
+                _logger.info(f"deleting from {source}, as of other weights: {', '.join(stale)}")
+            done = api.create_commit(
+                repo_id,
+                [*additions(), *(CommitOperationDelete(name) for name in stale)],
+                commit_message=message,
+                commit_description=f"Deleted, as of other weights: {', '.join(stale)}" if stale else None,
+                revision=revision,
+            )
+            return str(done.commit_url)
 
         with told(
             f"push-to-hub: {repo_id} is not published", f"everything is on the disk; to try again: {again}", token
         ):
-            stale = sorted({*RUN_FILES, *PICKLES} & {*retried(make, _logger.warning)} - {*files})
+            retried(make, _logger.warning)
             with bounded_xet():
                 retried(upload, _logger.warning)  # apart, so that a long upload leaves the commit its own tries
-            url = retried(commit, _logger.warning)
-    if stale:
-        _logger.info(f"deleted from {source}, as of other weights: {', '.join(stale)}")
-    return url
-
-
-def check_push(hub: HubConfig, options: dict[str, Any]) -> None:
-    """Makes sure, before hours of training, that the Hub will take the push that `hub` asks for after it.
-
-    That is: it knows the token, which may write; the repository is the user's or an organisation's of theirs; and a card
-    with this licence and this dataset passes. A Hub that cannot be reached now may be reached then: that is only said.
-
-    Args:
-        hub: With the licence resolved, see `resolve_hub`.
-        options: The run's options.
-
-    Raises:
-        UserError: if there is no token, or the Hub refuses.
-    """
-    what = f"push-to-hub: {hub.push_to_hub} could not be published"
-    owner, name = str(hub.push_to_hub).split("/")
-    try:
-        with told(what):
-            who = HfApi().whoami()
-            if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-                raise UserError(f"{what}: the token only reads; make one with write access")
-            mine = [who["name"], *(group["name"] for group in who.get("orgs") or [])]
-            if owner.casefold() not in map(str.casefold, mine):
-                raise UserError(
-                    f"{what}: the token's owner is none of {owner!r}; expected any of {', '.join(mine)} there"
-                )
-            head = metadata(name, {"pretrained_cfg": {"license": hub.license}}, Facts(options=options))
-            check_card(ModelCard(f"---\n{head.to_yaml()}\n---\n"), what)
-    except HubError as error:
-        if error.reason is not None and transient(error.reason):
-            _logger.warning(f"{error}; training goes on, and the push is tried at its end")
-            return
-        raise UserError(str(error)) from None
-
-
-def check_card(card: ModelCard, what: str) -> None:
-    """Asks the Hub whether it takes the head of a card.
-
-    Raises:
-        UserError: if not, with what it says is wrong.
-    """
-    try:
-        card.validate()
-    except ValueError as error:
-        try:
-            said = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])
-        except (ValueError, KeyError, TypeError):
-            said = str(error)
-        raise UserError(
-            f"{what}: the Hub refuses the card: {said}; see --hub-license and --hub-dataset (licences: "
-            "https://huggingface.co/docs/hub/repositories-licenses)"
-        ) from None
+            return retried(commit, _logger.warning)
 
 
 def run_files(run: Path, source: str, place: Path, license: str | None = None) -> dict[str, Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -30,7 +31,8 @@ Result = TypeVar("Result")
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4)  # seconds before each further try
 PATIENCE = 10  # seconds after which no further try begins: huggingface_hub has tried for up to 23 by itself
-XET = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1", "HF_XET_CLIENT_RETRY_MAX_DURATION": "10s"}
+XET = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "5s"}
+PUBLIC = "it is there and public; make it private in its settings on the Hub, or publish it without asking for private"
 HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
@@ -88,14 +90,27 @@ def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
 
 @contextlib.contextmanager
 def bounded_xet() -> Iterator[None]:
-    """Has the first upload by hf_xet, which reads this then, give up after some ten seconds; by itself it tries for minutes."""
+    """Has uploads by hf_xet inside give up a request after five seconds in which it fails; by itself it tries for minutes.
+
+    hf_xet reads its limits when huggingface_hub opens a session, and downloads open one too: so one is opened for this alone.
+    """
     given = {name: os.environ.get(name) for name in XET}
     os.environ.update({name: value for name, value in XET.items() if given[name] is None})
+    _end_xet_session()
     try:
         yield
     finally:
         for name in (name for name, value in given.items() if value is None):
             del os.environ[name]
+        _end_xet_session()
+
+
+def _end_xet_session() -> None:
+    # huggingface_hub ends it so itself when an upload fails; where a release has no such thing, the bound may not hold.
+    with contextlib.suppress(ImportError):
+        from huggingface_hub.utils._xet import abort_xet_session
+
+        abort_xet_session()
 
 
 def transient(error: BaseException) -> bool:
@@ -112,6 +127,10 @@ def status(error: BaseException) -> int | None:
         response = getattr(link, "response", None)
         if response is not None:
             return response.status_code
+        # hf_xet raises Python's own ConnectionError for an answer, too, with the status in its text.
+        found = re.search(r"HTTP status \w+ error \((\d{3})", str(link)) if type(link) is ConnectionError else None
+        if found is not None:
+            return int(found[1])
     return None
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import logging
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from timm.models import safe_model_name
 
 from timm_sfr.checkpoint import checkpoints
@@ -70,15 +73,15 @@ def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-def main_first(accelerator: Any, work: Callable[[], Result]) -> Result:
-    """What `work` gives on each process, on a machine's main one before its others: what it downloads is there for them."""
-    if not accelerator.is_local_main_process:
-        accelerator.wait_for_everyone()
+def one_at_a_time(accelerator: Any, work: Callable[[], Result]) -> Result:
+    """What `work` gives on each process, one after another on a machine: what the first downloads is there for the others.
+
+    A lock on a file, not a barrier: those who wait at a barrier give up after the ten minutes that NCCL allows.
+    """
+    if accelerator.num_processes == 1:
         return work()
-    try:
+    with FileLock(Path(tempfile.gettempdir()) / f"timm_sfr-{getpass.getuser()}.lock"):
         return work()
-    finally:
-        accelerator.wait_for_everyone()
 
 
 def read_run(run: Path) -> dict[str, Any]:
