@@ -142,7 +142,8 @@ def as_map(x: Any, size: Sequence[int], name: str = "") -> Tensor:
     """
     if isinstance(x, Tensor) and x.ndim == 4:
         first, last = (abs(h * size[1] - w * size[0]) for h, w in (x.shape[1:3], x.shape[2:4]))
-        return x if last <= first else x.permute(0, 3, 1, 2)
+        if min(first, last) <= max(size):  # within one location
+            return x if last <= first else x.permute(0, 3, 1, 2)
     if isinstance(x, Tensor) and x.ndim == 3:
         for prefix in range(PREFIX_TOKENS + 1):
             tokens = x.shape[1] - prefix
@@ -196,7 +197,7 @@ def _logits(model: nn.Module, image: Tensor) -> Tensor:
     size = "x".join(map(str, image.shape[1:]))
     if getattr(model, "num_classes", None) == 0:
         raise UserError(
-            f"{model_name(model)} has no classifier (num_classes=0): SFR trains classifiers; give num_classes"
+            f"{model_name(model)} has no classifier (num_classes=0), which SFR trains: make it with num_classes, or take a model that has one"
         )
     try:
         logits = model(image)
@@ -204,8 +205,10 @@ def _logits(model: nn.Module, image: Tensor) -> Tensor:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"img_size: {model_name(model)} does not take {size} images: {reason}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise UserError(f"{model_name(model)} must return one tensor of logits (batch, classes); got {described(logits)}; make it "
-                        "with its global pooling and its classifier")  # fmt: skip
+        raise UserError(
+            f"{model_name(model)} must return one tensor of logits (batch, classes); got {described(logits)}; make it with "
+            "its global pooling and its classifier"
+        )
     return logits
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,11 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from timm_sfr.errors import UserError, near_matches
-from timm_sfr.features import HOOKS, INTERMEDIATES, Feature, Probed, model_name, probe
+from timm_sfr.features import INTERMEDIATES, Feature, model_name, probe
 
 MIN_NODES = 4  # transport over fewer locations matches nothing
 ISOTROPIC_TAPS = 3
+LISTED = 60  # most features that a message names
 Choice = tuple[tuple[Feature, ...], Feature, str]  # shallow, deep, why
 
 
@@ -75,8 +77,9 @@ def choose_taps(
     """Chooses the taps of a model, at one image size, by a probe of all its features.
 
     The deep tap is the last feature with at least 4 locations. The shallow taps lie strictly before it: the last
-    feature of each coarser stage from stride 4 on (of every stage, in networks that start at stride 1), or, where no
-    stage is coarser (ViT, mixers), features at evenly spaced depths.
+    feature of each coarser stage from stride 4 on (of every stage, in networks that start at stride 1); or, where no
+    stage is coarser (ViT, mixers), features at evenly spaced depths; or, where one module gives several features (parallel
+    branches: CrossViT, CoaT), the last feature of each grid in the modules before the deep tap's.
 
     Args:
         model: A timm classifier, or any other module from images to logits; its mode, weights and statistics are left as
@@ -94,7 +97,14 @@ def choose_taps(
         )
     size = tuple(int(n) for n in input_size or resolve_model_data_config(model)["input_size"])
     probed = probe(model, size)
-    shallow, deep, why = _as_given(probed.features, taps) if taps is not None else _by_rule(model, probed, size)
+    if taps is None and not getattr(model, "feature_info", None):
+        outer = [feature for feature in probed.features if feature.module.count(".") < 2]
+        raise UserError(
+            f"sfr_taps: {model_name(model)} has no feature_info that says where its features are; name its taps, shallow ones "
+            f"first and the deep one last{_example(model, outer, size)}. {_listing(probed.features)}"
+        )
+    features = probed.features
+    shallow, deep, why = _by_rule(model, features, size) if taps is None else _as_given(features, taps)
     return TapPlan(shallow, deep, size, why, probed.mechanism, probed.num_classes)
 
 
@@ -108,8 +118,7 @@ def _as_given(features: list[Feature], taps: Sequence[int | str]) -> Choice:
     return tuple(sorted(chosen[:-1], key=lambda tap: tap.index)), chosen[-1], "as given"
 
 
-def _by_rule(model: nn.Module, probed: Probed, size: tuple[int, int, int]) -> Choice:
-    features = probed.features
+def _by_rule(model: nn.Module, features: list[Feature], size: tuple[int, int, int]) -> Choice:
     matchable = [feature for feature in features if feature.nodes >= MIN_NODES]
     if not matchable:
         raise UserError(
@@ -117,14 +126,17 @@ def _by_rule(model: nn.Module, probed: Probed, size: tuple[int, int, int]) -> Ch
             f"needs; use larger images or a model for small ones (such as resnet20_cifar). {_listing(features)}"
         )
     deep = matchable[-1]
-    earlier = [feature for feature in features if feature.index < deep.index and feature.nodes >= MIN_NODES]
+    depth = {name: place for place, name in enumerate(dict.fromkeys(feature.module for feature in features))}
+    earlier = [tap for tap in features if depth[tap.module] < depth[deep.module] and tap.nodes >= MIN_NODES]
+    if len(depth) < len(features) and earlier:
+        # Several features of one module come out of it together: parallel branches, listed one after the other.
+        ends = {tap.grid: tap for tap in earlier}
+        return tuple(ends.values()), deep, "parallel branches: last feature of each grid before the deepest module"
     finest = 1 if features[0].stride == 1 else 4
     coarser = {tap.grid: tap for tap in earlier if tap.nodes > deep.nodes and tap.stride >= finest}
     if coarser:
         return tuple(coarser.values()), deep, "last feature of each coarser stage, and of the deepest"
     level = [tap for tap in earlier if tap.grid == deep.grid]
-    if probed.mechanism == HOOKS:
-        level = _blocks(level)
     if level:
         steps = ISOTROPIC_TAPS + 1
         spaced = {max(0, (len(level) + 1) * step // steps - 1): None for step in range(1, steps)}
@@ -135,13 +147,12 @@ def _by_rule(model: nn.Module, probed: Probed, size: tuple[int, int, int]) -> Ch
     )
 
 
-def _blocks(level: list[Feature]) -> list[Feature]:
-    """The network's blocks among modules that lie within each other: of all siblings of which there are enough, the outermost."""
-    families: dict[str, list[Feature]] = {}
-    for tap in level:
-        families.setdefault(tap.module.rpartition(".")[0], []).append(tap)
-    enough = [name for name, taps in families.items() if len(taps) >= ISOTROPIC_TAPS]
-    return families[min(enough, key=lambda name: len(name.split(".")) if name else 0)] if enough else []
+def _example(model: nn.Module, features: list[Feature], size: tuple[int, int, int]) -> str:
+    """What the rule would choose: a start for who knows the model, no answer for who does not."""
+    with contextlib.suppress(UserError, IndexError):
+        shallow, deep, _ = _by_rule(model, features, size)
+        return f", for example {tuple(tap.module for tap in (*shallow, deep))}"
+    return ""
 
 
 def _find(features: list[Feature], tap: int | str) -> Feature:
@@ -157,5 +168,6 @@ def _find(features: list[Feature], tap: int | str) -> Feature:
 
 
 def _listing(features: list[Feature]) -> str:
-    cells = (f"{f.index} {f.module} ({f.channels}, {f.grid[0]}x{f.grid[1]})" for f in features)
-    return "Features: " + ", ".join(cells)
+    shown = features if len(features) <= LISTED else [f for f in features if f.module.count(".") < 2][:LISTED]
+    cells = [f"{f.index} {f.module} ({f.channels}, {f.grid[0]}x{f.grid[1]})" for f in shown]
+    return "Features: " + ", ".join(cells + ["..."] * (len(shown) < len(features)))

@@ -127,8 +127,10 @@ class SFRTask(TrainingTask):
             model does at inference; a base task gets both.
         """
         if not isinstance(input, Tensor):
-            raise UserError(f"expected images as one tensor (B, C, H, W); got {type(input).__name__}: load NaFlex models' images at "
-                            "one size, by timm's plain loader")  # fmt: skip
+            raise UserError(
+                f"expected images as one tensor (B, C, H, W); got {type(input).__name__}: load NaFlex models' images at one "
+                "size, by timm's plain loader"
+            )
         logits, nodes = self.trainable_module(input)
         extra: dict[str, Tensor] = {}
         if self.base is None:
