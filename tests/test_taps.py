@@ -103,9 +103,28 @@ def test_images_that_are_too_small(name, size, message):
         choose_taps(timm.create_model(name), (3, size, size))
 
 
-def test_a_module_that_is_no_timm_model_is_refused():
-    with pytest.raises(UserError, match="needs a timm classifier"):
-        choose_taps(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), (3, 32, 32))
+@pytest.mark.parametrize(
+    "name,options,message",
+    [
+        ("resnet10t", {"num_classes": 0}, "has no classifier"),
+        (
+            "resnet10t",
+            {"global_pool": ""},
+            r"must return one tensor of logits \(batch, classes\); got \(2, 1000, 6, 6\)",
+        ),
+        ("qwen3_vit_88m_enc", {}, "has no classifier"),
+    ],
+)
+def test_what_is_no_classifier_is_refused(name, options, message):
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        choose_taps(timm.create_model(name, **options))
+
+
+def test_taps_by_stage():
+    model = timm.create_model("resnet18")
+    assert choose_taps(model, taps=["stage2", "stage5"]).modules == ["layer1", "layer4"]
+    with pytest.raises(UserError, match="no feature 'stage6'"):
+        choose_taps(model, taps=["stage2", "stage6"])
 
 
 def test_nodes_are_locations():

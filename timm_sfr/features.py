@@ -197,7 +197,8 @@ def _logits(model: nn.Module, image: Tensor) -> Tensor:
     size = "x".join(map(str, image.shape[1:]))
     if getattr(model, "num_classes", None) == 0:
         raise UserError(
-            f"{model_name(model)} has no classifier (num_classes=0), which SFR trains: make it with num_classes, or take a model that has one"
+            f"{model_name(model)} has no classifier (num_classes=0), which SFR trains: make it with num_classes, or take a "
+            "model that has one"
         )
     try:
         logits = model(image)
