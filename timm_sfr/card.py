@@ -99,20 +99,21 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
     if not facts.metrics:
         return text + " Published with timm_sfr; no run with measured scores belongs to these weights."
     metrics, options = facts.metrics, facts.options
-    where = f"{dataset_name(options)}, {metrics['parameters'] / 1e6:.2f} M parameters"
+    where, size_of = dataset_name(options), f" It has {metrics['parameters'] / 1e6:.2f} M parameters."
     source = metrics.get("base_model") or PurePath(options.get("initial_checkpoint") or "").name
     source = source or ("another model" if options.get("pretrained") else "")
     start = f"Training started from the weights of {source}." if source else ""
     if not metrics["sfr"]:
-        return f"{text} Trained on {where}, without Self-Feature Regularization, by timm_sfr. {start}".strip()
+        return f"{text}{size_of} Trained on {where}, without Self-Feature Regularization, by timm_sfr. {start}".strip()
     sfr = (
         f"while it trained, its deep features taught its shallow ones (matching `{options['sfr_matching']}`, channels "
         f"`{options['sfr_channels']}`, weight {options['sfr_weight']:g}) and its labels were smoothed by "
         f"{options['smoothing']:g} (`{options['sfr_smoothing_source']}`, `{options['sfr_smoothing_schedule']}`)"
     )
     return (
-        f"{text} Trained on {where}, with Self-Feature Regularization by timm_sfr: {sfr}. No teacher was used, and "
-        f"nothing of it is left: at inference this is the plain timm model. {start}"
+        f"{text}{size_of} Trained on {where} by timm_sfr with Self-Feature Regularization, SFR (after "
+        f"[arXiv:2103.07350](https://arxiv.org/abs/2103.07350)): {sfr}. There was no teacher. SFR adds nothing at inference: "
+        f"these are the weights of the plain network. {start}"
     ).strip()
 
 
@@ -123,7 +124,7 @@ def _usage(config: dict[str, Any], facts: Facts) -> str:
     mode = img_mode(config["pretrained_cfg"]["input_size"][0])
     names = 'model.pretrained_cfg["label_names"][i]' if config.get("label_names") else "i"
     top = min(5, config["num_classes"])
-    note = "\n`pip install timm-sfr` first: its import adds this architecture to timm." if ours else ""
+    note = "\n\n`pip install timm-sfr` first: its import adds this architecture to timm." if ours else ""
     return f"""## Use{note}
 
 ```python
@@ -157,18 +158,22 @@ On split `{_split(facts.options)}` of {dataset_name(facts.options)} ({best["imag
 |---|---:|---:|---:|---:|---:|
 {chr(10).join(lines)}
 
+ECE is the expected calibration error.
 The best epoch was chosen by `{metrics["eval_metric"]}` on that same split, so its score is optimistic."""
 
 
 def _recipe(facts: Facts) -> str:
-    metrics = facts.metrics
+    metrics, options = facts.metrics, facts.options
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     where = "beside this card" if facts.source else "in the folder above"
-    data = " (give `--data-dir`, where your copy of the data lies)" if facts.options.get("data_dir") else ""
+    data = " (give `--data-dir`, where your copy of the data lies)" if options.get("data_dir") else ""
+    done = [f"{metrics['epochs']} epoch{'s' * (metrics['epochs'] > 1)}"]
+    done += [f"{name} {options[name]}" for name in ("opt", "lr", "batch_size") if options.get(name) is not None]
+    done += [f"{metrics['mixed_precision']} mixed precision", f"{metrics['seconds']:.0f} s on {metrics['hardware']}"]
     return f"""## Recipe
 
-`train-sfr --config args.yaml`, with the `args.yaml` {where}, repeats it{data}.
-{metrics["epochs"]} epochs, {metrics["seconds"]:.0f} s on {metrics["hardware"]}, {metrics["mixed_precision"]} mixed precision;
+`train-sfr --config args.yaml` (`pip install timm-sfr`), with the `args.yaml` {where}, repeats it{data}.
+{", ".join(done)};
 {versions}."""
 
 

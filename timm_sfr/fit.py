@@ -89,8 +89,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     show_log()
     accelerator = make_accelerator(config)
     set_seed(config.engine.seed)
-    if config.hub.push_to_hub is not None:
-        on_main(accelerator, lambda: check_push(config.hub))
+    reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
     img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
     train, val = one_at_a_time(accelerator, lambda: parts.splits(config.data, img_mode, config.engine.seed))
     num_classes = _num_classes(config, train)
@@ -99,7 +98,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     device = accelerator.device
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
     hub = resolve_hub(config, model)
-    if hub.push_to_hub is not None:
+    if reachable:
         on_main(accelerator, lambda: check_card(hub, config.flat()))
     exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
     task = parts.task(model, config.sfr, prep.input_size, device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
 import shlex
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -19,8 +21,9 @@ from torch import nn
 from timm_sfr.card import Facts, imports, render
 from timm_sfr.errors import UserError
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
+from timm_sfr.hub_check import validate_card
 from timm_sfr.hub_client import PUBLIC, bounded_xet, check_token, retried, told
-from timm_sfr.sections import HubConfig, check_repo_id
+from timm_sfr.sections import HubConfig, check_branch, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
 
@@ -62,6 +65,7 @@ def push_to_hub(
         HubError: if the Hub cannot be reached or refuses; nothing is lost on the disk, and it can be called again.
     """
     check_repo_id(repo_id, "repo_id")
+    check_branch(revision, "revision")
     token, source = check_token(token), _at(repo_id, revision)
     with TemporaryDirectory(prefix="timm_sfr-push-") as place:
         if isinstance(run_or_model, (str, Path)):
@@ -91,8 +95,8 @@ def push_to_hub(
 
         def commit() -> str:
             # Looked up for every try: one whose answer was lost may have been carried out.
-            there = {file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or []}
-            stale = sorted({*RUN_FILES, *PICKLES} & there - {*files})
+            before = api.model_info(repo_id, revision=revision)
+            stale = sorted({*RUN_FILES, *PICKLES} & {file.rfilename for file in before.siblings or []} - {*files})
             if stale:
                 _logger.info(f"deleting from {source}, as of other weights: {', '.join(stale)}")
             done = api.create_commit(
@@ -102,11 +106,13 @@ def push_to_hub(
                 commit_description=f"Deleted, as of other weights: {', '.join(stale)}" if stale else None,
                 revision=revision,
             )
+            if done.oid == before.sha:
+                _logger.info(f"{source} has these very files: there was nothing to send")
             return str(done.commit_url)
 
-        with told(
-            f"push-to-hub: {repo_id} is not published", f"everything is on the disk; to try again: {again}", token
-        ):
+        with told(f"push-to-hub: {repo_id} is not published", again, token):
+            # Before the repository is made: a refused push should leave none behind.
+            retried(lambda: validate_card(files[CARD].read_text(encoding="utf-8")), _logger.warning)
             retried(make, _logger.warning)
             with bounded_xet():
                 retried(upload, _logger.warning)  # apart, so that a long upload leaves the commit its own tries
@@ -127,23 +133,26 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         **{name: run / name for name in RUN_FILES},
     }
     missing = [str(path.relative_to(run)) for path in needed.values() if not path.is_file()]
+    if missing and run.name == "model" and (run.parent / "args.yaml").is_file():
+        raise UserError(f"run: {str(run)!r} is the model within a run; give the run: {str(run.parent)!r}")
     if missing:
         raise UserError(f"run: {str(run)!r} is no finished run: it has no {', '.join(missing)}; give the folder that the "
                         "training printed")  # fmt: skip
     options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in NOT_OTHERS}
-    try:
-        with safe_open(needed[WEIGHTS], framework="pt") as weights:
-            weights.keys()
-        config, metrics = (json.loads(needed[name].read_text()) for name in (CONFIG, "metrics.json"))
-        with needed["summary.csv"].open(newline="") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    if options.get("data_dir"):
+        options["data_dir"] = PurePath(options["data_dir"]).name  # where it lies here is nobody's business
+    with _whole(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
+        weights.keys()
+    with _whole(run, CONFIG):
+        config = json.loads(needed[CONFIG].read_text())
         if license is not None:
             config["pretrained_cfg"]["license"] = options["hub_license"] = license
+    with _whole(run, "metrics.json"):
+        metrics = json.loads(needed["metrics.json"].read_text())
+    with _whole(run, "summary.csv"), needed["summary.csv"].open(newline="") as file:
+        rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    with _whole(run, f"{CONFIG}, metrics.json or summary.csv"):
         card = render(config, Facts(metrics, options, rows, source))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(
-            f"run: a file of {str(run)!r} is damaged: {error}; train again, or go on with --resume {run}"
-        ) from error
     done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
     if done < asked:
         raise UserError(
@@ -154,6 +163,18 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
     return files
+
+
+@contextlib.contextmanager
+def _whole(run: Path, name: str) -> Iterator[None]:
+    """Names the file that cannot be read."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(
+            f"run: {name} of {str(run)!r} is damaged: {error}; get it from a copy, or train again with --config "
+            f"{run / 'args.yaml'}"
+        ) from error
 
 
 def model_files(model: nn.Module, source: str, place: Path, license: str | None = None) -> dict[str, Path]:

@@ -19,12 +19,15 @@ from timm_sfr.sections import HubConfig
 _logger = logging.getLogger("timm_sfr")
 
 
-def check_push(hub: HubConfig) -> None:
+def check_push(hub: HubConfig) -> bool:
     """Makes sure that the Hub knows the token, and that it may write to the repository that `hub` names.
 
     That is: it is not a token that only reads, the repository is its user's or that of an organisation in which they
     write, and it is not public where it is to be private. What a fine-grained token allows is not looked into.
     A Hub that cannot be reached now may be reached after training: that is only said.
+
+    Returns:
+        Whether the Hub could be reached.
 
     Raises:
         UserError: if there is no token, or the Hub refuses.
@@ -43,6 +46,8 @@ def check_push(hub: HubConfig) -> None:
             with contextlib.suppress(RepositoryNotFoundError):
                 if api.model_info(repo_id).private is False:
                     raise UserError(f"{what}: {PUBLIC}")
+        return True
+    return False
 
 
 def check_card(hub: HubConfig, options: dict[str, Any]) -> None:
@@ -57,18 +62,24 @@ def check_card(hub: HubConfig, options: dict[str, Any]) -> None:
     """
     name = str(hub.push_to_hub).split("/")[1]
     head = metadata(name, {"pretrained_cfg": {"license": hub.license}}, Facts(options=options))
-    with _in_time(str(hub.push_to_hub)) as what:
+    with _in_time(str(hub.push_to_hub)):
+        validate_card(f"---\n{head.to_yaml()}\n---\n")
+
+
+def validate_card(text: str) -> None:
+    """Asks the Hub whether it takes the head of a card.
+
+    Raises:
+        ValueError: if not, with what it says is wrong.
+    """
+    try:
+        ModelCard(text).validate()
+    except ValueError as error:
         try:
-            ModelCard(f"---\n{head.to_yaml()}\n---\n").validate()
-        except ValueError as error:
-            try:
-                said = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])
-            except (ValueError, KeyError, TypeError):
-                said = str(error)
-            raise UserError(
-                f"{what}: the Hub refuses the card: {said}; see --hub-license and --hub-dataset (licences: "
-                "https://huggingface.co/docs/hub/repositories-licenses)"
-            ) from None
+            said = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])
+        except (ValueError, KeyError, TypeError):
+            said = str(error)
+        raise ValueError(f"the Hub refuses the card: {said}; see --hub-license and --hub-dataset") from None
 
 
 @contextlib.contextmanager

@@ -37,10 +37,11 @@ HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
 @contextlib.contextmanager
-def told(what: str, advice: str = "", token: str | None = None) -> Iterator[None]:
+def told(what: str, again: str = "", token: str | None = None) -> Iterator[None]:
     """Turns what the Hub's client, the network and the disk raise inside into one `HubError`: ``what: reason; advice``.
 
-    The token never is a part of it.
+    The advice is to do `again`, if given: at once where that may help, else once the reason is gone. The token never is a
+    part of it.
     """
     try:
         yield
@@ -49,7 +50,9 @@ def told(what: str, advice: str = "", token: str | None = None) -> Iterator[None
     except Exception as error:
         if not _expected(error):
             raise
-        text = f"{what}: {reason(error, token)}{'; ' if advice else ''}{advice}"
+        text = f"{what}: {reason(error, token)}"
+        if again:
+            text += f"; nothing is lost; {'to try again' if transient(error) else 'once that is put right'}: {again}"
         secrets = [secret for secret in (token, get_token()) if secret]
         for secret in secrets:
             text = text.replace(secret, "***")
@@ -193,7 +196,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
     while link is not None and id(link) not in seen:
         seen.add(id(link))
         yield link
-        link = link.__cause__ or link.__context__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 def _any(links: list[BaseException], kind: type) -> bool:

@@ -60,6 +60,8 @@ def create_model(
         return _from_folder(folder, name, arguments)
     if ":" in name or "/" in name:
         repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
+        if repo_id.count("/") != 1 and name == repo_id:
+            raise UserError(f"model: {name!r} is no folder here, and no USER/NAME on the Hub")
         check_repo_id(repo_id, "model")
         return _from_folder(
             _download(repo_id, where | {"revision": revision or at or None}, pretrained), name, arguments
@@ -96,7 +98,8 @@ def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: 
         cause = error.reason
         if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
             raise HubError(
-                f"{what}: expected {CONFIG} and {WEIGHTS} there; one is missing, and a pickle is not loaded"
+                f"{what}: expected {CONFIG} and {WEIGHTS} on {revision or 'main'}; they are not both there, and a pickle is not "
+                "loaded"
             ) from error
         raise
     return Path(config).parent
@@ -130,4 +133,9 @@ def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
             ) from error
         except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
             raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
+    names = model.pretrained_cfg.get("label_names")
+    if names and len(names) != model.num_classes:  # another classifier than the one that they belong to
+        model.pretrained_cfg = {
+            key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")
+        }
     return model.eval() if arguments["pretrained"] else model

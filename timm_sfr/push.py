@@ -22,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it is missing")
-    parser.add_argument("--private", action="store_true", help="make the repository private, if it is made now")
-    parser.add_argument("--revision", help="branch to publish on (default: main)")
+    parser.add_argument(
+        "--private", "--hub-private", action="store_true", help="make the repository private, if it is made now"
+    )
+    parser.add_argument("--revision", "--hub-revision", help="branch to publish on (default: main)")
     parser.add_argument("--commit-message", help="title of the commit")
     parser.add_argument("--hub-license", help="licence of the weights (default: what the run recorded)")
     show_log()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -245,6 +246,19 @@ class HubConfig(Checked):
         """The repository must be USER/NAME."""
         if self.push_to_hub is not None:
             check_repo_id(self.push_to_hub, "push-to-hub")
+        elif self.private or self.revision:
+            raise UserError(
+                "push-to-hub: --hub-private and --hub-revision are for a push; give --push-to-hub USER/NAME too"
+            )
+        check_branch(self.revision, "hub-revision")
+
+
+def check_branch(name: str | None, option: str) -> None:
+    """Raises UserError unless git takes `name` for a branch, or it is None."""
+    if name is not None and (
+        not re.fullmatch(r"(?![/.-])[^\s~^:?*\[\\@\x00-\x20\x7f]+(?<![/.])", name) or ".." in name or "//" in name
+    ):
+        raise UserError(f"{option}: expected the name of a branch, without blanks and without ~^:?*[@; got {name!r}")
 
 
 def check_repo_id(repo_id: str, option: str) -> str:
