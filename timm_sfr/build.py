@@ -15,6 +15,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from timm_sfr.errors import UserError, near_matches
+from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
 from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig
 from timm_sfr.task import SFRTask
@@ -47,7 +48,7 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
             model.set_grad_checkpointing(True)
     except UserError:
         raise
-    except (RuntimeError, TypeError, ValueError, OSError, AssertionError, KeyError) as error:
+    except (*MISFITS, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model: cannot create {name!r}: {reason}") from error
     if getattr(model, "num_classes", 0) != num_classes:

@@ -20,15 +20,9 @@ INTERMEDIATES, HOOKS = "forward_intermediates", "hooks"
 PREFIX_TOKENS = 5  # class and register tokens that may come before a map's tokens
 # What a model raises where an image or an argument does not suit it.
 MISFITS = (
-    RuntimeError,
-    AssertionError,
-    ValueError,
-    IndexError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    NotImplementedError,
-)
+    RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError,
+    ArithmeticError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
