@@ -111,9 +111,9 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
         f"{options['smoothing']:g} (`{options['sfr_smoothing_source']}`, `{options['sfr_smoothing_schedule']}`)"
     )
     return (
-        f"{text}{size_of} Trained on {where} by timm_sfr with Self-Feature Regularization, SFR (after "
-        f"[arXiv:2103.07350](https://arxiv.org/abs/2103.07350)): {sfr}. There was no teacher. SFR adds nothing at inference: "
-        f"these are the weights of the plain network. {start}"
+        f"{text}{size_of} Trained on {where} by timm_sfr with Self-Feature Regularization, SFR (the idea of "
+        f"[arXiv:2103.07350](https://arxiv.org/abs/2103.07350), a withdrawn paper): {sfr}. There was no teacher. SFR adds "
+        f"nothing at inference: these are the weights of the plain network. {start}"
     ).strip()
 
 

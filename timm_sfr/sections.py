@@ -172,8 +172,8 @@ class SFRConfig(Checked):
     decay_epochs: int = option(0, "last epochs over which lambda falls towards 0")
     taps: tuple[str, ...] | None = option(
         None,
-        "features to tap, shallow ones first and the deep one last, by index or "
-        "module name (default: chosen from feature_info)",
+        "features to tap, shallow ones first and the deep one last, by index, module name or stageK (default: chosen from "
+        "feature_info)",
     )
     channels: str = option("groups", "how deep channels match shallow ones", choices=CHANNEL_METHODS)
     matching: str = option(

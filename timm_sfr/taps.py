@@ -76,10 +76,10 @@ def choose_taps(
 ) -> TapPlan:
     """Chooses the taps of a model, at one image size, by a probe of all its features.
 
-    The deep tap is the last feature with at least 4 locations. The shallow taps lie strictly before it: the last
-    feature of each coarser stage from stride 4 on (of every stage, in networks that start at stride 1); or, where no
-    stage is coarser (ViT, mixers), features at evenly spaced depths; or, where one module gives several features (parallel
-    branches: CrossViT, CoaT), the last feature of each grid in the modules before the deep tap's.
+    The deep tap is the last feature with at least 4 locations. The shallow taps lie strictly before it: the last feature
+    of each coarser stage from stride 4 on (of every stage, in networks for small images, which start at stride 1 and end
+    before 16); or, where no stage is coarser (ViT, mixers), features at evenly spaced depths; or, where one module gives
+    several features (the parallel branches of CrossViT and CoaT), the last feature of each grid in the modules before it.
 
     Args:
         model: A timm classifier, or any other module from images to logits; its mode, weights and statistics are left as
@@ -132,7 +132,8 @@ def _by_rule(model: nn.Module, features: list[Feature], size: tuple[int, int, in
         # Several features of one module come out of it together: parallel branches, listed one after the other.
         ends = {tap.grid: tap for tap in earlier}
         return tuple(ends.values()), deep, "parallel branches: last feature of each grid before the deepest module"
-    finest = 1 if features[0].stride == 1 else 4
+    small = features[0].stride == 1 and features[-1].stride < 16  # made for small images: no stem to leave out
+    finest = 1 if small else 4
     coarser = {tap.grid: tap for tap in earlier if tap.nodes > deep.nodes and tap.stride >= finest}
     if coarser:
         return tuple(coarser.values()), deep, "last feature of each coarser stage, and of the deepest"
