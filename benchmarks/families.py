@@ -31,7 +31,7 @@ from timm_sfr.taps import TapPlan
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 CLASSES = 10
 SIZES = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
-LARGE = 500e6  # parameters; above it no step is taken for real
+LARGE = 150e6  # parameters; above it no step is taken for real
 HEAD = ("module", "model", "M", "taps", "channels", "nodes", "channels match", "taken by", "from px", "step")
 
 
@@ -176,7 +176,9 @@ zero, a gradient in every parameter). `python -m benchmarks.families` writes thi
 - **nodes**: the grid that each tap is matched on, at the model's own image size; larger ones are average-pooled to at most 49.
 - **channels match**: how many deep channels teach one shallow channel, for each shallow tap.
 - **from px**: the smallest square image, of {", ".join(map(str, SIZES))}, at
-  which the deep tap keeps 4 locations and a shallow one lies before it. The model is made for that size (`--img-size`).
+  which the deep tap keeps 4 locations and a shallow one lies before it. The model is made for that size (`--img-size`). It is
+  found on the meta device, which Gemma 4's encoder does not run on: it reads values of a tensor.
+- **step**: models of more than {LARGE / 1e6:.0f} M parameters took none here.
 
 `print(timm_sfr.choose_taps(model))` shows the same for any model and image size, and says which rule chose.
 

@@ -186,7 +186,7 @@ def test_naflex():
 MIXED = (
     "resnet10t",
     "vit_tiny_patch16_224",
-    "crossvit_tiny_240",
+    "xcit_nano_12_p16_224",
     "convnext_atto",
     "efficientvim_m1",
     "edgenext_xx_small",
