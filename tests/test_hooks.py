@@ -7,6 +7,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from timm_sfr import SFRConfig, SFRTask, UserError, choose_taps
 from timm_sfr.features import Hooks, as_map
@@ -114,7 +115,9 @@ def test_a_model_of_the_users_own():
         ({}, (3, 64, 64), r"name its taps.*for example \('layer1', 'layer2', 'layer3', 'layer4'\). Features: 0 conv1"),
         ({"taps": ("layer9", "layer4")}, (3, 64, 64), "no feature 'layer9'; did you mean 'layer4'"),
         ({"taps": ("layer3", "layer1")}, (3, 64, 64), "then a deeper one"),
-        ({"weight": 0.0}, None, "at least 2 classes"),
+        ({"weight": 0.0}, None, "input_size: ResNet does not say how many classes"),
+        ({"taps": ("layer1", "layer1", "layer3")}, (3, 64, 64), "each once"),
+        ({"taps": ("layer1", "avgpool")}, (3, 64, 64), "avgpool has fewer than the 4 locations"),
     ],
 )
 def test_mistakes(options, size, said):
@@ -135,12 +138,66 @@ def test_hooks_where_timms_way_fails():
 
 
 def test_maps():
-    x = torch.randn(2, 6, 4, 8)
-    assert as_map(x, (32, 64)) is x
-    assert torch.equal(as_map(x.permute(0, 2, 3, 1), (32, 64)), x)
+    x, images = torch.randn(2, 6, 4, 8), torch.randn(2, 3, 32, 64)
+    assert as_map(x, images) is x
+    assert torch.equal(as_map(x.permute(0, 2, 3, 1), images), x)
     tokens = x.flatten(2).transpose(1, 2)
-    assert torch.equal(as_map(tokens, (32, 64)), x)
-    assert torch.equal(as_map(torch.cat((torch.zeros(2, 2, 6), tokens), 1), (32, 64)), x)
-    for wrong in (torch.randn(2, 6), torch.randn(2, 31, 6), (x,), torch.randn(2, 5, 4, 30)):
+    assert torch.equal(as_map(tokens, images), x)
+    assert torch.equal(as_map(torch.cat((torch.zeros(2, 2, 6), tokens), 1), images), x)
+    # Among them tokens before the batch, and windows of one.
+    for wrong in (
+        torch.randn(2, 6),
+        torch.randn(2, 31, 6),
+        (x,),
+        torch.randn(2, 5, 4, 30),
+        tokens.transpose(0, 1),
+        x.repeat(4, 1, 1, 1),
+    ):
         with pytest.raises(UserError, match="expected a map"):
-            as_map(wrong, (32, 64), "module")
+            as_map(wrong, images, "module")
+
+
+def test_modules_that_are_called_by_numbers():
+    """A name wins over an index."""
+    blocks = [nn.Sequential(nn.Conv2d(c, d, 3, 2, 1), nn.ReLU()) for c, d in ((3, 8), (8, 16), (16, 32))]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+    assert choose_taps(model, (3, 32, 32), ["0", "1", "2"]).modules == ["0", "1", "2"]
+    assert choose_taps(model, (3, 32, 32), [0, 1]).modules == ["0.0", "0.1"]
+    plain = SFRTask(model, SFRConfig(weight=0.0), input_size=(3, 32, 32), verbose=False)
+    assert plain(torch.randn(2, 3, 32, 32), torch.tensor([0, 4]))["loss"].isfinite()
+
+
+def test_auxiliary_classifiers_are_refused():
+    model = torchvision.models.googlenet(num_classes=10, init_weights=False)
+    task = SFRTask(model, SFRConfig(taps=("inception3b", "inception4e")), input_size=(3, 64, 64), verbose=False)
+    with pytest.raises(UserError, match="returns 3 outputs in training"):
+        task(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
+
+
+def test_checkpointing():
+    """Non-reentrant, a module's second run in the backward pass is not taken; reentrant, it would give no gradient."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.net, self.reentrant = resnet(), reentrant
+
+        def forward(self, x):
+            net = self.net
+            x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+            if self.training:
+                x = checkpoint(nn.Sequential(net.layer1, net.layer2), x, use_reentrant=self.reentrant)
+            else:
+                x = net.layer2(net.layer1(x))
+            return net.fc(net.avgpool(net.layer4(net.layer3(x))).flatten(1))
+
+    config = SFRConfig(taps=("net.layer1", "net.layer2", "net.layer3"))
+    images, target = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
+    task = SFRTask(Checkpointed(False), config, input_size=(3, 64, 64), verbose=False)
+    task(images, target)["loss"].backward()
+    plain = SFRTask(resnet(), SFRConfig(taps=("layer1", "layer2", "layer3")), input_size=(3, 64, 64), verbose=False)
+    plain(images, target)["loss"].backward()
+    ours, theirs = task.plain_model.net.conv1.weight.grad, plain.plain_model.conv1.weight.grad
+    assert torch.allclose(ours, theirs, atol=1e-5 * theirs.abs().max())
+    with pytest.raises(UserError, match="use_reentrant=False"):
+        SFRTask(Checkpointed(True), config, input_size=(3, 64, 64), verbose=False)(images, target)

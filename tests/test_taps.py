@@ -133,7 +133,9 @@ def test_nodes_are_locations():
     assert torch.allclose(to_nodes(x, (2, 3))[:, 0], x[:, :, :2, :2].mean((2, 3)))
 
 
-@pytest.mark.parametrize("name", ["resnet20_cifar", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name", ["resnet20_cifar", "vit_tiny_patch16_224", "visformer_tiny", "pit_ti_224", "nest_tiny", "twins_pcpvt_small"]
+)
 def test_the_optimizer_factory_sees_through_the_wrapper(name):
     model = timm.create_model(name, num_classes=10)
     tapped = TappedModel(model)
@@ -156,3 +158,35 @@ def test_compiles_without_graph_breaks():
     loss = torch.compile(task.feature_loss, backend="eager", fullgraph=True)
     assert torch.allclose(loss(nodes[:-1], nodes[-1]), task.feature_loss(nodes[:-1], nodes[-1]), atol=1e-6)
     assert logits.shape == (2, 10)
+
+
+def test_features_that_training_changes_are_refused():
+    """Dropped patches leave no grid; smaller images than were probed, no locations."""
+    with pytest.raises(UserError, match="patch_drop_rate: vit_tiny_patch16_224 drops patches"):
+        choose_taps(timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.25))
+    task = SFRTask(timm.create_model("resnet10t", num_classes=4), verbose=False)
+    with pytest.raises(UserError, match="images are 32x32, and the taps were chosen for 176x176"):
+        task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    assert task(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))["sfr_loss"] > 0
+    model = timm.create_model("resnet10t", num_classes=4)
+    task = SFRTask(model, verbose=False)
+    task.plain_model.layer2.register_forward_hook(lambda module, args, out: out[:, :64] if module.training else out)
+    model.layer3 = torch.nn.Conv2d(64, 256, 3, 2, 1)
+    with pytest.raises(UserError, match="as in evaluation"):
+        task(torch.randn(2, 3, 176, 176), torch.tensor([0, 1]))
+
+
+def test_the_size_is_the_models_as_it_was_made():
+    assert choose_taps(timm.create_model("test_resnet", in_chans=1)).input_size == (1, 160, 160)
+    assert choose_taps(timm.create_model("vit_tiny_patch16_224", img_size=96)).input_size == (3, 96, 96)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("channels", ["groups", "transport", "projection"])
+def test_other_precisions(dtype, channels):
+    model = timm.create_model("resnet20_cifar").to(dtype)
+    result = SFRTask(model, SFRConfig(channels=channels), verbose=False)(
+        torch.randn(4, 3, 32, 32, dtype=dtype), torch.arange(4)
+    )
+    result["loss"].backward()
+    assert result["sfr_loss"] > 0 and model.conv1.weight.grad.abs().sum() > 0

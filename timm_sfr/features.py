@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from timm_sfr.errors import UserError
@@ -94,7 +95,15 @@ class Hooks:
                 raise UserError(
                     f"sfr_taps: {name!r} ran {len(values)} times in one pass; expected a module that runs once"
                 )
-        return logits, [as_map(values[0], x.shape[-2:], name) for name, values in zip(self.names, outputs, strict=True)]
+        maps = [as_map(values[0], x, name) for name, values in zip(self.names, outputs, strict=True)]
+        for name, tap in zip(self.names, maps, strict=True):
+            trained = any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
+            if torch.is_grad_enabled() and model.training and trained and not tap.requires_grad:
+                raise UserError(
+                    f"sfr_taps: {name!r} gives no gradient, as under reentrant checkpointing; checkpoint it with "
+                    "use_reentrant=False"
+                )
+        return logits, maps
 
     def outputs(self, model: nn.Module, x: Tensor) -> tuple[Any, list[list[Any]]]:
         """What the model gives, and what each of the modules gave, as often as it ran."""
@@ -125,8 +134,8 @@ class _Taken:
             self.values.append(output)
 
 
-def as_map(x: Any, size: Sequence[int], name: str = "") -> Tensor:
-    """A module's output as a map (B, C, H, W), for images of `size` (H, W).
+def as_map(output: Any, images: Tensor, name: str = "") -> Tensor:
+    """A module's output as a map (B, C, H, W), for `images` (B, C', H', W').
 
     Takes (B, C, H, W); (B, H, W, C), told apart by the images' aspect; and tokens (B, N, C) that fill a grid of that
     aspect, after up to 5 class or register tokens.
@@ -134,19 +143,20 @@ def as_map(x: Any, size: Sequence[int], name: str = "") -> Tensor:
     Raises:
         UserError: for anything else.
     """
-    if isinstance(x, Tensor) and x.ndim == 4:
-        first, last = (abs(h * size[1] - w * size[0]) for h, w in (x.shape[1:3], x.shape[2:4]))
-        if min(first, last) <= max(size):  # within one location
+    x, (batch, _, height, width) = output, images.shape
+    if isinstance(x, Tensor) and x.ndim == 4 and len(x) == batch:
+        first, last = (abs(h * width - w * height) for h, w in (x.shape[1:3], x.shape[2:4]))
+        if min(first, last) <= max(height, width):  # within one location
             return x if last <= first else x.permute(0, 3, 1, 2)
-    if isinstance(x, Tensor) and x.ndim == 3:
+    if isinstance(x, Tensor) and x.ndim == 3 and len(x) == batch:
         for prefix in range(PREFIX_TOKENS + 1):
             tokens = x.shape[1] - prefix
-            height = round((tokens * size[0] / size[1]) ** 0.5) if tokens > 0 else 0
-            if height and tokens % height == 0 and height * size[1] == tokens // height * size[0]:
-                return x[:, prefix:].transpose(1, 2).unflatten(2, (height, tokens // height))
+            rows = round((tokens * height / width) ** 0.5) if tokens > 0 else 0
+            if rows and tokens % rows == 0 and rows * width == tokens // rows * height:
+                return x[:, prefix:].transpose(1, 2).unflatten(2, (rows, tokens // rows))
     raise UserError(
-        f"sfr_taps: {name!r} gives {described(x)} for {size[0]}x{size[1]} images; expected a map (B, C, H, W), (B, H, W, C), or "
-        "tokens (B, N, C) of a grid of the image's aspect"
+        f"sfr_taps: {name!r} gives {described(x)} for {tuple(images.shape)} images; expected a map (B, C, H, W), (B, H, W, C), "
+        "or tokens (B, N, C) of a grid of the images' aspect"
     )
 
 
@@ -161,6 +171,12 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
     Raises:
         UserError: if the model does not take the size, is no classifier, or has no features.
     """
+    for module in model.modules():
+        if isinstance(module, PatchDropout) and module.prob > 0:
+            raise UserError(
+                f"patch_drop_rate: {model_name(model)} drops patches in training, so that its features are no maps; make it "
+                "with patch_drop_rate 0"
+            )
     modes = {module: module.training for module in model.modules()}
     like = next(model.parameters(), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
@@ -185,6 +201,27 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
             f"{model_name(model)} cannot be tapped: {reason}, and no module of it runs once and gives a map"
         )
     return Probed(_features(names, maps, input_size), HOOKS, logits.shape[1])
+
+
+def count_classes(model: nn.Module, input_size: tuple[int, int, int] | None) -> int:
+    """Width of the model's logits: what it says, or else what it gives for images of `input_size` (C, H, W).
+
+    Raises:
+        UserError: if neither is known, or it is no classifier.
+    """
+    known = getattr(model, "num_classes", None)
+    if known is not None:
+        return int(known)
+    if input_size is None:
+        raise UserError(
+            f"input_size: {model_name(model)} does not say how many classes it has; give (channels, height, width)"
+        )
+    training = model.training
+    with torch.no_grad():
+        like = next(model.parameters())
+        logits = _logits(model.eval(), torch.zeros(2, *input_size, device=like.device, dtype=like.dtype))
+    model.train(training)
+    return logits.shape[1]
 
 
 def _logits(model: nn.Module, image: Tensor) -> Tensor:
@@ -247,7 +284,7 @@ def _hooked(model: nn.Module, image: Tensor, only: list[str] | None) -> tuple[li
     for name, values in order.items():
         try:
             if len(values) == 1:
-                found[name] = as_map(values[0], image.shape[-2:])
+                found[name] = as_map(values[0], image)
         except UserError:
             continue
     return list(found), list(found.values())

@@ -109,7 +109,7 @@ class ChannelProjection(nn.Module):
 
     def forward(self, shallow: list[Tensor]) -> list[Tensor]:
         """(B, N_s, C_s) to (B, N_s, C_d) for every tap s."""
-        return [project(x) for project, x in zip(self.maps, shallow, strict=True)]
+        return [project(x.to(project.weight.dtype)) for project, x in zip(self.maps, shallow, strict=True)]
 
 
 class FeatureLoss(nn.Module):

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from timm.models import group_parameters
+from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
-from timm_sfr.features import HOOKS, Hooks, forward_taps
+from timm_sfr.errors import UserError
+from timm_sfr.features import HOOKS, Hooks, forward_taps, model_name
 from timm_sfr.taps import TapPlan
 
 
@@ -41,15 +44,21 @@ class TappedModel(nn.Module):
         super().__init__()
         self.model = model
         self.projection = projection
+        self.plan = plan
         self.indices, self.grids = [] if plan is None else plan.indices, grids or []
         self.hooks = Hooks(model, plan.modules) if plan is not None and plan.mechanism == HOOKS else None
 
     def forward(self, x: Tensor) -> tuple[Any, list[Tensor]]:
-        """Logits (B, K), and the nodes of the shallow taps and then of the deep one."""
-        if not self.indices:
+        """Logits (B, K), and the nodes of the shallow taps and then of the deep one.
+
+        Raises:
+            UserError: if the features are not those of the plan: its images were larger, or training changes the maps.
+        """
+        if self.plan is None:
             return self.model(x), []
         take = forward_taps(self.model, x, self.indices) if self.hooks is None else self.hooks.forward(self.model, x)
         logits, maps = take
+        self._check(x, maps)
         nodes = [to_nodes(tap, grid) for tap, grid in zip(maps, self.grids, strict=True)]
         if self.projection is not None:
             nodes = [*self.projection(nodes[:-1]), nodes[-1]]
@@ -61,17 +70,24 @@ class TappedModel(nn.Module):
         return {f"model.{name}" for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The model's own layer groups under its names here, for timm's layer-wise learning rates."""
-        matcher = self.model.group_matcher(coarse=coarse)
-        if callable(matcher):
-            return lambda name: matcher(name.removeprefix("model."))
-        return {group: _prefixed(patterns) for group, patterns in matcher.items()}
+        """The model's own layers under its names here, for timm's layer-wise learning rates; a projection is of the last."""
+        if hasattr(self.model, "group_matcher"):
+            layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        else:
+            layers = auto_group_layers(self.model)
+        last = max(layers.values())
+        return lambda name: layers.get(name.removeprefix("model."), last)
 
-
-def _prefixed(patterns: Any) -> Any:
-    """timm's group patterns (a regex, or (regex, order) pairs) with ``model.`` allowed before every name."""
-    if isinstance(patterns, str):
-        return "|".join(
-            rf"^model\.{part[1:]}" if part.startswith("^") else rf"^model\.{part}" for part in patterns.split("|")
-        )
-    return [(_prefixed(pattern), *rest) for pattern, *rest in patterns]
+    def _check(self, images: Tensor, maps: list[Tensor]) -> None:
+        taps = (*self.plan.shallow, self.plan.deep)
+        for tap, x, grid in zip(taps, maps, self.grids, strict=True):
+            if x.shape[:2] != (len(images), tap.channels):
+                raise UserError(
+                    f"{model_name(self.model)}: {tap.module} gives {tuple(x.shape)} in training, expected ({len(images)}, "
+                    f"{tap.channels}, H, W) as in evaluation; turn off what drops or changes features there"
+                )
+            if x.shape[2] < grid[0] or x.shape[3] < grid[1]:
+                raise UserError(
+                    f"input_size: the images are {images.shape[2]}x{images.shape[3]}, and the taps were chosen for "
+                    f"{'x'.join(map(str, self.plan.input_size[1:]))}; give input_size=(C, H, W) of the training images"
+                )

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from timm.data import resolve_model_data_config
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from timm_sfr.errors import UserError, near_matches
@@ -95,7 +95,7 @@ def choose_taps(
         raise UserError(
             f"input_size: {model_name(model)} does not say what images it takes; give (channels, height, width)"
         )
-    size = tuple(int(n) for n in input_size or resolve_model_data_config(model)["input_size"])
+    size = tuple(int(n) for n in input_size or resolve_input_data_config(model, {})["input_size"])
     probed = probe(model, size)
     if taps is None and not getattr(model, "feature_info", None):
         outer = [feature for feature in probed.features if feature.module.count(".") < 2]
@@ -110,10 +110,17 @@ def choose_taps(
 
 def _as_given(features: list[Feature], taps: Sequence[int | str]) -> Choice:
     chosen = [_find(features, tap) for tap in taps]
-    deeper = len(chosen) > 1 and all(tap.index < chosen[-1].index for tap in chosen[:-1])
-    if not deeper or 0 in {tap.nodes for tap in chosen}:
+    small = [tap.module for tap in chosen if tap.nodes < MIN_NODES]
+    if small:
         raise UserError(
-            f"sfr_taps: expected one or more shallow taps and then a deeper one; got {list(taps)}. {_listing(features)}"
+            f"sfr_taps: {', '.join(small)} has fewer than the {MIN_NODES} locations that matching needs; use larger images, or "
+            f"other taps. {_listing(features)}"
+        )
+    deeper = len(chosen) > 1 and all(tap.index < chosen[-1].index for tap in chosen[:-1])
+    if not deeper or len({tap.index for tap in chosen}) < len(chosen):
+        raise UserError(
+            f"sfr_taps: expected one or more shallow taps, each once, and then a deeper one; got {list(taps)}. "
+            f"{_listing(features)}"
         )
     return tuple(sorted(chosen[:-1], key=lambda tap: tap.index)), chosen[-1], "as given"
 
@@ -157,8 +164,12 @@ def _example(model: nn.Module, features: list[Feature], size: tuple[int, int, in
 
 
 def _find(features: list[Feature], tap: int | str) -> Feature:
+    # A name first: a Sequential's modules are called "0", "1", ...
+    by_name = {feature.module: feature for feature in features}
+    if isinstance(tap, str) and tap in by_name:
+        return by_name[tap]
     for feature in features:
-        if str(tap) in (str(feature.index), feature.module, str(feature.index - len(features))):
+        if str(tap) in (str(feature.index), str(feature.index - len(features))):
             return feature
     grids = dict.fromkeys(sorted((feature.grid for feature in features), reverse=True))
     stages = {f"stage{number}": grid for number, grid in enumerate(grids, 1)}

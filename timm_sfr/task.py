@@ -11,6 +11,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_sfr.errors import UserError
+from timm_sfr.features import count_classes, model_name
 from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss
 from timm_sfr.sections import SFRConfig
 from timm_sfr.tapped import TappedModel
@@ -93,7 +94,7 @@ class SFRTask(TrainingTask):
                 _logger.info("SFR taps:\n%s", self.plan)
         self.trainable_module: nn.Module = TappedModel(model, self.plan, grids, projection).to(device)
         self.feature_loss = FeatureLoss(self.config)
-        classes = self.plan.num_classes if self.plan is not None else int(getattr(model, "num_classes", 0))
+        classes = self.plan.num_classes if self.plan is not None else count_classes(model, input_size)
         self.smoothing = DynamicLabelSmoothing(
             classes, self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
         ).to(device)
@@ -134,11 +135,15 @@ class SFRTask(TrainingTask):
         logits, nodes = self.trainable_module(input)
         extra: dict[str, Tensor] = {}
         if self.base is None:
-            logits = torch.stack(logits).mean(0) if isinstance(logits, tuple) else logits
+            logits = self._one(logits)
             task_loss, epsilon = self.smoothing(logits, target)
         else:
-            self.base.trainable_module.output = logits
-            extra = self.base(input, target)
+            stand_in = self.base.trainable_module
+            stand_in.output = logits
+            try:
+                extra = self.base(input, target)
+            finally:
+                stand_in.output = None  # nothing of this step's graph is kept
             logits = extra.get("output", logits)
             task_loss, epsilon = extra["loss"], self.weight.new_zeros(())
             extra = {f"base_{name}": value for name, value in extra.items() if name not in ("loss", "output")}
@@ -152,6 +157,18 @@ class SFRTask(TrainingTask):
             "smoothing": epsilon,
             **extra,
         }
+
+    def _one(self, logits: Any) -> Tensor:
+        """One tensor of logits: the mean of the two of timm's distilled training."""
+        if isinstance(logits, Tensor):
+            return logits
+        model = self.plain_model
+        if not hasattr(model, "set_distilled_training") or not isinstance(logits, tuple):
+            raise UserError(
+                f"{model_name(model)} returns {len(logits)} outputs in training, expected one tensor of logits; make it without "
+                "auxiliary classifiers (aux_logits=False)"
+            )
+        return torch.stack(logits).mean(0)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets lambda and epsilon for epoch `epoch` (from 0) of `epochs`."""
@@ -213,7 +230,7 @@ class SFRTask(TrainingTask):
 class _Given(nn.Module):
     """Stands in for the model inside a base task: hands out the logits that the one pass already gave."""
 
-    output: Tensor
+    output: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output
