@@ -10,8 +10,11 @@ from torch import nn
 
 from benchmarks.families import CLASSES, HEAD, LARGE, PAGE, Row, classifiers, on_meta, plan_of, smallest, step_of
 from timm_sfr import SFRTask, UserError
+from timm_sfr.card import Facts
+from timm_sfr.export import Exporter
 from timm_sfr.features import forward_taps
 from timm_sfr.models import SMALL_IMAGE_MODELS
+from timm_sfr.sections import HubConfig
 
 NAMES = classifiers()
 EVERY = sorted(set(timm.list_models()) - set(SMALL_IMAGE_MODELS))
@@ -231,3 +234,13 @@ def test_compiles_without_graph_breaks(name):
     logits, nodes = torch.compile(task.trainable_module, backend="eager", fullgraph=True)(images)
     plain = task.trainable_module(images)
     assert torch.allclose(logits, plain[0], atol=1e-4) and torch.allclose(nodes[0], plain[1][0], atol=1e-3)
+
+
+def test_weights_that_a_model_shares_are_saved(tmp_path):
+    """CoaT's blocks share some; safetensors holds each name once, and timm loads it."""
+    model = timm.create_model("coat_tiny", num_classes=CLASSES).eval()
+    Exporter(model, None, None, HubConfig()).write(tmp_path / "model", model.state_dict(), Facts())
+    again = timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval()
+    images = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(again(images), model(images))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +73,14 @@ class Exporter:
         self.template.load_state_dict(state, strict=True)
 
         def write(fresh: Path) -> None:
-            save_for_hf(
-                self.template,
-                str(fresh),
-                model_config=self._model_config(),
-                safe_serialization=True,
-                data_config=self._data_config(),
-            )
+            with _apart(self.template):
+                save_for_hf(
+                    self.template,
+                    str(fresh),
+                    model_config=self._model_config(),
+                    safe_serialization=True,
+                    data_config=self._data_config(),
+                )
             self.describe(fresh, facts)
             # safetensors leaves its file readable by the owner alone; give it what the user's umask gives the others.
             (fresh / WEIGHTS).chmod((fresh / CARD).stat().st_mode)
@@ -99,3 +102,25 @@ class Exporter:
     def _data_config(self) -> dict[str, Any] | None:
         names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
         return {name: getattr(self.prep, name) for name in names} if self.prep is not None else None
+
+
+@contextlib.contextmanager
+def _apart(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's ``state_dict()``, which timm saves, holds no memory twice: safetensors refuses it, and CoaT has some.
+
+    Each name keeps its tensor, so that timm loads it as it loads any other.
+    """
+
+    def state_dict() -> dict[str, torch.Tensor]:
+        seen: set[int] = set()
+        found = {}
+        for name, tensor in type(model).state_dict(model).items():
+            found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            seen.add(tensor.data_ptr())
+        return found
+
+    model.state_dict = state_dict  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.state_dict
