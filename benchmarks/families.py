@@ -60,31 +60,26 @@ class Row:
         start = [self.module, f"`{self.name}`", f"{self.parameters / 1e6:.1f}"]
         if self.plan is None:
             return [*start, *["-"] * (len(HEAD) - len(start) - 1), self.step]
-        taps = [*self.plan.shallow, self.plan.deep]
-        grids = self.plan.node_grids(49)
+        taps, grids = self.plan.taps, self.plan.node_grids(49)
         ratios = [self.plan.deep.channels / tap.channels for tap in self.plan.shallow]
-        whole = all(ratio.is_integer() for ratio in ratios)
-        match = (
-            "one to one"
-            if set(ratios) == {1.0}
-            else " ".join(f"{ratio:g}" if whole else f"{ratio:.2f}" for ratio in ratios)
-        )
+        style = "g" if all(ratio.is_integer() for ratio in ratios) else ".2f"
+        many = " ".join(format(ratio, style) for ratio in ratios) + " to 1"
         return [
             *start,
             " ".join(str(tap.index) for tap in taps),
             " ".join(str(tap.channels) for tap in taps),
             " ".join(f"{h}x{w}" for h, w in grids),
-            match if set(ratios) == {1.0} else f"{match} to 1",
+            "one to one" if set(ratios) == {1.0} else many,
             self.plan.mechanism,
             str(self.smallest or "-"),
             self.step,
         ]
 
 
-def on_meta(name: str, **kwargs: object) -> nn.Module:
+def on_meta(name: str) -> nn.Module:
     """The model without memory, with 10 classes."""
     with torch.device("meta"):
-        return timm.create_model(name, num_classes=CLASSES, **kwargs)
+        return timm.create_model(name, num_classes=CLASSES)
 
 
 def classifiers() -> dict[str, list[str]]:

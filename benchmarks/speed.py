@@ -17,13 +17,15 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from benchmarks.timing import in_turns, ratios
 from timm_sfr import SFRConfig, SFRTask, report
 
 HERE = Path(__file__).resolve().parent
@@ -121,22 +123,6 @@ def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
     return (time.perf_counter() - started) / steps
 
 
-def compare(
-    plain: Callable[[], None], ours: Callable[[], None], steps: int, rounds: int, device: torch.device
-) -> tuple:
-    """Ratios of `ours` to the mean of the `plain` before and after it, and the seconds of `plain`, by rounds."""
-    for step in (plain, ours):
-        timed(step, 3, device)
-    before, ratios, base = timed(plain, steps, device), [], []
-    for _ in range(rounds):
-        taken = timed(ours, steps, device)
-        after = timed(plain, steps, device)
-        ratios.append(taken / ((before + after) / 2))
-        base.append(after)
-        before = after
-    return ratios, base
-
-
 def step_ratios(
     settings: tuple[Setting, ...], config: SFRConfig, args: argparse.Namespace, device: torch.device
 ) -> list[Ratio]:
@@ -146,11 +132,11 @@ def step_ratios(
         plain, ours = make_step(setting, None, device), make_step(setting, config, device)
         once = timed(plain, 2, device)
         steps = max(1, round(args.seconds / once))
-        ratios, base = compare(plain, ours, steps, args.rounds, device)
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
-        found.append(
-            Ratio(f"step, {setting.label}", median(ratios), low, high, setting.target, median(base), args.rounds)
-        )
+        timed(ours, 3, device)
+        without, with_sfr = (partial(timed, step, steps, device) for step in (plain, ours))
+        times, around, base = in_turns(without, {"sfr": with_sfr}, args.rounds, setting.label)
+        middle, low, high = ratios(times, around)["sfr"]
+        found.append(Ratio(f"step, {setting.label}", middle, low, high, setting.target, median(base), args.rounds))
         print(found[-1], flush=True)
     return found
 
@@ -181,8 +167,10 @@ def memory_ratios(settings: tuple[Setting, ...], device: torch.device) -> list[R
     """Peak memory with SFR against without."""
     found = []
     for setting in settings:
-        ratios = sorted(peak(setting, True, device.type) / peak(setting, False, device.type) for _ in range(3))
-        found.append(Ratio(f"peak memory, {setting.label}", ratios[1], ratios[0], ratios[2], 1.03, 0.0, 3))
+        low, middle, high = sorted(
+            peak(setting, True, device.type) / peak(setting, False, device.type) for _ in range(3)
+        )
+        found.append(Ratio(f"peak memory, {setting.label}", middle, low, high, 1.03, 0.0, 3))
         print(found[-1], flush=True)
     return found
 

@@ -18,6 +18,8 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -59,6 +61,35 @@ def ratios(times: dict[str, list[float]], around: dict[str, list[float]]) -> dic
     return found
 
 
+def in_turns(
+    base: Callable[[], float], others: dict[str, Callable[[], float]], rounds: int, what: str
+) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
+    """Times A B A B: each of `others` between two of `base`.
+
+    Args:
+        base: Does its work once; seconds.
+        others: Likewise, by name.
+        rounds: How many times.
+        what: Named as it goes.
+
+    Returns:
+        Seconds by name, the mean of the base before and after likewise, and the base's own.
+    """
+    times: dict[str, list[float]] = {name: [] for name in others}
+    around: dict[str, list[float]] = {name: [] for name in others}
+    own: list[float] = []
+    for turn in range(rounds):
+        before = base()
+        for name, work in others.items():
+            times[name].append(work())
+            after = base()
+            around[name].append((before + after) / 2)
+            own.append(after)
+            before = after
+        print(f"{what}: round {turn + 1} of {rounds}", flush=True)
+    return times, around, own
+
+
 def measure(
     preset: str, name: str, methods: list[str], root: Path, threads: int, rounds: int, batches: int
 ) -> list[dict[str, Any]]:
@@ -76,18 +107,8 @@ def measure(
         for trainer in trainers.values():
             for epoch in range(SECOND + 1):
                 trainer.train_epoch(epoch)
-        times: dict[str, list[float]] = {method: [] for method in trainers if method != "ce"}
-        around: dict[str, list[float]] = {method: [] for method in times}
-        base: list[float] = []
-        for turn in range(rounds):
-            before = seconds(trainers["ce"])
-            for method in times:
-                times[method].append(seconds(trainers[method]))
-                after = seconds(trainers["ce"])
-                around[method].append((before + after) / 2)
-                base.append(after)
-                before = after
-            print(f"{name}: round {turn + 1} of {rounds}", flush=True)
+        turns = {method: partial(seconds, trainer) for method, trainer in trainers.items()}
+        times, around, base = in_turns(turns.pop("ce"), turns, rounds, name)
         facts = trainers["ce"].facts
     rate = batches * PRESETS[preset][name].batch / median(base)
     return [

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,12 @@ def digits_run(tmp_path_factory):
     done = run(*TRAIN, "--epochs", 4, "--output", output, "--experiment", "run")
     assert done.returncode == 0, done.stderr
     return output / "run", done.stdout
+
+
+@pytest.fixture
+def finished(digits_run, tmp_path):
+    """A copy of a finished run."""
+    return shutil.copytree(digits_run[0], tmp_path / "run")
 
 
 @pytest.fixture(scope="session")

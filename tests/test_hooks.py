@@ -201,3 +201,11 @@ def test_checkpointing():
     assert torch.allclose(ours, theirs, atol=1e-5 * theirs.abs().max())
     with pytest.raises(UserError, match="use_reentrant=False"):
         SFRTask(Checkpointed(True), config, input_size=(3, 64, 64), verbose=False)(images, target)
+
+
+def test_counting_classes_leaves_every_modules_mode():
+    """A frozen BatchNorm stays in evaluation mode."""
+    model = resnet().train()
+    model.bn1.eval()
+    SFRTask(model, SFRConfig(weight=0.0), input_size=(3, 64, 64), verbose=False)
+    assert model.training and model.layer1.training and not model.bn1.training

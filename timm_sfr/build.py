@@ -14,7 +14,7 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
-from timm_sfr.errors import UserError, near_matches
+from timm_sfr.errors import UserError, first_line, near_matches
 from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
 from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig
@@ -49,8 +49,7 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except UserError:
         raise
     except (*MISFITS, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model: cannot create {name!r}: {reason}") from error
+        raise UserError(f"model: cannot create {name!r}: {first_line(error)}") from error
     if getattr(model, "num_classes", 0) != num_classes:
         raise UserError(f"model: {name!r} has no classifier for {num_classes} classes")
     return model

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, first_line
 from timm_sfr.sections import DataConfig
 
 SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
@@ -79,8 +79,9 @@ def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> 
             target_key=config.target_key,
         )
     except (RuntimeError, AssertionError, ValueError, ImportError, OSError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data: cannot open the {split!r} split of {name or config.data_dir!r}: {reason}") from error
+        raise UserError(
+            f"data: cannot open the {split!r} split of {name or config.data_dir!r}: {first_line(error)}"
+        ) from error
     reader = getattr(dataset, "reader", dataset)
     classes = getattr(reader, "class_to_idx", None) or getattr(
         reader, "class_name_to_idx", None

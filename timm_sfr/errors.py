@@ -29,6 +29,11 @@ def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:
     return f"; did you mean {' or '.join(repr(match) for match in found)}?" if found else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the error's message, or its type where it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def one_line(error: UserError) -> str:
     """The error's message alone, also where a data loading process has wrapped it in its traceback."""
     text = str(error)

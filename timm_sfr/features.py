@@ -7,7 +7,8 @@ Shape suffixes: B batch, K classes, C channels, H x W locations, N tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,12 @@ import torch
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, first_line
 
 INTERMEDIATES, HOOKS = "forward_intermediates", "hooks"
 PREFIX_TOKENS = 5  # class and register tokens that may come before a map's tokens
 # What a model raises where an image or an argument does not suit it.
-MISFITS = (
-    RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, AttributeError, NotImplementedError,
-    ArithmeticError,
-)  # fmt: skip
+MISFITS = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -97,8 +95,9 @@ class Hooks:
                 )
         maps = [as_map(values[0], x, name) for name, values in zip(self.names, outputs, strict=True)]
         for name, tap in zip(self.names, maps, strict=True):
-            trained = any(parameter.requires_grad for parameter in model.get_submodule(name).parameters())
-            if torch.is_grad_enabled() and model.training and trained and not tap.requires_grad:
+            if tap.requires_grad or not (torch.is_grad_enabled() and model.training):
+                continue
+            if any(parameter.requires_grad for parameter in model.get_submodule(name).parameters()):
                 raise UserError(
                     f"sfr_taps: {name!r} gives no gradient, as under reentrant checkpointing; checkpoint it with "
                     "use_reentrant=False"
@@ -177,25 +176,17 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
                 f"patch_drop_rate: {model_name(model)} drops patches in training, so that its features are no maps; make it "
                 "with patch_drop_rate 0"
             )
-    modes = {module: module.training for module in model.modules()}
-    like = next(model.parameters(), torch.empty(0))
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, *input_size, generator=generator).to(like.device, like.dtype)
-    try:
-        model.eval()
-        with torch.no_grad():
-            logits = _logits(model, image)
-            info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
-            reason = "it has no feature_info with forward_intermediates and forward_head"
-            if info and hasattr(model, "forward_intermediates") and hasattr(model, "forward_head"):
-                maps, reason = _intermediates(model, image, logits, len(info))
-                if maps is not None:
-                    names = [str(entry.get("module", index)) for index, entry in enumerate(info)]
-                    return Probed(_features(names, maps, input_size), INTERMEDIATES, logits.shape[1])
-            names, maps = _hooked(model, image, [str(entry.get("module")) for entry in info] or None)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    image = _images(model, input_size)
+    with _evaluating(model):
+        logits = _logits(model, image)
+        info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
+        reason = "it has no feature_info with forward_intermediates and forward_head"
+        if info and hasattr(model, "forward_intermediates") and hasattr(model, "forward_head"):
+            maps, reason = _intermediates(model, image, logits, len(info))
+            if maps is not None:
+                names = [str(entry.get("module", index)) for index, entry in enumerate(info)]
+                return Probed(_features(names, maps, input_size), INTERMEDIATES, logits.shape[1])
+        names, maps = _hooked(model, image, [str(entry.get("module")) for entry in info] or None)
     if not maps:
         raise UserError(
             f"{model_name(model)} cannot be tapped: {reason}, and no module of it runs once and gives a map"
@@ -216,12 +207,27 @@ def count_classes(model: nn.Module, input_size: tuple[int, int, int] | None) -> 
         raise UserError(
             f"input_size: {model_name(model)} does not say how many classes it has; give (channels, height, width)"
         )
-    training = model.training
-    with torch.no_grad():
-        like = next(model.parameters())
-        logits = _logits(model.eval(), torch.zeros(2, *input_size, device=like.device, dtype=like.dtype))
-    model.train(training)
-    return logits.shape[1]
+    with _evaluating(model):
+        return _logits(model, _images(model, input_size)).shape[1]
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module has its own mode again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _images(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
+    """Two images of `input_size` (C, H, W), on the model's device and of its type; the global random state stays."""
+    like = next(model.parameters(), torch.empty(0))
+    return torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
 
 def _logits(model: nn.Module, image: Tensor) -> Tensor:
@@ -234,8 +240,7 @@ def _logits(model: nn.Module, image: Tensor) -> Tensor:
     try:
         logits = model(image)
     except MISFITS as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"img_size: {model_name(model)} does not take {size} images: {reason}") from error
+        raise UserError(f"img_size: {model_name(model)} does not take {size} images: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise UserError(
             f"{model_name(model)} must return one tensor of logits (batch, classes); got {described(logits)}; make it with "
@@ -249,15 +254,10 @@ def _intermediates(model: Any, image: Tensor, plain: Tensor, count: int) -> tupl
     try:
         logits, maps = forward_taps(model, image, range(count))
     except MISFITS as error:
-        return (
-            None,
-            f"its forward_intermediates fails ({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-        )
+        return None, f"its forward_intermediates fails ({first_line(error)})"
     if len(maps) != count or any(not isinstance(x, Tensor) or x.ndim != 4 for x in maps):
-        return (
-            None,
-            f"its forward_intermediates gives {[described(x) for x in maps]}, expected {count} maps (B, C, H, W)",
-        )
+        given = [described(x) for x in maps]
+        return None, f"its forward_intermediates gives {given}, expected {count} maps (B, C, H, W)"
     # An untrained net's logits hardly depend on the image: what must agree is the difference between two images, too.
     moved = 1e-3 * (plain[0] - plain[1]).abs().max() + 1e-6 * plain.abs().max()
     if not plain.is_meta and not torch.all((logits - plain).abs() <= moved):

@@ -21,8 +21,8 @@ from torch import nn
 from timm_sfr.card import Facts, imports, render
 from timm_sfr.errors import UserError
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
-from timm_sfr.hub_check import validate_card
-from timm_sfr.hub_client import PUBLIC, bounded_xet, check_token, retried, told
+from timm_sfr.hub_check import refuse_public, validate_card
+from timm_sfr.hub_client import bounded_xet, check_token, retried, told
 from timm_sfr.sections import HubConfig, check_branch, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
@@ -81,8 +81,8 @@ def push_to_hub(
         def make() -> None:
             # False would make it public where an organisation's are private.
             api.create_repo(repo_id, private=private or None, exist_ok=True)
-            if private and api.model_info(repo_id).private is False:
-                raise ValueError(PUBLIC)
+            if private:
+                refuse_public(api, repo_id)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from timm_sfr.card import Facts, metadata
 from timm_sfr.errors import HubError, UserError
-from timm_sfr.hub_client import PUBLIC, told, transient
+from timm_sfr.hub_client import told, transient
 from timm_sfr.sections import HubConfig
 
 _logger = logging.getLogger("timm_sfr")
@@ -44,10 +44,17 @@ def check_push(hub: HubConfig) -> bool:
             raise UserError(f"{what}: the token does not write for {owner!r}; expected any of {', '.join(mine)} there")
         if hub.private:
             with contextlib.suppress(RepositoryNotFoundError):
-                if api.model_info(repo_id).private is False:
-                    raise UserError(f"{what}: {PUBLIC}")
+                refuse_public(api, repo_id)
         return True
     return False
+
+
+def refuse_public(api: HfApi, repo_id: str) -> None:
+    """Raises ValueError if the repository, which is there, is public."""
+    if api.model_info(repo_id).private is False:
+        raise ValueError(
+            "it is there and public; make it private in its settings on the Hub, or publish it without asking for private"
+        )
 
 
 def check_card(hub: HubConfig, options: dict[str, Any]) -> None:

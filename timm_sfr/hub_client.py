@@ -32,7 +32,6 @@ TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4)  # seconds before each further try
 PATIENCE = 10  # seconds after which no further try begins: huggingface_hub has tried for up to 23 by itself
 XET = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "5s"}
-PUBLIC = "it is there and public; make it private in its settings on the Hub, or publish it without asking for private"
 HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
@@ -97,13 +96,13 @@ def bounded_xet() -> Iterator[None]:
 
     hf_xet reads its limits when huggingface_hub opens a session, and downloads open one too: so one is opened for this alone.
     """
-    given = {name: os.environ.get(name) for name in XET}
-    os.environ.update({name: value for name, value in XET.items() if given[name] is None})
+    added = {name: value for name, value in XET.items() if name not in os.environ}
+    os.environ.update(added)
     _end_xet_session()
     try:
         yield
     finally:
-        for name in (name for name, value in given.items() if value is None):
+        for name in added:
             del os.environ[name]
         _end_xet_session()
 

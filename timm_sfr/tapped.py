@@ -45,19 +45,21 @@ class TappedModel(nn.Module):
         self.model = model
         self.projection = projection
         self.plan = plan
-        self.indices, self.grids = [] if plan is None else plan.indices, grids or []
+        self.grids = grids or []
         self.hooks = Hooks(model, plan.modules) if plan is not None and plan.mechanism == HOOKS else None
 
     def forward(self, x: Tensor) -> tuple[Any, list[Tensor]]:
         """Logits (B, K), and the nodes of the shallow taps and then of the deep one.
 
         Raises:
-            UserError: if the features are not those of the plan: its images were larger, or training changes the maps.
+            UserError: if the features are not those of the plan: the images are smaller, or training changes the maps.
         """
         if self.plan is None:
             return self.model(x), []
-        take = forward_taps(self.model, x, self.indices) if self.hooks is None else self.hooks.forward(self.model, x)
-        logits, maps = take
+        if self.hooks is None:
+            logits, maps = forward_taps(self.model, x, self.plan.indices)
+        else:
+            logits, maps = self.hooks.forward(self.model, x)
         self._check(x, maps)
         nodes = [to_nodes(tap, grid) for tap, grid in zip(maps, self.grids, strict=True)]
         if self.projection is not None:
@@ -79,8 +81,7 @@ class TappedModel(nn.Module):
         return lambda name: layers.get(name.removeprefix("model."), last)
 
     def _check(self, images: Tensor, maps: list[Tensor]) -> None:
-        taps = (*self.plan.shallow, self.plan.deep)
-        for tap, x, grid in zip(taps, maps, self.grids, strict=True):
+        for tap, x, grid in zip(self.plan.taps, maps, self.grids, strict=True):
             if x.shape[:2] != (len(images), tap.channels):
                 raise UserError(
                     f"{model_name(self.model)}: {tap.module} gives {tuple(x.shape)} in training, expected ({len(images)}, "

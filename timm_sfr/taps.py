@@ -39,14 +39,19 @@ class TapPlan:
     num_classes: int = 0
 
     @property
+    def taps(self) -> tuple[Feature, ...]:
+        """All taps, shallow ones first."""
+        return (*self.shallow, self.deep)
+
+    @property
     def modules(self) -> list[str]:
         """Names of the tapped modules."""
-        return [tap.module for tap in (*self.shallow, self.deep)]
+        return [tap.module for tap in self.taps]
 
     @property
     def indices(self) -> list[int]:
         """What ``forward_intermediates(indices=...)`` takes."""
-        return [tap.index for tap in (*self.shallow, self.deep)]
+        return [tap.index for tap in self.taps]
 
     def node_grids(self, max_nodes: int, common: bool = False) -> list[tuple[int, int]]:
         """The grid that each tap, shallow ones first, is pooled to before matching.

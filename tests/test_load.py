@@ -1,0 +1,188 @@
+"""Loading what was published, by timm alone and by this package; and what does not load."""
+
+import json
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TRAIN, run
+from hub_tools import FILES, PREDICT, STARTING, push, python
+
+LOGITS = """
+import sys, timm, torch
+{imports}
+model = {create}.eval()
+with torch.no_grad():
+    torch.save(model(torch.load("{images}", weights_only=True)), "{out}")
+print(timm.data.resolve_model_data_config(model)["mean"])
+"""
+
+
+# What is left of an environment where this package was never installed.
+WITHOUT = "sys.modules['timm_sfr'] = None"
+
+
+@pytest.fixture(scope="session")
+def resnet_run(tmp_path_factory):
+    """A finished run of an architecture that timm itself has."""
+    output = tmp_path_factory.mktemp("resnet")
+    done = run(
+        *TRAIN, "--model", "test_resnet", "--img-size", 64, "--epochs", 1, "--output", output, "--experiment", "run"
+    )
+    assert done.returncode == 0, done.stderr
+    return output / "run"
+
+
+def logits_by(create, images, out, env, imports="import timm_sfr"):
+    done = python(LOGITS.format(imports=imports, create=create, images=images, out=out), **env)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True), done.stdout
+
+
+def test_train_push_load(hub, tmp_path):
+    """Training publishes; another process with an empty cache gets the same logits, bit for bit."""
+    env = hub.env(tmp_path / "home")
+    done = run(*TRAIN, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "--push-to-hub", "user/x", **env)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "published: " in done.stdout and 'timm.create_model("hf-hub:user/x", pretrained=True)' in done.stdout
+    commits = hub.repos["user/x"].commits
+    assert len(commits) == 2 and set(commits[1][2]) - {".gitattributes"} == FILES
+    images = tmp_path / "images.pt"
+    torch.save(torch.randn(4, 3, 16, 16), images)
+    local, _ = logits_by(
+        f'timm.create_model("local-dir:{tmp_path}/run/model", pretrained=True)', images, tmp_path / "a.pt", {}
+    )
+    for number, create in enumerate(
+        ('timm.create_model("hf-hub:user/x", pretrained=True)', 'timm_sfr.create_model("user/x")')
+    ):
+        env = hub.env(tmp_path / f"empty{number}", token=None)
+        found, printed = logits_by(create, images, tmp_path / "b.pt", env)
+        assert torch.equal(found, local) and "0.4914, 0.4822, 0.4465" in printed
+    # What was loaded once needs no network.
+    offline = {**hub.env(tmp_path / "empty1", token=None), "HF_HUB_OFFLINE": "1"}
+    hub.close()
+    found, _ = logits_by('timm_sfr.create_model("user/x")', images, tmp_path / "c.pt", offline)
+    assert torch.equal(found, local)
+
+
+def test_timm_alone_loads_timms_architecture(hub, resnet_run, tmp_path):
+    assert push(resnet_run, "user/r", hub, tmp_path / "home").returncode == 0
+    images = tmp_path / "images.pt"
+    torch.save(torch.randn(4, 3, 64, 64), images)
+    create = 'timm.create_model("{}", pretrained=True)'
+    local, _ = logits_by(create.format(f"local-dir:{resnet_run}/model"), images, tmp_path / "a.pt", {}, WITHOUT)
+    env = hub.env(tmp_path / "empty", token=None)
+    found, _ = logits_by(create.format("hf-hub:user/r"), images, tmp_path / "b.pt", env, WITHOUT)
+    assert torch.equal(found, local)
+
+
+def test_names_of_classes_travel(hub, folder, tmp_path):
+    """Into the configuration, and out of it in a prediction; the card of the run tells of its last epoch."""
+    env = hub.env(tmp_path / "home")
+    size = ("--img-size", 32, "--batch-size", 20, "--epochs", 3, "--workers", 0)
+    words = ("--data-dir", folder, "--val-split", "val", *size, "--output", tmp_path)
+    done = run(*TRAIN, *words, "--experiment", "run", "--push-to-hub", "user/named", **env)
+    assert done.returncode == 0, done.stderr
+    config = json.loads(hub.repos["user/named"].commits[-1][2]["config.json"])
+    assert config["label_names"] == ["class0", "class1", "class2"]
+    image = next((folder / "val").rglob("*.png"))
+    done = run(*PREDICT, "user/named", image, **hub.env(tmp_path / "empty", token=None))
+    assert done.returncode == 0 and {line.split()[0] for line in done.stdout.splitlines()[1:]} == set(
+        config["label_names"]
+    )
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "| last epoch | 3 |" in card and "in the folder above" in card
+
+
+def load_error(hub, home, name="user/bad", **env):
+    code = f"""
+import timm_sfr
+try:
+    timm_sfr.create_model({name!r})
+except timm_sfr.UserError as error:
+    print(error)
+"""
+    started = time.monotonic()
+    done = python(code, **{**hub.env(home, token=None), **env})
+    assert done.returncode == 0 and time.monotonic() - started < 30 + STARTING, done.stderr
+    assert len(done.stdout.strip().splitlines()) == 1
+    return done.stdout
+
+
+@pytest.mark.parametrize("name,said", [
+    ("pickle", "they are not both there, and a pickle is not loaded"), ("truncated", "are damaged"),
+    ("unknown architecture", "'resnet_of_mine', which neither timm"), ("keys", "do not fit"),
+    ("config", "is damaged or not timm's"),
+    ("missing", "no such repository, or it is private"), ("no server", "cannot reach http://127.0.0.1"),
+    ("revision", "it has no such revision"), ("offline", "HF_HUB_OFFLINE is set"),
+])  # fmt: skip
+def test_a_repository_that_does_not_load(name, said, hub, digits_run, tmp_path):
+    model = digits_run[0] / "model"
+    files = {
+        "config.json": (model / "config.json").read_bytes(),
+        "model.safetensors": (model / "model.safetensors").read_bytes(),
+    }
+    config = json.loads(files["config.json"])
+    if name == "pickle":
+        files["pytorch_model.bin"] = files.pop("model.safetensors")
+    elif name == "truncated":
+        files["model.safetensors"] = files["model.safetensors"][:50_000]
+    elif name == "unknown architecture":
+        files["config.json"] = json.dumps(config | {"architecture": "resnet_of_mine"}).encode()
+    elif name == "keys":
+        files["config.json"] = json.dumps(config | {"architecture": "resnet56_cifar"}).encode()
+    elif name == "config":
+        files["config.json"] = b"{"
+    if name != "missing":
+        hub.add("user/bad", files)
+    if name == "no server":
+        hub.close()
+    repo = "user/bad@v9" if name == "revision" else "user/bad"
+    extra = {"HF_HUB_OFFLINE": "1"} if name == "offline" else {}
+    assert said in load_error(hub, tmp_path / "home", repo, **extra)
+
+
+def test_a_full_disk(hub, digits_run, tmp_path):
+    """The disk is full when the weights come in (their file refuses to be written): one line; it loads once there is room."""
+    model = digits_run[0] / "model"
+    hub.add("user/big", {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    limited = """
+import builtins, errno, timm_sfr
+import huggingface_hub.file_download as download
+real = download.http_get
+def full(url, temp_file, **kwargs):
+    class Full:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device", temp_file.name)
+        def __getattr__(self, name):
+            return getattr(temp_file, name)
+    return real(url, Full() if "safetensors" in url else temp_file, **kwargs)
+download.http_get = full
+try:
+    timm_sfr.create_model("user/big")
+except timm_sfr.UserError as error:
+    print(error)
+"""
+    env = hub.env(tmp_path / "home", token=None)
+    done = python(limited, **env)
+    assert "the disk is full" in done.stdout, done.stdout + done.stderr
+    done = python("import timm_sfr; print(timm_sfr.create_model('user/big').num_classes)", **env)
+    assert done.stdout == "10\n", done.stderr
+
+
+def test_other_arguments_of_create_model(hub, finished, tmp_path):
+    assert push(finished, "user/x", hub, tmp_path / "home", "--private").returncode == 0
+    assert hub.repos["user/x"].private
+    assert "no such repository, or it is private" in load_error(hub, tmp_path / "a", "user/x")
+    hub.repos["user/x"].private, hub.repos["user/x"].gated = False, True
+    assert "it is gated; log in, and ask for access" in load_error(hub, tmp_path / "a", "user/x")
+    hub.repos["user/x"].gated = False
+    code = (
+        "import timm_sfr; a = timm_sfr.create_model('hf-hub:user/x', num_classes=3, drop_rate=0.1); "
+        "b = timm_sfr.create_model('user/x', pretrained=False); "
+        "print(a.num_classes, a.training, b.num_classes, b.training, 'label_names' in a.pretrained_cfg)"
+    )
+    done = python(code, **hub.env(tmp_path / "b"))
+    assert done.stdout == "3 False 10 True False\n", done.stderr
+    done = run(*PREDICT, "user/x", ROOT / "nothing.png", **hub.env(tmp_path / "b"))
+    assert done.returncode == 2 and "no such file" in done.stderr
