@@ -184,6 +184,30 @@ def test_rounding_mends_any_plan():
     assert torch.allclose(rounded.sum(2), a, atol=1e-6) and torch.allclose(rounded.sum(1), b, atol=1e-6)
 
 
+def hard_costs():
+    """Costs that no features give: outliers, all mass wanted in one column, equal costs, negative and huge ones."""
+    for n, m in ((49, 49), (16, 49), (196, 49), (1, 7), (3, 3)):
+        for power in (0.1, 1, 4, 16, 60):
+            yield torch.rand(8, n, m) ** power * 1e-20
+            yield (torch.rand(8, n, m) ** -power).clamp_max(1e30)
+        yield torch.zeros(8, n, m)
+        single = torch.zeros(8, n, m)
+        single[:, 0, 0] = 1e30
+        crowded = torch.ones(8, n, m)
+        crowded[:, : max(1, n // 10), 1:] = 100
+        yield from (single, crowded, -torch.rand(8, n, m) * 1e6)
+
+
+@pytest.mark.parametrize("floor", [1e-3, 1e-6, 1e-25])
+def test_no_cost_and_no_marginals_break_the_solver(floor):
+    for cost in hard_costs():
+        a, b = ((torch.rand_like(even) ** 30 + floor) for even in uniform_marginals(cost))
+        a, b = a / a.sum(1, keepdim=True), b / b.sum(1, keepdim=True)
+        plan = transport_plan(cost, a, b, "sinkhorn")
+        assert plan.isfinite().all() and (plan >= 0).all()
+        assert torch.allclose(plan.sum(2), a, atol=1e-5) and torch.allclose(plan.sum(1), b, atol=1e-5)
+
+
 def test_the_solver_compiles_without_graph_breaks():
     torch._dynamo.reset()
     solve = torch.compile(sinkhorn, backend="eager", fullgraph=True)

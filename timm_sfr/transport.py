@@ -17,6 +17,12 @@ MARGINALS = ("uniform", "cross")
 # and no gradient of 1 / ||x|| overflows fp16.
 _DEAD = 1e-6
 
+# Over-relaxation alone can run away on hard marginals: no update goes further past its goal than a factor e^(0.6 * 3).
+_STRETCH = 3.0
+# Keeps every pair of nodes possible, so that no row or column loses the last way to place its mass; in units of the
+# geometric mean of the two masses, squared.
+_FLOOR = 1e-20
+
 
 def unit(x: Tensor) -> Tensor:
     """Local features scaled to unit length along the last axis, in float32: x / ||x||, and 0 for an all-zero one.
@@ -115,45 +121,61 @@ def sinkhorn(
     cost: Tensor,
     a: Tensor,
     b: Tensor,
-    iterations: int = 24,
-    eps_first: float = 0.3,
-    eps_last: float = 0.01,
-    relaxation: float = 1.5,
+    updates: tuple[int, ...] = (3, 4, 6),
+    eps: float = 0.08,
+    relaxation: float = 1.6,
 ) -> Tensor:
-    """Nearly optimal plans by annealed entropic transport in the log domain, rounded onto the marginals: (B, N, M).
+    """Nearly optimal plans by entropic transport whose entropy halves from level to level: (B, N, M).
 
-    With K = the cost less its row and column minima (which changes no optimal plan), scaled to mean 1:
+    With K = the cost less its row and column minima (which changes no optimal plan), scaled to mean 1, the first level
+    scales G = exp(-K / eps) to the marginals by Sinkhorn's updates, each a vector times a matrix:
 
-        f_i = eps (log a_i - log sum_j exp((g_j - K_ij) / eps)),    g likewise,    P_ij = exp((f_i + g_j - K_ij) / eps)
+        f_i <- f_i + w (log a_i - log sum_j G_ij e^{g_j} - f_i),    g likewise,    P_ij = e^{f_i} G_ij e^{g_j}
 
-    where eps falls geometrically from `eps_first` to `eps_last` over a fixed number of iterations, so that nothing
-    depends on the data: no synchronisation, no graph break. Two things make so few iterations enough. Taking the
-    minima off first measures eps against the differences that decide the plan. Over-relaxation (arXiv 1711.01851) takes
-    each update `relaxation` times as far, but for the last, which meets the column masses. docs/method.md has the gaps
-    with and without.
+    and every further level starts from G_ij = P_ij^2 / (a_i b_j). Squaring halves the entropy weight, since P is
+    exp((phi + psi - K) / eps) for some phi and psi, and takes in the potentials found so far; so float32 holds any
+    level, and only the first takes the exponential of a matrix. The number of updates is fixed: nothing synchronises,
+    no graph breaks.
+
+    Two things make so few enough. The minima are off, so that eps is measured against the differences that decide the
+    plan. Over-relaxation (arXiv 1711.01851) takes each update w times as far, but for the last, which meets the column
+    masses. docs/performance.md has the gaps to the optimum and the time.
 
     Args:
         cost: (B, N, M), float32, finite.
-        a: (B, N), positive.
-        b: (B, M), positive.
-        iterations: Pairs of updates.
-        eps_first: Entropy weight at the first iteration, in units of the mean of K.
-        eps_last: The same from the third last iteration on.
-        relaxation: Length of a step against the plain one, in [1, 2).
+        a: (B, N), positive, at least 1e-25.
+        b: (B, M), likewise.
+        updates: Pairs of updates, level by level.
+        eps: Entropy weight of the first level, in units of the mean of K.
+        relaxation: w, in [1, 2).
     """
-    cost = cost - cost.amin(2, keepdim=True)
-    cost = cost - cost.amin(1, keepdim=True)
+    plan = cost - cost.amin(2, keepdim=True)
+    plan = plan.sub_(plan.amin(1, keepdim=True))
     # A constant cost has mean 0 here and any plan is optimal: the clamp keeps 0 / 0 away.
-    cost = cost / cost.mean((1, 2), keepdim=True).clamp_min(1e-12)
-    log_a, log_b = a.log(), b.log()
-    f, g = torch.zeros_like(a), torch.zeros_like(b)
-    eps = eps_last
-    for step in range(iterations):
-        eps = eps_first * (eps_last / eps_first) ** min(1.0, step / max(1, iterations - 3))
-        stretch = relaxation if step < iterations - 1 else 1.0
-        f = f + stretch * (eps * (log_a - torch.logsumexp((g[:, None, :] - cost) / eps, 2)) - f)
-        g = g + stretch * (eps * (log_b - torch.logsumexp((f[:, :, None] - cost) / eps, 1)) - g)
-    return round_plan(((f[:, :, None] + g[:, None, :] - cost) / eps).exp(), a, b)
+    plan = plan.mul_(-1 / (eps * plan.mean((1, 2), keepdim=True).clamp_min(1e-12))).exp_()
+    log_a, log_b = a.log()[:, None], b.log()[:, None]
+    f, g = log_a, log_b
+    # In place from here on: fresh memory for a product costs more than the product. The turned copy is there because a
+    # row vector times a matrix is several times as fast as a matrix times a column vector.
+    turned = torch.empty_like(plan.transpose(1, 2), memory_format=torch.contiguous_format)
+    for level, count in enumerate(updates):
+        if level > 0:
+            plan = plan.mul_((f - log_a / 2).exp_().transpose(1, 2)).mul_((g - log_b / 2).exp_())
+            plan = plan.mul_(plan)
+            f, g = torch.zeros_like(f), torch.zeros_like(g)
+        plan = plan.clamp_min_(_FLOOR)
+        turned.copy_(plan.transpose(1, 2))
+        for step in range(count):
+            last = level == len(updates) - 1 and step == count - 1
+            f = _relaxed(f, log_a - torch.bmm(g.exp(), turned).log_(), relaxation)
+            g = _relaxed(g, log_b - torch.bmm(f.exp(), plan).log_(), 1.0 if last else relaxation)
+    plan = plan.mul_(f.exp_().transpose(1, 2)).mul_(g.exp_())
+    return round_plan(plan, a, b)
+
+
+def _relaxed(old: Tensor, goal: Tensor, relaxation: float) -> Tensor:
+    """old + relaxation * (goal - old), but no further past the goal than `_STRETCH` allows."""
+    return goal if relaxation == 1 else goal.add((goal - old).clamp_(-_STRETCH, _STRETCH), alpha=relaxation - 1)
 
 
 def round_plan(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -168,7 +190,7 @@ def round_plan(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """
     tiny = torch.finfo(plan.dtype).tiny  # a row or column without mass has nothing to shrink
     plan = plan * (a / plan.sum(2).clamp_min(tiny)).clamp_max(1)[:, :, None]
-    plan = plan * (b / plan.sum(1).clamp_min(tiny)).clamp_max(1)[:, None, :]
+    plan = plan.mul_((b / plan.sum(1).clamp_min(tiny)).clamp_max(1)[:, None, :])
     missing_a, missing_b = (a - plan.sum(2)).clamp_min(0), (b - plan.sum(1)).clamp_min(0)
     share = missing_b / missing_b.sum(1, keepdim=True).clamp_min(tiny)
-    return plan + missing_a[:, :, None] * share[:, None, :]
+    return plan.addcmul_(missing_a[:, :, None], share[:, None, :])
