@@ -124,6 +124,7 @@ METHODS: dict[str, Maker] = {
     "sfr-emd": emd(),
     "sfr-emd-0.1": emd(weight=0.1),
     "sfr-emd-0.3": emd(weight=0.3),
+    "sfr-emd-exact": emd(solver="exact"),
     "sfr-emd-2x2": emd(max_nodes=4),
     "sfr-emd-cross": emd(weights="cross"),
     "sfr-emd-channel-transport": emd(channels="transport"),
