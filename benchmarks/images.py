@@ -154,7 +154,7 @@ class DeviceBatches:
         return self.prep.normalize(images.contiguous())
 
 
-def val_batches(split: Split, config: Any, prep: Any, seed: int) -> DataLoader:
+def val_batches(split: Split, config: Any, prep: Any) -> DataLoader:
     """Batches of 500 uint8 images (B, C, H, W) and classes (B,), each once, in order."""
     return DataLoader(_Rows(split.dataset), batch_size=500, shuffle=False, collate_fn=tuple)
 

@@ -1,11 +1,15 @@
 """Datasets, order, augmentation and scores."""
 
+import gc
 import itertools
+import pickle
 import random
 import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 
 from timm_sfr import UserError
 from timm_sfr.build import create_model, preprocessing
+from timm_sfr.cache import Cached
 from timm_sfr.data import open_splits
 from timm_sfr.evaluate import Scores
 from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader, seeded
@@ -72,6 +78,53 @@ def test_images_do_not_depend_on_workers_or_batches():
     assert not torch.equal(batches(config, 2)[0][0], alone[0][0])
 
 
+@pytest.mark.parametrize("aug", [AugConfig(aa="rand-m9"), AugConfig(no_aug=True)], ids=["augmented", "plain"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cached_set_gives_the_same_batches(folder, aug, workers):
+    config = DataConfig(data_dir=str(folder), batch_size=20, workers=workers)
+    cached = replace(config, cache_dataset=True)
+    for epoch in (0, 1):
+        for ours, theirs in zip(batches(cached, epoch, aug), batches(config, epoch, aug), strict=True):
+            assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    val = open_splits(config, "RGB", 0)[1]
+    for ours, theirs in zip(eval_loader(val, cached, PREP), eval_loader(val, config, PREP), strict=True):
+        assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+
+
+def images_of_many_sizes():
+    return [(Image.fromarray(np.random.randint(0, 256, (h, w, 3), np.uint8)), h % 3) for h in (3, 9) for w in (5, 8)]
+
+
+def test_a_cache_holds_images_of_any_size_and_travels_to_other_processes():
+    source = images_of_many_sizes()
+    cache = Cached(source)
+    copy = pickle.loads(pickle.dumps(cache))
+    assert len(cache) == len(copy) == 4 and cache.size == sum(i.width * i.height * 3 for i, _ in source)
+    for index, (image, target) in enumerate(source):
+        for one in (cache, copy):
+            assert one[index][0].tobytes() == image.tobytes() and one[index][0].size == image.size
+            assert one[index][1] == target
+    assert len(pickle.dumps(cache)) < 2000, "the pixels must not travel"
+
+
+def test_a_cache_leaves_no_file_behind():
+    cache = Cached(images_of_many_sizes())
+    path = cache.path
+    assert path.stat().st_size == cache.size
+    del cache
+    gc.collect()
+    assert not path.exists()
+
+
+def test_a_set_that_does_not_fit_is_not_cached(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    before = set(Path(tempfile.gettempdir()).glob("timm_sfr-cache-*"))
+    with pytest.raises(UserError, match="cache-dataset: 4 decoded images take about"):
+        Cached(images_of_many_sizes())
+    gc.collect()
+    assert set(Path(tempfile.gettempdir()).glob("timm_sfr-cache-*")) == before
+
+
 def test_seeded_restores_what_was():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1).item()
@@ -86,7 +139,7 @@ def test_seeded_restores_what_was():
 def test_normalisation_is_the_same_in_training_and_validation():
     config = DataConfig(dataset="digits", batch_size=360, workers=0)
     _, val = open_splits(config, "RGB", 0)
-    images, _ = next(iter(eval_loader(val, config, PREP, 0)))
+    images, _ = next(iter(eval_loader(val, config, PREP)))
     assert images.dtype == torch.uint8 and images.shape == (360, 3, 16, 16)
     expected = (images.double() / 255 - torch.tensor(PREP.mean).view(1, 3, 1, 1)) / torch.tensor(PREP.std).view(
         1, 3, 1, 1

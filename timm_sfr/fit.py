@@ -118,7 +118,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     optimizer = build.create_optimizer(config.optim, module, lr)
     updates = -(-len(batches) // config.optim.grad_accum_steps)
     schedule = build.create_schedule(config.optim, optimizer, updates, config.engine.eval_metric)
-    loader = parts.val_loader(val, config.data, prep, config.engine.seed)
+    loader = parts.val_loader(val, config.data, prep)
     if not val.streamed:
         loader = accelerator.prepare(loader)
     # The schedule stays out of this: Accelerate would step it once per process.

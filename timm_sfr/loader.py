@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H x W pixels.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,35 +22,36 @@ from timm.data import ImageDataset, create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from timm_sfr.cache import Cached
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
 from timm_sfr.sections import AugConfig, DataConfig
 
+_logger = logging.getLogger("timm_sfr")
 
-class Samples(Dataset):
-    """Decoded and transformed samples of a map-style dataset: (uint8 image (C, H, W), class index) by key.
 
-    A key is ``epoch * len + index`` (`EpochSampler`); the transform's random numbers come from (seed, epoch, index).
+class Decoded(Dataset):
+    """Samples of a map-style dataset: (PIL image, class index) by index.
+
+    Raises:
+        UserError: on reading an image that does not decode, with its name.
     """
 
-    def __init__(self, dataset: Any, transform: Callable, img_mode: str, seed: int) -> None:
-        self.dataset, self.transform, self.img_mode, self.seed = dataset, transform, img_mode, seed
+    def __init__(self, dataset: Any, img_mode: str) -> None:
+        self.dataset, self.img_mode = dataset, img_mode
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: int) -> tuple[Any, int]:
-        epoch, index = divmod(key, len(self.dataset))
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         try:
-            image, target = self._read(index)
+            return self._read(index)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(
                 f"data: cannot decode image {self._name(index)}: {error}; replace or delete the file"
             ) from error
-        with seeded(self.seed, epoch, index):
-            return self.transform(image), target
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         # timm's own __getitem__ would replace a file that does not decode by its neighbour, with a warning.
@@ -67,10 +69,55 @@ class Samples(Dataset):
             return f"number {index}"
 
 
+class Samples(Dataset):
+    """Transformed samples: (uint8 image (C, H, W), class index) by key.
+
+    A key is ``epoch * len + index`` (`EpochSampler`); the transform's random numbers come from (seed, epoch, index).
+
+    Args:
+        images: Gives (image, class index) by index.
+        transform: From an image to uint8; None if the images are that already.
+        seed: None for a transform that draws no random numbers.
+    """
+
+    def __init__(self, images: Dataset, transform: Callable | None, seed: int | None) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: int) -> tuple[Any, int]:
+        epoch, index = divmod(key, len(self))
+        image, target = self.images[index]
+        if self.transform is None:
+            return image, target
+        with contextlib.nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
+            return self.transform(image), target
+
+
+def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode: str, seed: int | None) -> Samples:
+    """`Samples` of a map-style split; decoded once where the options say so, and transformed once where nothing is drawn.
+
+    Raises:
+        UserError: if an image does not decode, or all do not fit.
+    """
+    images: Dataset = Decoded(split.dataset, config.input_img_mode or img_mode)
+    if not config.cache_dataset:
+        return Samples(images, transform, seed)
+    if seed is None:
+        return Samples(Cached(Samples(images, transform, None)), None, None)
+    return Samples(Cached(images), transform, seed)
+
+
 @contextlib.contextmanager
 def seeded(*entropy: int) -> Iterator[None]:
-    """Random numbers of Python, NumPy and torch (CPU) from `entropy` inside, and as they were outside."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    """Random numbers of Python, NumPy and torch (CPU) from `entropy` inside, and as they were outside.
+
+    In a data loading process nothing else draws any, and what was outside is not put back: it takes as long as decoding
+    a small image.
+    """
+    keep = get_worker_info() is None
+    states = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if keep else None
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -78,9 +125,10 @@ def seeded(*entropy: int) -> Iterator[None]:
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 class EpochSampler(Sampler[int]):
@@ -189,10 +237,12 @@ class TrainBatches:
         self.dataset = split.dataset
         self.sampler: EpochSampler | None = None
         if split.streamed:
-            dataset = _streamed(split.dataset, transform, config.workers)
+            dataset = _streamed(split.dataset, transform, config)
         else:
             place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
-            dataset = Samples(split.dataset, transform, config.input_img_mode or prep.img_mode, seed)
+            if config.cache_dataset and accelerator.is_main_process:
+                _logger.info("decoding the images once, into memory")
+            dataset = make_samples(split, transform, config, prep.img_mode, None if aug.no_aug else seed)
             self.sampler = EpochSampler(len(dataset), config.batch_size, seed, **place)
         self.loader = DataLoader(dataset, config.batch_size, sampler=self.sampler, drop_last=True, **_workers(config))
         self.batches = PrefetchLoader(
@@ -218,19 +268,22 @@ class TrainBatches:
         return iter(self.batches)
 
 
-def eval_loader(split: Split, config: DataConfig, prep: Preprocessing, seed: int) -> DataLoader:
+def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:
     """Validation batches, uint8 images (B, C, H, W) and class indices (B,), every sample once, in order."""
     batch = config.validation_batch_size or config.batch_size
     transform = prep.eval_transform()
     if split.streamed:
-        return DataLoader(_streamed(split.dataset, transform, config.workers), batch, **_workers(config))
-    dataset = Samples(split.dataset, transform, config.input_img_mode or prep.img_mode, seed)
+        return DataLoader(_streamed(split.dataset, transform, config), batch, **_workers(config))
+    dataset = make_samples(split, transform, config, prep.img_mode, None)
     return DataLoader(dataset, batch, shuffle=False, **_workers(config))
 
 
-def _streamed(dataset: IterableImageDataset, transform: Callable, workers: int) -> IterableImageDataset:
+def _streamed(dataset: IterableImageDataset, transform: Callable, config: DataConfig) -> IterableImageDataset:
+    if config.cache_dataset:
+        raise UserError("cache-dataset: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
+                        "stream; leave the option out")  # fmt: skip
     dataset.transform = transform
-    dataset.set_loader_cfg(num_workers=workers)
+    dataset.set_loader_cfg(num_workers=config.workers)
     return dataset
 
 

@@ -39,6 +39,9 @@ class DataConfig(Checked):
     batch_size: int = option(128, "training batch size per process", short="-b")
     validation_batch_size: int | None = option(None, "validation batch size per process (default: as in training)")
     workers: int = option(4, "data loading processes per process", short="-j")
+    cache_dataset: bool = option(
+        False, "decode every image once, at the start, and keep all in memory: for sets of small images"
+    )
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
