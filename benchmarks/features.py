@@ -1,0 +1,63 @@
+"""Local features to try a solver on: of ImageNet weights on real images, and random ones."""
+
+from __future__ import annotations
+
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.presets import imagenet_lite0
+from timm_sfr.channels import group_channels
+from timm_sfr.errors import UserError
+from timm_sfr.features import forward_taps
+from timm_sfr.tapped import to_nodes
+from timm_sfr.taps import choose_taps
+from timm_sfr.transport import cost_matrix, unit
+
+BATCH = 64  # images a forward pass
+
+
+def random_costs(count: int, nodes: int, channels: int = 64) -> Tensor:
+    """Costs (count, nodes, nodes) between random unit vectors: no structure at all."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = (unit(torch.randn(count, nodes, channels, generator=generator)) for _ in range(2))
+    return cost_matrix(u, v)
+
+
+def real_costs(folder: Path, count: int, nodes: int) -> dict[str, Tensor]:
+    """Costs (count, nodes, nodes) of each shallow tap against the deep one, by the tap's module.
+
+    The features are those of a `tf_efficientnet_lite0` with ImageNet weights on images of the folder at 32 sqrt(nodes)
+    pixels, so that its deep tap has `nodes` locations; the channels are matched by `groups`. Images are used again where
+    there are too few.
+
+    Raises:
+        UserError: if the folder has no images, or the weights are not installed.
+    """
+    paths = sorted(folder.rglob("*.jpg"))
+    chosen = list(islice(paths, 0, None, max(1, len(paths) // count)))[:count]
+    if not chosen:
+        raise UserError(f"images: expected a folder with .jpg files; found none in {folder}")
+    chosen = (chosen * -(-count // len(chosen)))[:count]
+    size = (3, *[32 * round(nodes**0.5)] * 2)
+    with tempfile.TemporaryDirectory() as place:
+        imagenet_lite0(weights := Path(place) / "weights.safetensors")
+        overlay = {"file": str(weights)}
+        model = timm.create_model("tf_efficientnet_lite0", pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    config = {**timm.data.resolve_model_data_config(model), "input_size": size, "crop_pct": 1.0}
+    transform = timm.data.create_transform(**config)
+    plan = choose_taps(model, input_size=size)
+    found: dict[str, list[Tensor]] = {tap.module: [] for tap in plan.shallow}
+    for start in range(0, count, BATCH):
+        images = torch.stack([transform(Image.open(path).convert("RGB")) for path in chosen[start : start + BATCH]])
+        with torch.inference_mode():
+            _, maps = forward_taps(model, images, plan.indices)
+            *shallow, deep = (to_nodes(tap, plan.deep.grid) for tap in maps)
+            for tap, features in zip(plan.shallow, shallow, strict=True):
+                found[tap.module].append(cost_matrix(unit(features), unit(group_channels(deep, tap.channels))))
+    return {module: torch.cat(parts).clone() for module, parts in found.items()}

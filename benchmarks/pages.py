@@ -1,0 +1,25 @@
+"""Tables in the documents, between a line ``<!-- LABEL -->`` and a line ``<!-- end -->``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+
+def fill(text: str, label: str, body: str) -> str:
+    """`text` with `body` in the place called `label`, which is made at the end where there is none."""
+    pattern = re.compile(rf"(<!-- {re.escape(label)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(text):
+        text += f"\n## {label}\n\n<!-- {label} -->\n<!-- end -->\n"
+    return pattern.sub(lambda match: match[1] + body.rstrip("\n") + "\n" + match[2], text)
+
+
+def labels(text: str) -> set[str]:
+    """The places that `text` has."""
+    return set(re.findall(r"<!-- ([\w-]+) -->\n", text)) - {"end"}
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: the first column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
