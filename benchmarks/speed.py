@@ -1,8 +1,9 @@
-"""What SFR adds to a training step on this machine: time, memory, graph breaks, synchronisations; into a CSV and a page.
+"""What SFR costs on this machine: a step's time and memory, the trainer's loop, the loader; into a CSV and docs/performance.md.
 
     python -m benchmarks.speed
 
-Ratios are of medians of rounds in which both sides take turns (A B A B) in one process; memory is the peak of one process each.
+Ratios are medians of rounds in which both sides take turns (A B A B) in one process; memory is the peak of a process each. Run
+it with nothing else on the machine. On a machine with a GPU the steps are those of the GPU.
 """
 
 from __future__ import annotations
@@ -11,240 +12,121 @@ import argparse
 import csv
 import json
 import os
-import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, fields
 from pathlib import Path
-from statistics import median
 
-import timm
 import torch
-from torch import Tensor, nn
 
-from benchmarks.timing import in_turns, ratios
-from timm_sfr import SFRConfig, SFRTask, report
+from benchmarks import loops, steps
+from benchmarks.accuracy import HERE, commit, positive, read
+from benchmarks.measured import Row
+from benchmarks.pages import fill, markdown
+from timm_sfr import report
+from timm_sfr.cli import fail
+from timm_sfr.errors import UserError
 
-HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "speed.csv"
+DOCUMENT = HERE.parent / "docs" / "performance.md"
+ABOUT = ("hardware", "threads", "versions", "commit", "date")
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One training step to time.
-
-    Attributes:
-        model: timm's name.
-        size: Image size, pixels.
-        batch: Images a step.
-        bf16: Under autocast to bfloat16.
-        compiled: By torch.compile.
-        target: The ratio that it should not pass.
-    """
-
-    model: str
-    size: int
-    batch: int
-    bf16: bool = False
-    compiled: bool = False
-    target: float = 1.02
-
-    @property
-    def label(self) -> str:
-        """What a table calls it."""
-        extra = f"{', bf16' * self.bf16}{', compiled' * self.compiled}"
-        return f"{self.model}, {self.size} px, batch {self.batch}{extra}"
-
-
-CPU = (Setting("resnet18_cifar", 32, 128), Setting("resnet20_cifar", 32, 128, target=1.08))
-GPU = (
-    Setting("resnet50", 224, 256, bf16=True, compiled=True),
-    Setting("vit_small_patch16_224", 224, 256, bf16=True),
-    Setting("resnet18_cifar", 32, 128, bf16=True),
-    Setting("resnet20_cifar", 32, 128, bf16=True, target=1.08),
-)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Median of the rounds' ratios, and their quartiles."""
-
-    what: str
-    ratio: float
-    low: float
-    high: float
-    target: float
-    seconds: float  # of the plain side
-    rounds: int
-
-
-def make_step(setting: Setting, sfr: SFRConfig | None, device: torch.device) -> Callable[[], None]:
-    """One optimizer step on fixed images: with SFR, or plain label smoothing where `sfr` is None."""
-    torch.manual_seed(0)
-    model = timm.create_model(setting.model, num_classes=100)
-    size = (3, setting.size, setting.size)
-    images = torch.randn(setting.batch, *size, device=device)
-    target = torch.randint(0, 100, (setting.batch,), device=device)
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    if sfr is None:
-        module: nn.Module = model.to(device).train()
-    else:
-        task = SFRTask(model, sfr, input_size=size, device=device, verbose=False)
-        task.train()
-        module = task.trainable_module
-    if setting.compiled and sfr is not None:
-        task.compile()
-    elif setting.compiled:
-        module = torch.compile(module)
-    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=setting.bf16):
-            loss: Tensor = criterion(module(images), target) if sfr is None else task(images, target)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
-
-
-def timed(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Seconds a step."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - started) / steps
-
-
-def step_ratios(
-    settings: tuple[Setting, ...], config: SFRConfig, args: argparse.Namespace, device: torch.device
-) -> list[Ratio]:
-    """A row for every setting."""
-    found = []
-    for setting in settings:
-        plain, ours = make_step(setting, None, device), make_step(setting, config, device)
-        once = timed(plain, 2, device)
-        steps = max(1, round(args.seconds / once))
-        timed(ours, 3, device)
-        without, with_sfr = (partial(timed, step, steps, device) for step in (plain, ours))
-        times, around, base = in_turns(without, {"sfr": with_sfr}, args.rounds, setting.label)
-        middle, low, high = ratios(times, around)["sfr"]
-        found.append(Ratio(f"step, {setting.label}", middle, low, high, setting.target, median(base), args.rounds))
-        print(found[-1], flush=True)
-    return found
-
-
-def peak(setting: Setting, sfr: bool, device: str) -> float:
-    """Peak memory of a process that takes five steps, MiB."""
-    code = (
-        "import torch, resource; from benchmarks.speed import Setting, make_step, peak_now; from timm_sfr import SFRConfig;"
-        f"step = make_step({setting!r}, SFRConfig() if {sfr} else None, torch.device({device!r}));"
-        "[step() for _ in range(5)]; print(peak_now())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=HERE.parent)
-    return float(done.stdout.split()[-1])
-
-
-def peak_now() -> float:
-    """Peak memory so far, MiB: allocated on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():  # rusage's peak is inherited from the process that started this one
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def memory_ratios(settings: tuple[Setting, ...], device: torch.device) -> list[Ratio]:
-    """Peak memory with SFR against without."""
-    found = []
-    for setting in settings:
-        low, middle, high = sorted(
-            peak(setting, True, device.type) / peak(setting, False, device.type) for _ in range(3)
+def merge(path: Path, rows: list[Row], about: dict[str, str]) -> list[dict[str, str]]:
+    """Puts rows into the CSV, in the place of older ones of the same part, figure and machine; all of them."""
+    fresh = [{**{name: str(value) for name, value in asdict(row).items()}, **about} for row in rows]
+    parts, known = {row.part for row in rows}, read(path)
+    if known and "part" not in known[0]:
+        raise UserError(
+            f"csv: expected {str(path)!r} to be of this benchmark; got columns {list(known[0])[:4]}; give another"
         )
-        found.append(Ratio(f"peak memory, {setting.label}", middle, low, high, 1.03, 0.0, 3))
-        print(found[-1], flush=True)
-    return found
+    kept = [row for row in known if row["part"] not in parts or row["hardware"] != about["hardware"]]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*(one.name for one in fields(Row)), *ABOUT])
+        writer.writeheader()
+        writer.writerows([*kept, *fresh])
+    return [*kept, *fresh]
 
 
-def graph_breaks(name: str, size: int) -> int:
-    """Graph breaks of forward with taps and of the feature loss, beyond those of the plain model."""
-
-    def count(function: Callable, *inputs: object) -> int:
-        torch._dynamo.reset()
-        return torch._dynamo.explain(function)(*inputs).graph_break_count
-
-    task = SFRTask(timm.create_model(name), input_size=(3, size, size), verbose=False)
-    images = torch.randn(2, 3, size, size)
-    _, nodes = task.trainable_module(images)
-    nodes = [node.detach() for node in nodes]
-    extra = count(task.trainable_module, images) - count(task.plain_model, images)
-    return extra + count(task.feature_loss, nodes[:-1], nodes[-1])
+def verdict(row: dict[str, str]) -> str:
+    """The target in words, and whether it is met."""
+    if row["target"] in ("", "None"):
+        return ""
+    value, target, floor = float(row["value"]), float(row["target"]), row["at_least"] == "True"
+    met = value >= target if floor else value <= target
+    return f"{'at least' if floor else 'at most'} {target:g}: {'met' if met else '**missed**'}"
 
 
-def syncs(setting: Setting) -> int:
-    """Warnings of torch's sync debug mode in a step with SFR beyond those without; on a GPU only."""
-    import warnings
-
-    def count(sfr: SFRConfig | None) -> int:
-        step = make_step(setting, sfr, torch.device("cuda"))
-        step()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return sum("synchroniz" in str(one.message) for one in caught)
-
-    return count(SFRConfig()) - count(None)
+def write_page(rows: list[dict[str, str]], document: Path) -> None:
+    """Renews the tables of the document."""
+    text = document.read_text()
+    for part in dict.fromkeys(row["part"] for row in rows):
+        table = [
+            [row["what"], f"{float(row['value']):.3g}", f"{float(row['low']):.3g} to {float(row['high']):.3g}",
+             verdict(row), row["note"], row["hardware"]]
+            for row in rows
+            if row["part"] == part
+        ]  # fmt: skip
+        header = ["what", "median", "quartiles", "target", "seen", "machine"]
+        if part == "profile":
+            table, header = [[line[0], line[1], line[4]] for line in table], ["operation", "ms more a step", "seen"]
+        text = fill(text, f"speed-{part}", markdown(header, table))
+    some = [row for row in rows if row["part"] == "step"] or rows
+    about = "; ".join(
+        dict.fromkeys(f"{r['hardware']}, {r['threads']} threads, {r['versions']}, {r['date']}" for r in some)
+    )
+    text = fill(text, "speed-about", "".join(letter for letter in about if letter not in '{}"') + "\n")
+    document.write_text(text)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--matching", default="gaussian", choices=("gaussian", "emd", "grid"))
-    parser.add_argument("--models", nargs="+", help="only these")
-    parser.add_argument("--no-memory", action="store_true")
+    names = ("step", "memory", "graph", "profile", "loop", "loader", "growth", "processes")
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="only these parts")
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn of steps")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
+    parser.add_argument("--models", nargs="+", help="steps of these models only")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with {train,val}/CLASS/*.jpg for the loader (default: noise)"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--document", type=Path, default=DOCUMENT)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = tuple(
-        one for one in (GPU if device.type == "cuda" else CPU) if not args.models or one.model in args.models
-    )
-    config = SFRConfig(matching=args.matching)
-    rows = step_ratios(settings, config, args, device)
-    rows += [] if args.no_memory else memory_ratios(settings, device)
-    breaks = {one.model: graph_breaks(one.model, one.size) for one in settings}
-    print("graph breaks added:", breaks)
-    if device.type == "cuda":
-        print("synchronisations added:", {one.model: syncs(one) for one in settings if not one.compiled})
-    about = {
-        "matching": args.matching,
-        "hardware": report.hardware(device, 1),
-        "threads": args.threads,
-        "versions": json.dumps(report.versions()),
-        "date": time.strftime("%Y-%m-%d"),
+    known = steps.GPU if device.type == "cuda" else steps.CPU
+    settings = tuple(one for one in known if not args.models or one.model in args.models)
+    if not settings:
+        return fail(f"models: expected any of {sorted({one.model for one in known})}; got {args.models}")
+
+    def loader() -> list[Row]:
+        with loops.small_images(args.data_dir) as folder:
+            return loops.loader_rows(folder, min(args.rounds, 5))
+
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "step": lambda: steps.step_rows(settings, device, args.rounds, args.seconds),
+        "memory": lambda: steps.memory_rows(settings, device),
+        "graph": lambda: steps.graph_rows(settings),
+        "profile": lambda: [row for one in settings for row in steps.profile_rows(one, device)],
+        "loop": lambda: loops.loop_rows(args.rounds),
+        "loader": loader,
+        "growth": loops.growth_rows,
+        "processes": lambda: loops.process_rows(min(args.rounds, 7)),
     }
-    fresh = [{**asdict(row), **about} for row in rows]
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with args.csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(fresh[0]))
-        writer.writeheader()
-        writer.writerows(fresh)
+    about = {"hardware": report.hardware(device, 1), "threads": str(args.threads),
+             "versions": json.dumps(report.versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    try:
+        merge(args.csv, [], about)  # a file that cannot take the figures is said before them
+        for name in args.parts:
+            rows = merge(args.csv, parts[name](), about)
+            if args.document.is_file():
+                write_page(rows, args.document)
+    except (UserError, OSError) as error:
+        return fail(str(error))
     return 0
 
 

@@ -87,12 +87,22 @@ class Samples(Dataset):
         return len(self.images)  # type: ignore[arg-type]
 
     def __getitem__(self, key: int) -> tuple[Any, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[int]) -> list[tuple[Any, int]]:
+        """A whole batch, as the DataLoader asks for it: the state of the random numbers is put aside once, not once an
+        image, which takes as long as decoding a small one."""
+        if self.seed is None:
+            return [self._sample(key) for key in keys]
+        with random_state_kept():
+            return [self._sample(key) for key in keys]
+
+    def _sample(self, key: int) -> tuple[Any, int]:
         epoch, index = divmod(key, len(self))
         image, target = self.images[index]
-        if self.transform is None:
-            return image, target
-        with contextlib.nullcontext() if self.seed is None else seeded(self.seed, epoch, index):
-            return self.transform(image), target
+        if self.seed is not None:
+            seed_cpu(self.seed, epoch, index)
+        return image if self.transform is None else self.transform(image), target
 
 
 def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode: str, seed: int | None) -> Samples:
@@ -110,25 +120,29 @@ def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode
 
 
 @contextlib.contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Random numbers of Python, NumPy and torch (CPU) from `entropy` inside, and as they were outside.
+def random_state_kept() -> Iterator[None]:
+    """Leaves the random numbers of Python, NumPy and torch (CPU) as they were, whatever is seeded inside.
 
-    In a data loading process nothing else draws any, and what was outside is not put back: it takes as long as decoding
-    a small image.
+    In a data loading process nothing else draws any: there it does nothing.
     """
-    keep = get_worker_info() is None
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state()) if keep else None
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def seed_cpu(*entropy: int) -> None:
+    """Seeds Python, NumPy and torch (CPU) from `entropy`."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        if states is not None:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
 
 
 class EpochSampler(Sampler[int]):
