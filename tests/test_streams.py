@@ -53,3 +53,36 @@ def test_webdataset_shards(tmp_path):
     words = ("--dataset", "wds/", "--data-dir", tmp_path, "--train-split", "train-{0000..0001}.tar", "--val-split",
              "val-{0000..0001}.tar", "--train-num-samples", 96, "--val-num-samples", 40, "--num-classes", 10)  # fmt: skip
     assert scores(tmp_path, *words)["images"] == 40
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    """The digits as Parquet shards, as data sets lie on the Hub."""
+    datasets = pytest.importorskip("datasets")
+    place = tmp_path_factory.mktemp("parquet")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
+    for split, training, count in (("train", True, 96), ("validation", False, 40)):
+        for shard in range(2):
+            rows = [
+                {"image": {"bytes": data, "path": None}, "label": int(label)}
+                for index, data, label in images(training, count)
+                if index % 2 == shard
+            ]
+            part = datasets.Dataset.from_list(rows, features=features)
+            part.to_parquet(str(place / f"{split}-{shard:05d}-of-00002.parquet"))
+    return place
+
+
+def test_datasets_from_the_hub(parquet, tmp_path):
+    assert scores(tmp_path, "--dataset", f"hfds/{parquet}")["images"] == 40
+
+
+def test_datasets_streamed(parquet, tmp_path):
+    words = ("--train-num-samples", 96, "--val-num-samples", 40, "--num-classes", 10)
+    assert scores(tmp_path, "--dataset", f"hfids/{parquet}", *words)["images"] == 40
+
+
+def test_a_stream_is_not_cached(parquet, tmp_path):
+    words = ("--train-num-samples", 96, "--val-num-samples", 40, "--num-classes", 10, "--cache-dataset")
+    done = run(*TRAIN, "--dataset", f"hfids/{parquet}", *words, "--output", tmp_path)
+    assert done.returncode == 2 and "cache-dataset: expected a dataset with an index" in done.stderr

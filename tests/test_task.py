@@ -29,6 +29,13 @@ FORMS = list(
 )
 
 
+@pytest.mark.parametrize("matching", ["gaussian", "emd"])
+def test_what_processes_share_is_the_models_own_gradients(matching):
+    task = make(SFRConfig(matching=matching, smoothing_source="classes"))
+    ours, plain = task.trainable_module.parameters(), task.plain_model.parameters()
+    assert [id(parameter) for parameter in ours] == [id(parameter) for parameter in plain]
+
+
 @pytest.mark.parametrize("channels,matching,weights", FORMS)
 def test_the_terms_add_up_to_the_loss(channels, matching, weights):
     task = make(SFRConfig(channels=channels, matching=matching, weights=weights, weight=0.5))
