@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
-    from timm_sfr.cli import PUSH_FAILED, fail, parse
-    from timm_sfr.errors import HubError, UserError, one_line
+    from timm_sfr.cli import INTERRUPTED, PUSH_FAILED, fail, parse
+    from timm_sfr.errors import HubError, Interrupted, UserError, one_line
     from timm_sfr.fit import fit
     from timm_sfr.launch import start_cpu_processes
 
@@ -30,8 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(one_line(error), PUSH_FAILED)
     except UserError as error:
         return fail(one_line(error))
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return INTERRUPTED
     except KeyboardInterrupt:
-        return fail("interrupted; --resume RUN goes on from the last finished epoch")
+        return fail("interrupted; --resume RUN goes on from the last checkpoint")
     return 0
 
 

@@ -123,8 +123,10 @@ class DeviceBatches:
     def __len__(self) -> int:
         return self.batches
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch `epoch`."""
+    erase = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `epoch`, from its first: these runs are not resumed."""
         start = self.seed * 1_000_003 + epoch
         generator, other = (torch.Generator().manual_seed(s) for s in (start, start + 500_000))
         order = torch.randperm(len(self.labels), generator=generator)

@@ -1,11 +1,10 @@
 """The benchmarks of speed: that they measure what they say, on the smallest sizes, and fill their page."""
 
-import csv
-
 import pytest
 import torch
 
 from benchmarks import loops, pages, solvers, speed, steps
+from benchmarks.accuracy import read
 from benchmarks.features import random_costs
 from benchmarks.libraries import LOOP, OURS, assignment_loop, candidates, emd_loop, log_domain, ours
 from benchmarks.measured import Row, ratio_row
@@ -48,7 +47,7 @@ def test_steps_are_measured_written_and_shown(tmp_path, monkeypatch, capsys):
     ]
     assert speed.main([*words, "--parts", "step", "profile"]) == 0
     assert speed.main([*words, "--parts", "graph"]) == 0
-    rows = list(csv.DictReader(path.open()))
+    rows = read(path)
     assert {row["part"] for row in rows} == {"step", "profile", "graph"}
     step, base = [row for row in rows if row["part"] == "step"]
     assert float(step["value"]) > 0 and base["what"].startswith("plain over plain")
@@ -96,7 +95,7 @@ def test_solvers_are_compared_written_and_shown(tmp_path, monkeypatch):
     page.write_text("# Page\n")
     words = ["--batches", "64", "--nodes", "16", "--rounds", "1", "--threads", str(torch.get_num_threads())]
     assert solvers.main([*words, "--csv", str(path), "--document", str(page)]) == 0
-    rows = list(csv.DictReader(path.open()))
+    rows = read(path)
     sizes = {row["solver"]: row for row in rows if row["kind"] == "size"}
     assert set(sizes) == {OURS, LOOP} and float(sizes[LOOP]["gap"]) < 1e-3 and float(sizes[LOOP]["ratio"]) > 0
     assert "64 of 16 x 16" in page.read_text() and (tmp_path / "performance-solvers.svg").exists()

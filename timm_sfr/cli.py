@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 import typing
@@ -13,11 +14,13 @@ from typing import Any, NoReturn
 
 import yaml
 
+from timm_sfr.build import DEFAULT_MODEL
 from timm_sfr.config import SECTIONS, RunConfig, options
 from timm_sfr.errors import UserError, near_matches
-from timm_sfr.workspace import read_run, read_yaml
+from timm_sfr.workspace import newest_run, read_run, read_yaml
 
-PUSH_FAILED = 3  # exit status: the run is done and whole, but not published
+# Exit statuses beside 0 and 2: the run is done and whole, but not published; a signal stopped it, --resume goes on.
+PUSH_FAILED, INTERRUPTED = 3, 75
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +43,8 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; 'auto': with the newest "
+                        "of these options or this --experiment, or begin it")  # fmt: skip
     groups = {
         name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
     }
@@ -60,13 +64,29 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | Non
     """
     given = vars(make_parser().parse_args(arguments))
     config, resume = given.pop("config", None), given.pop("resume", None)
+    if resume is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        resume = "auto"  # torchrun has started the processes again after a failure
+    if resume == "auto":
+        stored = _stored(config)
+        wanted = RunConfig.from_flat({**stored, **given}, where=config or "options")
+        same = {name: list(value) if isinstance(value, tuple) else value for name, value in {**stored, **given}.items()}
+        found = newest_run(wanted.engine.output, wanted.engine.experiment, wanted.model.model or DEFAULT_MODEL, same)
+        if found is None:
+            return wanted, None
+        config, resume = None, str(found)
     if resume is not None:
         if config is not None:
             raise UserError("resume: the run has its own args.yaml; leave --config out")
         return RunConfig.from_flat({**read_run(Path(resume)), **given}, where=resume), Path(resume)
+    stored = _stored(config)
+    return RunConfig.from_flat({**stored, **given}, where=config or "options"), None
+
+
+def _stored(config: str | None) -> dict[str, Any]:
+    """The options of a ``--config`` file."""
     stored = read_yaml(Path(config)) if config is not None else {}
     stored.pop("zoo", None)  # what a recipe in hub_configs says of its published model; no option
-    return RunConfig.from_flat({**stored, **given}, where=config or "options"), None
+    return stored
 
 
 def _add(group: Any, flag: str, name: str, item: dataclasses.Field, hint: Any) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
+import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,47 +25,16 @@ from timm_sfr import build, report
 from timm_sfr.card import Facts
 from timm_sfr.checkpoint import save_checkpoint
 from timm_sfr.config import RunConfig
-from timm_sfr.errors import UserError
+from timm_sfr.errors import Interrupted, UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.export import Exporter
+from timm_sfr.guard import TERMS, FiniteGuard
 from timm_sfr.loader import Preprocessing, TrainBatches, reseed
+from timm_sfr.signals import Signals
+from timm_sfr.state import collect
 from timm_sfr.workspace import Workspace
 
 _logger = logging.getLogger("timm_sfr")
-# The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss.
-TERMS = ("loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing")
-
-
-class FiniteGuard:
-    """Finds a non-finite loss before the update, without making the device wait.
-
-    The terms travel to the host while the backward pass runs; `check` waits for that copy alone.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.pinned = torch.zeros(len(TERMS), pin_memory=True) if device.type == "cuda" else None
-        self.event = torch.cuda.Event() if device.type == "cuda" else None
-        self.values = torch.zeros(len(TERMS))
-
-    def watch(self, terms: Tensor) -> None:
-        """Takes the terms of a batch, (len(TERMS),)."""
-        if self.pinned is None or self.event is None:
-            self.values = terms
-            return
-        self.values = self.pinned.copy_(terms, non_blocking=True)
-        self.event.record()
-
-    def check(self, where: str, kept: str) -> None:
-        """Raises UserError if a term was not finite."""
-        if self.event is not None:
-            self.event.synchronize()
-        values = dict(zip(TERMS, self.values.tolist(), strict=True))
-        bad = [name for name in ("task_loss", "sfr_loss", "loss") if not math.isfinite(values[name])]
-        if bad:
-            raise UserError(
-                f"non-finite loss at {where}: {bad[0]} is {values[bad[0]]}; stopped before the update, {kept}; try a lower "
-                "--lr, --clip-grad 1, or --mixed-precision bf16 in place of fp16"
-            )
 
 
 @dataclass
@@ -82,37 +52,61 @@ class Trainer:
     prep: Preprocessing
     mixup: Any
     guard: FiniteGuard
+    signals: Signals
     exporter: Exporter | None
     facts: dict[str, Any]
     start_epoch: int = 0
+    start_step: int = 0
+    start_total: Tensor | None = None
     updates: int = 0
     seconds: float = 0.0
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
+    lr: float = 0.0  # the rate that this epoch began with
+    started: float = field(default_factory=time.perf_counter)
 
     @property
     def module(self) -> Any:
         """The prepared trainable module."""
         return self.task.trainable_module
 
-    def train_epoch(self, epoch: int) -> dict[str, float]:
-        """Trains one epoch; the means of the loss's terms over all images of all processes, and images per second."""
+    @property
+    def global_batch(self) -> int:
+        """Images that all processes together take a batch."""
+        return self.config.data.batch_size * self.accelerator.num_processes
+
+    def updates_before(self, epoch: int, step: int) -> int:
+        """Updates that `epoch` epochs and `step` batches make."""
+        accum = self.config.optim.grad_accum_steps
+        return epoch * -(-len(self.batches) // accum) + step // accum
+
+    def train_epoch(self, epoch: int, start: int = 0) -> dict[str, float]:
+        """Trains one epoch, from batch `start` on; the means of the loss's terms over its images, and images per second.
+
+        Raises:
+            Interrupted: if a signal stopped it, after a checkpoint.
+        """
         optim, accum = self.config.optim, self.config.optim.grad_accum_steps
         set_epoch = getattr(self.task, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch, self.schedule.epochs)
-        reseed(self.config.engine.seed, epoch, self.accelerator.process_index)
         self.task.train()
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (0 < self.config.aug.mixup_off_epoch <= epoch)
-        total = torch.zeros(len(TERMS), dtype=torch.float32 if self.accelerator.device.type == "mps" else torch.float64)
-        total = total.to(self.accelerator.device)
+        kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        total = torch.zeros(len(TERMS), dtype=kind, device=self.accelerator.device)
+        if start > 0 and self.start_total is not None:
+            total += self.start_total
         steps, images, started = len(self.batches), 0, time.perf_counter()
         quiet = None if self.accelerator.is_main_process else True  # None: no bar where there is no terminal
-        bar = tqdm(total=steps, desc=f"epoch {epoch + 1}", leave=False, disable=quiet)
-        for step, (image, target) in enumerate(self.batches.epoch(epoch)):
+        bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}", leave=False, disable=quiet)
+        for step, (image, target) in enumerate(self.batches.epoch(epoch, start), start):
             images += len(target)
+            # All that is drawn for a batch depends on these numbers alone, so that a run can go on from any batch.
+            reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
+            if self.batches.erase is not None:
+                image = self.batches.erase(image)
             if self.config.model.channels_last:
                 image = image.contiguous(memory_format=torch.channels_last)
             if self.mixup is not None:
@@ -129,6 +123,8 @@ class Trainer:
             self.guard.check(f"epoch {epoch + 1}, update {self.updates + 1}", self.workspace.kept())
             if updates_now:
                 self._update(optim)
+                if step + 1 < steps:
+                    self._between_updates(epoch, step + 1, total)
             if (step + 1) % self.config.engine.log_interval == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{(total[0] / (step + 1)).item():.4f}", refresh=False)
             bar.update()
@@ -151,23 +147,38 @@ class Trainer:
         return unwrap_model(self.task.get_eval_model(ema=self.task.has_ema()))
 
     def fit(self) -> None:
-        """Runs the remaining epochs, writing everything after each."""
+        """Runs the remaining epochs, writing everything after each.
+
+        Raises:
+            Interrupted: if a signal stopped the run, after a checkpoint.
+            UserError: for a non-finite loss, or where the disk is full.
+        """
+        with self.signals:
+            self._fit()
+
+    def _fit(self) -> None:
         engine, epochs = self.config.engine, self.schedule.epochs
-        started = time.perf_counter() - self.seconds
+        self.started = time.perf_counter() - self.seconds
         for epoch in range(self.start_epoch, epochs):
-            lr = self.optimizer.param_groups[0]["lr"]
-            train = self.train_epoch(epoch)
+            start = self.start_step if epoch == self.start_epoch else 0
+            if start == 0:
+                self.lr = self.optimizer.param_groups[0]["lr"]
+            train = self.train_epoch(epoch, start)
             due = (epoch + 1) % engine.val_interval == 0 or epoch + 1 == epochs
             val = self.validate() if due else None
             self.schedule.after_epoch(epoch, val[engine.eval_metric] if val else None)
-            self.seconds = time.perf_counter() - started
-            row = report.epoch_row(epoch, lr, train, val)
+            self.seconds = time.perf_counter() - self.started
+            row = report.epoch_row(epoch, self.lr, train, val)
             self.rows.append(row)
             improved = val is not None and self._record(epoch, val)
             if self.accelerator.is_main_process:
                 _logger.info(report.log_line(row, epochs))
-                self._write(epoch, improved)
+                self._write(improved)
+            self._keep(epoch + 1, 0, None, improved)
             self.accelerator.wait_for_everyone()
+            stop, _ = self.signals.asked(self.updates, now=True)
+            if stop is not None and epoch + 1 < epochs:
+                raise self._interrupted(stop)
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds."""
@@ -179,48 +190,6 @@ class Trainer:
             "seconds": round(self.seconds, 1),
             **self.facts,
         }
-
-    def state(self) -> dict[str, Any]:
-        """All that a resumed run needs."""
-        ema = self.task.get_trainable_module(ema=True)
-        scaler = self.accelerator.scaler
-        return {
-            "epoch": self.start_epoch,
-            "updates": self.updates,
-            "seconds": self.seconds,
-            "best": self.best,
-            "last": self.last,
-            "module": unwrap_model(self.module).state_dict(),
-            "ema": ema.module.state_dict() if ema is not None else None,
-            "task": self.task.get_task_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.scheduler.state_dict() if self.schedule.scheduler is not None else None,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` gave.
-
-        Raises:
-            UserError: if it belongs to another model or optimizer.
-        """
-        ema = self.task.get_trainable_module(ema=True)
-        try:
-            unwrap_model(self.module).load_state_dict(state["module"])
-            if ema is not None:
-                # An average that is turned on at resume starts from the weights reached, not from random ones.
-                ema.module.load_state_dict(state["ema"] or state["module"])
-            self.task.load_task_state(state["task"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.accelerator.scaler is not None and state["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"resume: the checkpoint does not fit these options: {reason}; leave out what differs from "
-                            f"{self.workspace.run / 'args.yaml'}") from error  # fmt: skip
-        self.start_epoch, self.updates, self.seconds = state["epoch"], state["updates"], state["seconds"]
-        self.best, self.last = state["best"], state["last"]
-        self.schedule.resume(self.start_epoch, self.updates, state["schedule"])
 
     def _update(self, optim: Any) -> None:
         if optim.clip_grad is not None:
@@ -254,20 +223,57 @@ class Trainer:
         self.best = scores
         return True
 
-    def _write(self, epoch: int, improved: bool) -> None:
-        """Summary, best model, metrics and checkpoint of an epoch, each whole; the checkpoint last: it is what counts."""
+    def _between_updates(self, epoch: int, step: int, total: Tensor) -> None:
+        """After an update in mid-epoch: keeps a checkpoint where one is due or asked for, and stops where that is."""
+        stop, save = self.signals.asked(self.updates)
+        interval = self.config.engine.checkpoint_interval
+        if save or stop is not None or (interval is not None and self.updates % interval == 0):
+            self._keep(epoch, step, total, False)
+        if stop is not None:
+            raise self._interrupted(stop)
+
+    def _interrupted(self, stop: int) -> Interrupted:
+        return Interrupted(
+            f"stopped by {signal.Signals(stop).name} after update {self.updates}, {self.workspace.kept()}; go on with: "
+            f"python train_sfr.py --resume {self.workspace.run}"
+        )
+
+    def _write(self, improved: bool) -> None:
+        """Summary, best model and metrics of an epoch, each whole; the checkpoint comes after them: it is what counts."""
         run = self.workspace.run
-        report.write_summary(run / "summary.csv", self.rows)
-        if self.exporter is not None and self.best:
-            facts = Facts(self.metrics(), self.config.flat(), self.rows)
-            if improved:
-                self.exporter.write(run / "model", self.exported_model().state_dict(), facts)
-            elif (run / "model").is_dir():
-                self.exporter.describe(run / "model", facts)
-        if self.best:
-            report.write_json(run / "metrics.json", self.metrics())
-        state = {**self.state(), "epoch": epoch + 1}
-        save_checkpoint(run / "checkpoints", epoch, state, self.config.engine.checkpoint_hist)
+        with self._spared("the epoch's files"):
+            report.write_summary(run / "summary.csv", self.rows)
+            if self.exporter is not None and self.best:
+                facts = Facts(self.metrics(), self.config.flat(), self.rows)
+                if improved:
+                    self.exporter.write(run / "model", self.exported_model().state_dict(), facts)
+                elif (run / "model").is_dir():
+                    self.exporter.describe(run / "model", facts)
+            if self.best:
+                report.write_json(run / "metrics.json", self.metrics())
+
+    def _keep(self, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
+        """Keeps a checkpoint; every process has to come here, for what each alone knows in mid-epoch."""
+        self.seconds = time.perf_counter() - self.started
+        if step == 0 and not self.accelerator.is_main_process:
+            return
+        state = collect(self, epoch, step, total)
+        if self.accelerator.is_main_process:
+            with self._spared("a checkpoint"):
+                save_checkpoint(self.workspace.run / "checkpoints", state, self.config.engine.checkpoint_hist, improved)
+
+    @contextlib.contextmanager
+    def _spared(self, what: str) -> Iterator[None]:
+        """Says in one line that the disk does not take `what`, and stops, or goes on where the options say so."""
+        try:
+            yield
+        except OSError as error:
+            reason = f"{what} cannot be written: {error.strerror or error}"
+            if self.config.engine.on_full_disk == "stop":
+                raise UserError(
+                    f"output: {reason}; stopped, {self.workspace.kept()}; make room and --resume, or give --on-full-disk skip"
+                ) from error
+            _logger.warning(f"warning: {reason}; going on without (--on-full-disk skip)")
 
 
 def _term(result: dict[str, Tensor], name: str) -> Tensor:

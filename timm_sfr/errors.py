@@ -23,6 +23,10 @@ class HubError(UserError):
     reason: BaseException | None = None
 
 
+class Interrupted(Exception):
+    """A run that a signal stopped, after its update and with a checkpoint: the message says how to go on."""
+
+
 def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:
     """``", did you mean 'a' or 'b'?"`` for the `names` closest to `name`, or an empty string if none is close."""
     found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,15 @@ from timm_sfr.card import base_model
 from timm_sfr.checkpoint import load_newest
 from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_splits
-from timm_sfr.engine import FiniteGuard, Trainer
+from timm_sfr.engine import Trainer
 from timm_sfr.errors import UserError
 from timm_sfr.export import Exporter, resolve_hub
+from timm_sfr.guard import FiniteGuard
 from timm_sfr.hub import loading_line, published, push_to_hub
 from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.signals import Signals
+from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
 from timm_sfr.workspace import on_main, one_at_a_time, open_workspace, show_log
 
@@ -58,9 +62,10 @@ def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = Non
     say, run = trainer.workspace.say, trainer.workspace.run
     try:
         if resume is not None:
-            trainer.load(load_newest(run / "checkpoints", say))
+            restore(trainer, load_newest(run / "checkpoints", say))
             trainer.rows = report.read_summary(run / "summary.csv", trainer.start_epoch)
-            say(f"resuming {run} at epoch {trainer.start_epoch + 1}")
+            within = f", batch {trainer.start_step + 1}" if trainer.start_step else ""
+            say(f"resuming {run} at epoch {trainer.start_epoch + 1}{within}")
         if trainer.accelerator.is_main_process:
             # Only now: options that do not fit the run to resume must not replace its own.
             report.write_args(run / "args.yaml", trainer.config.flat())
@@ -144,6 +149,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
         prep=prep,
         mixup=build.create_mixup(config.aug, num_classes),
         guard=FiniteGuard(device),
+        signals=Signals(accelerator),
         exporter=exporter,
         facts={
             "model": config.model.model or build.DEFAULT_MODEL,
@@ -168,9 +174,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         UserError: if the device cannot compute in the asked precision.
     """
     engine = config.engine
+    # Without this word Accelerate would take each of torchrun's processes on a machine without a GPU for the only one.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     try:
         accelerator = Accelerator(
-            cpu=engine.device == "cpu",
+            cpu=engine.device == "cpu" or several,
             mixed_precision=engine.mixed_precision,
             dynamo_backend=engine.torchcompile,
         )

@@ -7,6 +7,7 @@ processes with torch's own launcher, which Accelerate then recognises.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -45,4 +46,8 @@ def start_cpu_processes(script: str, arguments: Sequence[str]) -> int | None:
     if count < 2:
         return None
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return subprocess.call([*launcher, script, *arguments])
+    with subprocess.Popen([*launcher, script, *arguments]) as child:
+        # The processes finish their update and keep a checkpoint; this one waits for them, and hands on what only it got.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
+        return child.wait()

@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H x W pixels.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from PIL import Image
 from timm.data import ImageDataset, create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
@@ -150,6 +152,7 @@ class EpochSampler(Sampler[int]):
 
     The order is cut into global batches of `batch_size` * `processes`; process r takes the r-th part of each, so any
     number of processes sees the same global batches. What does not fill a global batch is left out of that epoch.
+    `start` batches are left out at its beginning, in a run that goes on in mid-epoch.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, process: int = 0, processes: int = 1) -> None:
@@ -160,7 +163,7 @@ class EpochSampler(Sampler[int]):
             )
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.process, self.processes = process, processes
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
         return self.count // (self.batch_size * self.processes) * self.batch_size
@@ -169,7 +172,7 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.count, generator=generator)[: len(self) * self.processes]
         own = order.view(-1, self.processes, self.batch_size)[:, self.process].flatten()
-        yield from (own + self.epoch * self.count).tolist()
+        yield from (own + self.epoch * self.count).tolist()[self.start * self.batch_size :]
 
 
 def img_mode(channels: int) -> str:
@@ -265,21 +268,24 @@ class TrainBatches:
             std=prep.std,
             channels=prep.input_size[0],
             device=accelerator.device,
-            re_prob=0.0 if aug.no_aug else aug.reprob,
-            re_mode=aug.remode,
-            re_count=aug.recount,
         )
+        # timm's own, but called by the trainer: the loader is a batch ahead, and would draw from another batch's numbers.
+        self.erase: Callable[[Tensor], Tensor] | None = None
+        if aug.reprob > 0 and not aug.no_aug:
+            self.erase = RandomErasing(
+                aug.reprob, mode=aug.remode, max_count=aug.recount, num_splits=0, device=accelerator.device
+            )
 
     def __len__(self) -> int:
         return len(self.loader)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch `epoch`, in its own order."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `epoch`, in its own order, from batch `start` on; not yet erased (`erase`)."""
         if self.sampler is not None:
-            self.sampler.epoch = epoch
-        else:
-            self.dataset.set_epoch(epoch)
-        return iter(self.batches)
+            self.sampler.epoch, self.sampler.start = epoch, start
+            return iter(self.batches)
+        self.dataset.set_epoch(epoch)
+        return itertools.islice(self.batches, start, None)  # a stream is read up to there again
 
 
 def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:

@@ -219,12 +219,16 @@ class EngineConfig(Checked):
     )
     log_interval: int = option(50, "batches between updates of the progress bar")
     val_interval: int = option(1, "epochs between validations")
-    checkpoint_hist: int = option(2, "resumable checkpoints to keep")
+    checkpoint_hist: int = option(2, "resumable checkpoints to keep, beside the best one's")
+    checkpoint_interval: int | None = option(None, "updates between checkpoints (one is kept after every epoch anyway)")
+    on_full_disk: str = option(
+        "stop", "where a checkpoint does not fit: stop, or skip it and go on", choices=("stop", "skip")
+    )
     eval_metric: str = option("top1", "what the best model is chosen by", choices=("top1", "top5", "loss"))
 
     def check(self) -> None:
         """Intervals positive."""
-        self.at_least(1, "log_interval", "val_interval", "checkpoint_hist")
+        self.at_least(1, "log_interval", "val_interval", "checkpoint_hist", "checkpoint_interval")
         self.at_least(0, "seed")
 
 

@@ -179,6 +179,18 @@ class SFRTask(TrainingTask):
         """Renews the class table from this epoch's predictions, summed over all processes."""
         self.smoothing.end_epoch()
 
+    def get_sums(self) -> dict[str, Tensor]:
+        """What this epoch has added up so far over this process's images, for the class table."""
+        return (
+            {} if self.smoothing.source != "classes" else {"sums": self.smoothing.sums, "counts": self.smoothing.counts}
+        )
+
+    def add_sums(self, sums: dict[str, Tensor]) -> None:
+        """Adds what `get_sums` gave, in a run that goes on in mid-epoch."""
+        if self.smoothing.source == "classes":
+            self.smoothing.sums += sums["sums"].to(self.smoothing.sums)
+            self.smoothing.counts += sums["counts"].to(self.smoothing.counts)
+
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> SFRTask:
         """Wraps the trainable module in DDP, for timm's own training script; with Accelerate, `prepare` that module."""
         self.trainable_module = nn.parallel.DistributedDataParallel(

@@ -91,9 +91,24 @@ def read_run(run: Path) -> dict[str, Any]:
         UserError: if `run` is no run.
     """
     if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
-        lacks = "args.yaml" if not (run / "args.yaml").is_file() else "checkpoints/epoch-*.pt"
+        lacks = "args.yaml" if not (run / "args.yaml").is_file() else "checkpoints/epoch-*"
         raise UserError(f"resume: {str(run)!r} is no run: it has no {lacks}; give the folder that the run printed")
     return read_yaml(run / "args.yaml")
+
+
+def newest_run(output: str, experiment: str | None, model: str, given: dict[str, Any]) -> Path | None:
+    """The run to go on with: that of the experiment, or the newest in `output` with the options `given`; None if there is none.
+
+    A run without a checkpoint does not count.
+    """
+    root, given = Path(output), {name: value for name, value in given.items() if name != "output"}
+    found = [root / experiment] if experiment is not None else sorted(root.glob(f"*-{safe_model_name(model)}*"))
+    for run in reversed(found):
+        if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
+            continue
+        if experiment is not None or given.items() <= read_yaml(run / "args.yaml").items():
+            return run
+    return None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -128,7 +143,10 @@ def _make(output: Path, experiment: str | None, model: str) -> Path:
     if experiment is None:
         while run.exists():
             run = run.with_name(run.name + "-2")
-    if run.exists() and any(run.iterdir()):
+    dead = (run / "args.yaml").is_file() and not checkpoints(run / "checkpoints") and not (run / "model").exists()
+    if (
+        run.exists() and any(run.iterdir()) and not dead
+    ):  # a run that died before its first checkpoint has nothing to lose
         raise UserError(
             f"output: {str(run)!r} already holds files; choose another --experiment, or go on with --resume {run}"
         )
