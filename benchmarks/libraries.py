@@ -63,15 +63,14 @@ def geomloss_batch(cost: Tensor, reg: float, iterations: int) -> Tensor:
     return solve_batch(cost / cost.mean(), reg=reg, max_iter=iterations).plan
 
 
-_KEPT: dict[int, np.ndarray] = {}
+_KEPT: list[tuple[Tensor, np.ndarray]] = []
 
 
 def _numpy(cost: Tensor) -> np.ndarray:
     """`cost` as NumPy float64, made once: not part of the loops' time."""
-    if id(cost) not in _KEPT:
-        _KEPT.clear()
-        _KEPT[id(cost)] = cost.double().cpu().numpy()
-    return _KEPT[id(cost)]
+    if not _KEPT or _KEPT[0][0] is not cost:
+        _KEPT[:] = [(cost, cost.double().cpu().numpy())]
+    return _KEPT[0][1]
 
 
 def ours(cost: Tensor, **options: Any) -> Tensor:
