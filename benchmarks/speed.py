@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     parts: dict[str, Callable[[], list[Row]]] = {
         "step": lambda: steps.step_rows(settings, device, args.rounds, args.seconds),
-        "memory": lambda: steps.memory_rows(settings, device),
+        "memory": lambda: steps.memory_rows(settings, device, min(args.rounds, 5)),
         "graph": lambda: steps.graph_rows(settings),
         "profile": lambda: [row for one in settings for row in steps.profile_rows(one, device)],
         "loop": lambda: loops.loop_rows(args.rounds),

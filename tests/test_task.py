@@ -141,3 +141,20 @@ def test_the_contract_with_timm_holds():
                  "get_checkpoint_state", "load_checkpoint_state"):  # fmt: skip
         assert callable(getattr(SFRTask, name))
     assert issubclass(SFRTask, TrainingTask)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("grid", [(2, 2), (4, 4)])
+def test_the_gradient_of_nodes_has_the_layout_of_the_map(layout, grid):
+    # Any other is copied by every operation before the tap.
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=layout).requires_grad_()
+    (gradient,) = torch.autograd.grad((to_nodes(x, grid) * torch.randn(2, grid[0] * grid[1], 3)).sum(), x)
+    assert gradient.is_contiguous(memory_format=layout)
+    y = x.detach().clone().requires_grad_()
+    nodes = F.adaptive_avg_pool2d(y, grid).flatten(2).transpose(1, 2)
+    assert torch.equal(to_nodes(x, grid), nodes)
+    weights = torch.randn_like(nodes)
+    ours, theirs = (
+        torch.autograd.grad((one * weights).sum(), to)[0] for one, to in ((to_nodes(x, grid), x), (nodes, y))
+    )
+    assert torch.allclose(ours, theirs)

@@ -28,8 +28,8 @@ def table_error(process: int, processes: int) -> float:
 def main() -> None:
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     trainer = prepare(RunConfig.from_flat(options))
-    watched, losses, smoothing = trainer.guard.watch, [], trainer.task.smoothing
-    trainer.guard.watch = lambda terms: (
+    watched, losses, smoothing = trainer.guard.terms.send, [], trainer.task.smoothing
+    trainer.guard.terms.send = lambda terms: (
         losses.append(trainer.accelerator.reduce(terms, "mean")[0].item()),
         watched(terms),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from timm_sfr.config import RunConfig
 from timm_sfr.errors import Interrupted, UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.export import Exporter
-from timm_sfr.guard import TERMS, FiniteGuard
+from timm_sfr.guard import ADVICE, TERMS, FiniteGuard, stopped, write_event
 from timm_sfr.loader import Preprocessing, TrainBatches, reseed
 from timm_sfr.signals import Signals
 from timm_sfr.state import collect
@@ -113,22 +114,27 @@ class Trainer:
                 image, target = self.mixup(image, target)
             # The last group of an epoch may be smaller; its mean is still a mean.
             group = min(accum, steps - step // accum * accum)
+            if step % accum == 0:
+                self.guard.begin(self.module, self._sums())
             updates_now = (step + 1) % accum == 0 or step + 1 == steps
             with contextlib.nullcontext() if updates_now else self.accelerator.no_sync(self.module):
                 result = self.task(image, target)
                 terms = torch.stack([_term(result, name) for name in TERMS])
-                total += terms
-                self.guard.watch(terms)
+                self.guard.terms.send(terms)
                 self.accelerator.backward(result["loss"] / group)
-            self.guard.check(f"epoch {epoch + 1}, update {self.updates + 1}", self.workspace.kept())
+            if self.guard.check_terms() or self.guard.scaled:
+                total += terms
+            else:
+                self._nonfinite(epoch, step)
             if updates_now:
-                self._update(optim)
+                self._update(optim, epoch, step)
                 if step + 1 < steps:
                     self._between_updates(epoch, step + 1, total)
             if (step + 1) % self.config.engine.log_interval == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{(total[0] / (step + 1)).item():.4f}", refresh=False)
             bar.update()
         bar.close()
+        self._settle(epoch)
         means = self.accelerator.reduce(total / max(1, steps), reduction="mean").tolist()
         elapsed = time.perf_counter() - started
         end_epoch = getattr(self.task, "end_epoch", None)
@@ -191,16 +197,45 @@ class Trainer:
             **self.facts,
         }
 
-    def _update(self, optim: Any) -> None:
+    def _update(self, optim: Any, epoch: int, step: int) -> None:
         if optim.clip_grad is not None:
             self.accelerator.unscale_gradients()
             parameters = self.task.get_clip_parameters(exclude_head="agc" in optim.clip_mode)
             dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
-        self.optimizer.step()
+        seen = self.guard.bad
+        made = self.guard.check_gradients(self.module)
+        if made:
+            self.optimizer.step()
+            made = not self.accelerator.optimizer_step_was_skipped
+        elif seen is None:
+            self._nonfinite(epoch, step)
+        if not made:
+            self.guard.rollback()
+        self.guard.count(made)
+        if self.guard.too_many():
+            where = f"epoch {epoch + 1}, update {self.updates + 1}"
+            raise UserError(f"non-finite: {self.guard.in_a_row} updates in a row were left out, the last at {where}; "
+                            f"stopped, {self.workspace.kept()}; {ADVICE}")  # fmt: skip
         self.optimizer.zero_grad()
         self.updates += 1
-        self.task.update_ema(step=self.updates)
+        if made:
+            self.task.update_ema(step=self.updates)
         self.schedule.after_update(self.updates)
+
+    def _nonfinite(self, epoch: int, step: int) -> None:
+        """Writes down which batch it was, and stops unless the update is only to be left out."""
+        term, value = self.guard.bad or ("loss", math.nan)
+        skip, rank = self.guard.policy == "skip", self.accelerator.process_index
+        place = {"epoch": epoch + 1, "batch": step + 1, "update": self.updates + 1, "process": rank}
+        event = {**place, "term": term, "value": str(value), "action": self.guard.policy,
+                 "files": self.batches.files(epoch, step)}  # fmt: skip
+        write_event(self.workspace.run / ("nonfinite.json" if rank == 0 else f"nonfinite-{rank}.json"), event)
+        if not skip:
+            where = f"epoch {epoch + 1}, update {self.updates + 1}"
+            raise stopped(term, value, where, "stopped before the update", self.workspace.kept())
+
+    def _sums(self) -> dict[str, Tensor]:
+        return getattr(self.task, "get_sums", dict)()
 
     def _share_batchnorm(self) -> None:
         """Makes BatchNorm's running statistics the same on all processes; each saw its own part of the batches."""
@@ -252,8 +287,17 @@ class Trainer:
             if self.best:
                 report.write_json(run / "metrics.json", self.metrics())
 
+    def _settle(self, epoch: int) -> None:
+        """Before anything is kept: the last update's gradients must have been finite, where nobody has looked yet."""
+        self.guard.settle()
+        if self.guard.bad is not None and self.guard.policy == "stop":
+            where = f"epoch {epoch + 1}, update {self.updates}"
+            raise stopped(*self.guard.bad, where, "stopped after the update", self.workspace.kept())
+
     def _keep(self, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
         """Keeps a checkpoint; every process has to come here, for what each alone knows in mid-epoch."""
+        if step > 0:
+            self._settle(epoch)
         self.seconds = time.perf_counter() - self.started
         if step == 0 and not self.accelerator.is_main_process:
             return

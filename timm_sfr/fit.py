@@ -148,7 +148,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
         val_loader=loader,
         prep=prep,
         mixup=build.create_mixup(config.aug, num_classes),
-        guard=FiniteGuard(device),
+        guard=FiniteGuard(accelerator, config.engine.on_nonfinite),
         signals=Signals(accelerator),
         exporter=exporter,
         facts={

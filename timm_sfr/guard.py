@@ -1,45 +1,140 @@
-"""Non-finite losses, found before they reach the weights."""
+"""Non-finite losses and gradients, found before they reach the weights; the run stops, or leaves the update out."""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from timm_sfr.errors import UserError
 
 # The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss.
 TERMS = ("loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing")
+WATCHED = ("task_loss", "sfr_loss", "loss")
+MOST_IN_A_ROW = 10  # updates left out one after another: more is no accident
+ADVICE = "try a lower --lr, --clip-grad 1, or --mixed-precision bf16 in place of fp16"
+
+
+class Watched:
+    """Numbers on the device, read by the host without making the device wait: they travel while it works on."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        cuda = device.type == "cuda"
+        self.pinned = torch.zeros(count, pin_memory=True) if cuda else None
+        self.event = torch.cuda.Event() if cuda else None
+        self.values: Tensor | None = None
+
+    def send(self, values: Tensor) -> None:
+        """Takes (count,) numbers."""
+        if self.pinned is None or self.event is None:
+            self.values = values
+            return
+        self.values = self.pinned.copy_(values, non_blocking=True)
+        self.event.record()
+
+    def receive(self) -> list[float] | None:
+        """The numbers sent last, once; None if there are none."""
+        if self.values is None:
+            return None
+        if self.event is not None:
+            self.event.synchronize()
+        values, self.values = self.values.tolist(), None
+        return values
 
 
 class FiniteGuard:
-    """Finds a non-finite loss before the update, without making the device wait.
+    """Watches the terms of the loss and the norm of the gradients.
 
-    The terms travel to the host while the backward pass runs; `check` waits for that copy alone.
+    The loss is looked at while the backward pass runs. The norm is looked at before the update where there is nothing to
+    wait for or the update may have to be left out; else, on a GPU, at the next update, and before anything is kept. In
+    fp16 the gradient scaler leaves updates out by itself: then only too many in a row count.
+
+    Args:
+        accelerator: Accelerate's.
+        policy: ``"stop"``, or ``"skip"``: leave the update out and put back the statistics that the batch changed.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.pinned = torch.zeros(len(TERMS), pin_memory=True) if device.type == "cuda" else None
-        self.event = torch.cuda.Event() if device.type == "cuda" else None
-        self.values = torch.zeros(len(TERMS))
+    def __init__(self, accelerator: Any, policy: str = "stop") -> None:
+        self.accelerator, self.policy = accelerator, policy
+        self.terms, self.norm = Watched(accelerator.device, len(TERMS)), Watched(accelerator.device, 1)
+        self.bad: tuple[str, float] | None = None  # in this group of batches
+        self.in_a_row = self.skipped = 0
+        self._kept: list[tuple[Tensor, Tensor]] = []
 
-    def watch(self, terms: Tensor) -> None:
-        """Takes the terms of a batch, (len(TERMS),)."""
-        if self.pinned is None or self.event is None:
-            self.values = terms
-            return
-        self.values = self.pinned.copy_(terms, non_blocking=True)
-        self.event.record()
+    @property
+    def scaled(self) -> bool:
+        """Whether a gradient scaler leaves updates out."""
+        return self.accelerator.scaler is not None
 
-    def check(self, where: str, kept: str) -> None:
-        """Raises UserError if a term was not finite."""
-        if self.event is not None:
-            self.event.synchronize()
-        values = dict(zip(TERMS, self.values.tolist(), strict=True))
-        bad = [name for name in ("task_loss", "sfr_loss", "loss") if not math.isfinite(values[name])]
-        if bad:
-            raise UserError(
-                f"non-finite loss at {where}: {bad[0]} is {values[bad[0]]}; stopped before the update, {kept}; try a lower "
-                "--lr, --clip-grad 1, or --mixed-precision bf16 in place of fp16"
-            )
+    def begin(self, module: nn.Module, sums: dict[str, Tensor]) -> None:
+        """Before a group of batches: remembers what a bad one would spoil besides the gradients."""
+        self.bad = None
+        if self.policy == "skip":
+            spoiled = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+            self._kept = [(tensor, tensor.clone()) for tensor in [*spoiled, *sums.values()]]
+
+    def check_terms(self) -> bool:
+        """Whether the terms sent last are finite."""
+        values = dict(zip(TERMS, self.terms.receive() or [0.0] * len(TERMS), strict=True))
+        found = next(((name, values[name]) for name in WATCHED if not math.isfinite(values[name])), None)
+        self.bad = self.bad or found
+        return found is None
+
+    def check_gradients(self, module: nn.Module) -> bool:
+        """Whether the update is to be made; the same on all processes."""
+        if self.scaled:
+            return True
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        norm = get_total_norm(gradients)[None]
+        if self.policy == "stop" and norm.is_cuda:
+            self.settle()
+            self.norm.send(norm)
+            return self.bad is None
+        self.norm.send(norm)
+        self.settle()
+        if self.accelerator.num_processes > 1 and self.policy == "skip":
+            wrong = torch.tensor([float(self.bad is not None)], device=norm.device)
+            if self.accelerator.reduce(wrong, "sum").item() > 0:
+                self.bad = self.bad or ("gradient", math.nan)
+        return self.bad is None
+
+    def settle(self) -> None:
+        """Looks at the norm sent last."""
+        norm = self.norm.receive()
+        if norm is not None and not math.isfinite(norm[0]):
+            self.bad = self.bad or ("gradient", norm[0])
+
+    def rollback(self) -> None:
+        """Puts back what the group's batches have spoiled."""
+        with torch.no_grad():
+            for tensor, kept in self._kept:
+                tensor.copy_(kept)
+
+    def count(self, made: bool) -> None:
+        """Counts an update that was made, or left out."""
+        self.in_a_row = 0 if made else self.in_a_row + 1
+        self.skipped += not made
+
+    def too_many(self) -> bool:
+        """Whether too many updates in a row were left out."""
+        return self.in_a_row > MOST_IN_A_ROW
+
+
+def write_event(path: Path, event: dict[str, Any]) -> None:
+    """Adds an event to a JSON list in a file."""
+    try:
+        events = json.loads(path.read_text())
+    except (OSError, ValueError):
+        events = []
+    path.write_text(json.dumps([*events, event], indent=2) + "\n")
+
+
+def stopped(term: str, value: float, where: str, how: str, kept: str) -> UserError:
+    """The error of a run that a non-finite number stops."""
+    what = "gradients" if term == "gradient" else "loss"
+    return UserError(f"non-finite {what} at {where}: {term} is {value}; {how}, {kept}; {ADVICE}")

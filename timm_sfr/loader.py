@@ -52,7 +52,7 @@ class Decoded(Dataset):
             return self._read(index)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(
-                f"data: cannot decode image {self._name(index)}: {error}; replace or delete the file"
+                f"data: cannot decode image {_file_name(self.dataset, index)}: {error}; replace or delete the file"
             ) from error
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
@@ -63,12 +63,6 @@ class Decoded(Dataset):
                 return Image.open(stream).convert(self.img_mode), int(target)
         image, target = self.dataset[index]
         return image.convert(self.img_mode), int(target)
-
-    def _name(self, index: int) -> str:
-        try:
-            return str(self.dataset.filename(index, absolute=True))
-        except (AttributeError, AssertionError, NotImplementedError, TypeError):
-            return f"number {index}"
 
 
 class Samples(Dataset):
@@ -169,10 +163,14 @@ class EpochSampler(Sampler[int]):
         return self.count // (self.batch_size * self.processes) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        yield from self.keys(self.epoch)[self.start * self.batch_size :]
+
+    def keys(self, epoch: int) -> list[int]:
+        """All keys of this process in an epoch, batch after batch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.count, generator=generator)[: len(self) * self.processes]
         own = order.view(-1, self.processes, self.batch_size)[:, self.process].flatten()
-        yield from (own + self.epoch * self.count).tolist()[self.start * self.batch_size :]
+        return (own + epoch * self.count).tolist()
 
 
 def img_mode(channels: int) -> str:
@@ -251,7 +249,7 @@ class TrainBatches:
         self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
     ) -> None:
         transform = prep.train_transform(aug)
-        self.dataset = split.dataset
+        self.split = split
         self.sampler: EpochSampler | None = None
         if split.streamed:
             dataset = _streamed(split.dataset, transform, config)
@@ -284,8 +282,23 @@ class TrainBatches:
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = epoch, start
             return iter(self.batches)
-        self.dataset.set_epoch(epoch)
+        self.split.dataset.set_epoch(epoch)
         return itertools.islice(self.batches, start, None)  # a stream is read up to there again
+
+    def files(self, epoch: int, step: int) -> list[str]:
+        """The files of this process's batch `step` of epoch `epoch`; none for a stream."""
+        if self.sampler is None:
+            return []
+        keys = self.sampler.keys(epoch)[step * self.sampler.batch_size :][: self.sampler.batch_size]
+        return [_file_name(self.split.dataset, key % self.sampler.count) for key in keys]
+
+
+def _file_name(dataset: Any, index: int) -> str:
+    """The file of a sample, or its number where the dataset cannot say."""
+    try:
+        return str(dataset.filename(index, absolute=True))
+    except (AttributeError, AssertionError, NotImplementedError, TypeError):
+        return f"number {index}"
 
 
 def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:

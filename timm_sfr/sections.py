@@ -221,6 +221,9 @@ class EngineConfig(Checked):
     val_interval: int = option(1, "epochs between validations")
     checkpoint_hist: int = option(2, "resumable checkpoints to keep, beside the best one's")
     checkpoint_interval: int | None = option(None, "updates between checkpoints (one is kept after every epoch anyway)")
+    on_nonfinite: str = option(
+        "stop", "where a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip")
+    )
     on_full_disk: str = option(
         "stop", "where a checkpoint does not fit: stop, or skip it and go on", choices=("stop", "skip")
     )

@@ -76,7 +76,8 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         trainer.start_step = state["images"] // trainer.global_batch
         trainer.updates = trainer.updates_before(trainer.start_epoch, trainer.start_step)
     if trainer.start_step > 0:
-        _take_part(trainer, state["parts"])
+        # Sums over batches of another size count as so many of this one.
+        _take_part(trainer, state["parts"], trainer.start_step / max(1, state["step"]))
     trainer.schedule.resume(trainer.start_epoch, trainer.updates, state["schedule"])
 
 
@@ -92,7 +93,7 @@ def _own_part(trainer: Trainer, total: Tensor | None) -> Part:
     return {kind: {name: value.detach().cpu().clone() for name, value in one.items()} for kind, one in part.items()}
 
 
-def _take_part(trainer: Trainer, parts: list[Part]) -> None:
+def _take_part(trainer: Trainer, parts: list[Part], scale: float) -> None:
     """Gives this process its part: its own where there are as many processes as before; else the sums go to the first."""
     rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
     if len(parts) == processes:
@@ -104,7 +105,7 @@ def _take_part(trainer: Trainer, parts: list[Part]) -> None:
         sums = {name: share * sum(part["sums"][name] for part in parts) for name in parts[0]["sums"]}
         part = {"total": totals, "sums": sums, "ema": parts[0]["ema"]}
     device = trainer.accelerator.device
-    trainer.start_total = part["total"]["total"].to(device)
+    trainer.start_total = part["total"]["total"].to(device) * scale
     if part["sums"] and hasattr(trainer.task, "add_sums"):
         trainer.task.add_sums(part["sums"])
     ema = trainer.task.get_trainable_module(ema=True)
