@@ -25,7 +25,8 @@ from timm_sfr.build import create_model, preprocessing
 from timm_sfr.cache import Cached
 from timm_sfr.data import open_splits
 from timm_sfr.evaluate import Scores
-from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader, random_state_kept, seed_cpu
+from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader
+from timm_sfr.samples import random_state_kept, seed_cpu
 from timm_sfr.sections import AugConfig, DataConfig, ModelConfig
 from timm_sfr.workspace import one_at_a_time
 

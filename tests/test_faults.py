@@ -1,24 +1,33 @@
 """Runs that are stopped, killed or damaged: nothing that was saved is lost, and what goes on ends with the same bits."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TRAIN, run
+from PIL import Image
 
 from benchmarks.faults import EVERYTHING, differences
-from timm_sfr import UserError
+from timm_sfr import RunConfig, UserError
 from timm_sfr.checkpoint import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint
 from timm_sfr.cli import INTERRUPTED, parse
+from timm_sfr.data import open_splits
+from timm_sfr.fit import prepare
+from timm_sfr.loader import Preprocessing
+from timm_sfr.samples import BadImage, Decoded, bad_images, make_samples
+from timm_sfr.sections import AugConfig, DataConfig
 from timm_sfr.signals import Signals
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -230,3 +239,117 @@ def test_another_batch_size_goes_on_after_the_images_seen(whole, tmp_path):
     done = run(*TRAIN, "--resume", tmp_path / "run", "--batch-size", 100, OMP_NUM_THREADS="1")
     assert state["images"] == 768 and "at epoch 1, batch 8" in done.stdout, done.stderr
     assert done.returncode == 0
+
+
+def spoiled(tmp_path, policy, when, gradient=False):
+    """A trainer on the digits, and the batches of its first epoch at which a loss, or a gradient, is not finite."""
+    options = {"epochs": 1, "on_nonfinite": policy, "output": str(tmp_path), "experiment": "run", "device": "cpu",
+               "sfr_smoothing_source": "classes", "model_ema": True}  # fmt: skip
+    trainer = prepare(RunConfig.from_flat(options))
+    compute, calls = trainer.task.forward, iter(range(10**6))
+
+    def forward(image, target):
+        bad = next(calls) in when
+        if bad and not gradient:
+            image = image * float("nan")
+        result = compute(image, target)
+        if bad and gradient:
+            result["output"].register_hook(lambda g: g * float("inf"))
+        return result
+
+    trainer.task.forward = forward
+    return trainer
+
+
+def finite(trainer):
+    tensors = [*trainer.exported_model().state_dict().values(), *trainer.task.plain_model.state_dict().values(),
+               *trainer.task.get_sums().values(), trainer.task.smoothing.table]  # fmt: skip
+    return all(tensor.isfinite().all() for tensor in tensors)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+def test_a_batch_that_is_not_finite_is_left_out_and_written_down(tmp_path, gradient):
+    trainer = spoiled(tmp_path, "skip", {3, 4}, gradient)
+    means = trainer.train_epoch(0)
+    assert trainer.guard.skipped == 2 and trainer.updates == len(trainer.batches) and finite(trainer)
+    assert gradient or 0 < means["loss"] < 10
+    events = json.loads((tmp_path / "run/nonfinite.json").read_text())
+    assert [(event["epoch"], event["batch"], event["update"]) for event in events] == [(1, 4, 4), (1, 5, 5)]
+    assert events[0]["term"] == ("gradient" if gradient else "task_loss") and events[0]["action"] == "skip"
+    keys = trainer.batches.sampler.keys(0)[3 * 64 : 4 * 64]
+    assert events[0]["files"] == [f"number {key % 1437}" for key in keys]
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
+def test_by_default_it_stops_the_run(tmp_path, gradient):
+    trainer = spoiled(tmp_path, "stop", {3}, gradient)
+    with pytest.raises(
+        UserError, match=r"non-finite (loss|gradients) at epoch 1, update 4: .* stopped before the update"
+    ):
+        trainer.train_epoch(0)
+    assert trainer.updates == 3 and all(p.isfinite().all() for p in trainer.task.plain_model.parameters())
+    assert len(json.loads((tmp_path / "run/nonfinite.json").read_text())) == 1
+
+
+def test_too_many_in_a_row_stop_it_anyway(tmp_path):
+    trainer = spoiled(tmp_path, "skip", range(2, 99))
+    with pytest.raises(UserError, match="11 updates in a row were left out, the last at epoch 1, update 13"):
+        trainer.train_epoch(0)
+    assert finite(trainer)
+
+
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """The folder of images with three that do not decode: cut off, empty, no image; and where they lie."""
+    place = tmp_path / "images"
+    shutil.copytree(folder, place)
+    train = open_splits(DataConfig(data_dir=str(place)), "RGB", 0)[0].dataset
+    files = [Path(train.filename(index, absolute=True)) for index in (23, 24, 25)]  # in the order that they are read
+    files[0].write_bytes(files[0].read_bytes()[:100])
+    files[1].write_bytes(b"")
+    files[2].write_text("no image")
+    return place, files
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_another_image_of_the_class_stands_in_for_one_that_does_not_decode(damaged, cached):
+    place, _ = damaged
+    config = DataConfig(data_dir=str(place), workers=0, on_bad_image="skip", cache_dataset=cached)
+    train = open_splits(config, "RGB", 0)[0]
+    samples = make_samples(train, PREP.train_transform(AugConfig()), config, "RGB", 0)
+    for bad in (23, 24, 25):
+        (image, target), (other, same) = samples.images[bad], samples.images[26]
+        assert image.tobytes() == other.tobytes() and target == same == 1
+    assert samples.images[0][1] == 0
+    if not cached:
+        assert len(bad_images(samples).waiting) == 3
+
+
+def test_bad_images_are_listed_once_and_the_run_goes_on(damaged, tmp_path):
+    place, files = damaged
+    words = ("--model", "resnet20_cifar", "--data-dir", place, "--epochs", 2, "-b", 20, "-j", 2, "--output", tmp_path)
+    done = run(*TRAIN, *words, "--experiment", "stop")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot decode image" in done.stderr
+    assert any(str(file) in done.stderr for file in files) and "--on-bad-image skip" in done.stderr
+    done = run(*TRAIN, *words, "--experiment", "skip", "--on-bad-image", "skip")
+    assert done.returncode == 0 and "warning: 3 images do not decode" in done.stdout, done.stderr
+    lines = set((tmp_path / "skip" / "bad_images.txt").read_text().splitlines())
+    assert {line.split(": ")[0] for line in lines} == {str(file) for file in files}
+
+
+def test_an_image_of_too_many_pixels_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(BadImage, match="number 1: 16 x 16 pixels are more than 100"):
+        Decoded([(Image.new("L", (8, 8)), 0), (Image.new("L", (16, 16)), 1)], "RGB")[1]
+
+
+def test_a_loading_process_that_dies_is_said_in_one_line(folder, tmp_path):
+    script = (
+        "import os, sys, timm_sfr.samples as s, train_sfr; seed = s.seed_cpu;"
+        "s.seed_cpu = lambda *e: os._exit(9) if e[1:] == (0, 7) else seed(*e);"
+        "sys.exit(train_sfr.main(sys.argv[1:]))"
+    )
+    words = ("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 1, "-b", 20, "-j", 1, "--output", tmp_path)
+    done = run(sys.executable, "-c", script, *words)
+    assert done.returncode == 2 and "error: data: a loading process died: DataLoader worker" in done.stderr
+    assert "Traceback" not in done.stderr

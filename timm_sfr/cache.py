@@ -51,6 +51,7 @@ class Cached(Dataset):
                 shapes.append((*array.shape, 0)[:3])
                 if len(targets) == min(CHUNK, len(source)):
                     self._check_room(file.tell() / len(targets) * len(source), len(source))
+        self.images = source if hasattr(source, "images") else None  # for `bad_images`
         self.shapes, self.targets = np.array(shapes), np.array(targets)
         self.starts = np.concatenate([[0], np.cumsum(np.where(self.shapes == 0, 1, self.shapes).prod(1))])
         self._map()
@@ -70,10 +71,10 @@ class Cached(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         # A map is pickled as its contents: a started process maps the file itself.
-        return {name: value for name, value in self.__dict__.items() if name not in ("bytes", "_remove")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("bytes", "images", "_remove")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.__dict__.update(state, images=None)
         self._map()
 
     def _map(self) -> None:

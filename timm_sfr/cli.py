@@ -29,8 +29,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raises UserError in place of printing the usage."""
         if message.startswith("unrecognized arguments: "):
-            word = message.removeprefix("unrecognized arguments: ").split()[0]
-            message += near_matches(word, self._option_string_actions) or "; --help lists them"
+            words = message.removeprefix("unrecognized arguments: ").split() or ["''"]  # an empty word
+            message = f"unrecognized arguments: {' '.join(words)}"
+            message += near_matches(words[0], self._option_string_actions) or "; --help lists them"
         raise UserError(message)
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,16 +21,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from timm_sfr import build, report
-from timm_sfr.card import Facts
-from timm_sfr.checkpoint import save_checkpoint
 from timm_sfr.config import RunConfig
-from timm_sfr.errors import Interrupted, UserError
+from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.export import Exporter
 from timm_sfr.guard import ADVICE, TERMS, FiniteGuard, stopped, write_event
-from timm_sfr.loader import Preprocessing, TrainBatches, reseed
+from timm_sfr.keep import interrupted, keep_checkpoint, say_bad_images, write_epoch
+from timm_sfr.loader import Preprocessing, TrainBatches
+from timm_sfr.samples import reseed
 from timm_sfr.signals import Signals
-from timm_sfr.state import collect
 from timm_sfr.workspace import Workspace
 
 _logger = logging.getLogger("timm_sfr")
@@ -163,7 +160,7 @@ class Trainer:
             self._fit()
 
     def _fit(self) -> None:
-        engine, epochs = self.config.engine, self.schedule.epochs
+        engine, epochs, bad = self.config.engine, self.schedule.epochs, 0
         self.started = time.perf_counter() - self.seconds
         for epoch in range(self.start_epoch, epochs):
             start = self.start_step if epoch == self.start_epoch else 0
@@ -177,14 +174,15 @@ class Trainer:
             row = report.epoch_row(epoch, self.lr, train, val)
             self.rows.append(row)
             improved = val is not None and self._record(epoch, val)
+            bad = say_bad_images(self, bad)
             if self.accelerator.is_main_process:
                 _logger.info(report.log_line(row, epochs))
-                self._write(improved)
-            self._keep(epoch + 1, 0, None, improved)
+                write_epoch(self, improved)
+            keep_checkpoint(self, epoch + 1, 0, None, improved)
             self.accelerator.wait_for_everyone()
             stop, _ = self.signals.asked(self.updates, now=True)
             if stop is not None and epoch + 1 < epochs:
-                raise self._interrupted(stop)
+                raise interrupted(self, stop)
 
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds."""
@@ -263,29 +261,10 @@ class Trainer:
         stop, save = self.signals.asked(self.updates)
         interval = self.config.engine.checkpoint_interval
         if save or stop is not None or (interval is not None and self.updates % interval == 0):
-            self._keep(epoch, step, total, False)
+            self._settle(epoch)
+            keep_checkpoint(self, epoch, step, total, False)
         if stop is not None:
-            raise self._interrupted(stop)
-
-    def _interrupted(self, stop: int) -> Interrupted:
-        return Interrupted(
-            f"stopped by {signal.Signals(stop).name} after update {self.updates}, {self.workspace.kept()}; go on with: "
-            f"python train_sfr.py --resume {self.workspace.run}"
-        )
-
-    def _write(self, improved: bool) -> None:
-        """Summary, best model and metrics of an epoch, each whole; the checkpoint comes after them: it is what counts."""
-        run = self.workspace.run
-        with self._spared("the epoch's files"):
-            report.write_summary(run / "summary.csv", self.rows)
-            if self.exporter is not None and self.best:
-                facts = Facts(self.metrics(), self.config.flat(), self.rows)
-                if improved:
-                    self.exporter.write(run / "model", self.exported_model().state_dict(), facts)
-                elif (run / "model").is_dir():
-                    self.exporter.describe(run / "model", facts)
-            if self.best:
-                report.write_json(run / "metrics.json", self.metrics())
+            raise interrupted(self, stop)
 
     def _settle(self, epoch: int) -> None:
         """Before anything is kept: the last update's gradients must have been finite, where nobody has looked yet."""
@@ -293,31 +272,6 @@ class Trainer:
         if self.guard.bad is not None and self.guard.policy == "stop":
             where = f"epoch {epoch + 1}, update {self.updates}"
             raise stopped(*self.guard.bad, where, "stopped after the update", self.workspace.kept())
-
-    def _keep(self, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
-        """Keeps a checkpoint; every process has to come here, for what each alone knows in mid-epoch."""
-        if step > 0:
-            self._settle(epoch)
-        self.seconds = time.perf_counter() - self.started
-        if step == 0 and not self.accelerator.is_main_process:
-            return
-        state = collect(self, epoch, step, total)
-        if self.accelerator.is_main_process:
-            with self._spared("a checkpoint"):
-                save_checkpoint(self.workspace.run / "checkpoints", state, self.config.engine.checkpoint_hist, improved)
-
-    @contextlib.contextmanager
-    def _spared(self, what: str) -> Iterator[None]:
-        """Says in one line that the disk does not take `what`, and stops, or goes on where the options say so."""
-        try:
-            yield
-        except OSError as error:
-            reason = f"{what} cannot be written: {error.strerror or error}"
-            if self.config.engine.on_full_disk == "stop":
-                raise UserError(
-                    f"output: {reason}; stopped, {self.workspace.kept()}; make room and --resume, or give --on-full-disk skip"
-                ) from error
-            _logger.warning(f"warning: {reason}; going on without (--on-full-disk skip)")
 
 
 def _term(result: dict[str, Tensor], name: str) -> Tensor:

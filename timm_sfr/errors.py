@@ -41,4 +41,6 @@ def first_line(error: BaseException) -> str:
 def one_line(error: UserError) -> str:
     """The error's message alone, also where a data loading process has wrapped it in its traceback."""
     text = str(error)
-    return text.rsplit("UserError: ", 1)[-1].strip() if text.startswith("Caught UserError") else text
+    if text.startswith("Caught ") and "Traceback" in text:
+        return text.strip().splitlines()[-1].split(": ", 1)[-1]
+    return text

@@ -23,12 +23,13 @@ from timm_sfr.checkpoint import load_newest
 from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import Trainer
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, first_line
 from timm_sfr.export import Exporter, resolve_hub
 from timm_sfr.guard import FiniteGuard
 from timm_sfr.hub import loading_line, published, push_to_hub
 from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
@@ -70,6 +71,8 @@ def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = Non
             # Only now: options that do not fit the run to resume must not replace its own.
             report.write_args(run / "args.yaml", trainer.config.flat())
         trainer.fit()
+    except RuntimeError as error:
+        raise _explained(error, trainer.workspace.kept()) from error
     finally:
         trainer.accelerator.end_training()
     best, last = trainer.best, trainer.last
@@ -132,6 +135,10 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     workspace = open_workspace(
         config.engine.output, config.engine.experiment, config.model.model or build.DEFAULT_MODEL, resume, accelerator
     )
+    for samples in (getattr(batches, "samples", None), getattr(loader, "dataset", None)):
+        bad = bad_images(samples)
+        if bad is not None:
+            bad.write_to(workspace.run / "bad_images.txt")
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
     workspace.say(_headline(resolved, task, accelerator, train, val, parameters))
@@ -165,6 +172,19 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             "versions": report.versions(),
         },
     )
+
+
+def _explained(error: RuntimeError, kept: str) -> Exception:
+    """The error in one line where it is of the machine, not of the code: a process that died, memory that ran out."""
+    text = first_line(error)
+    if "DataLoader worker" in text:
+        return UserError(
+            f"data: a loading process died: {text.rstrip('.')}; {kept}; where memory ran out, lower --workers"
+        )
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return UserError(f"out of memory: {text}; {kept}; lower --batch-size (and raise --grad-accum-steps), or give "
+                         "--grad-checkpointing")  # fmt: skip
+    return error
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:

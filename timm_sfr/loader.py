@@ -1,144 +1,33 @@
-"""From samples to batches, with an order and an augmentation that depend on the seed alone.
+"""From samples to batches, in an order that depends on the seed alone.
 
-A training sample is drawn by a key that holds its epoch and its index, and augmented with random numbers from
-(seed, epoch, index): the same sample looks the same in a given epoch whatever the number of workers and processes.
+A training sample is drawn by a key that holds its epoch and its index (`timm_sfr.samples`): it looks the same in a given
+epoch whatever the number of workers and processes.
 
 Shape suffixes: B batch, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from timm.data import ImageDataset, create_transform
+from timm.data import create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler
 
-from timm_sfr.cache import Cached
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
+from timm_sfr.samples import file_name, make_samples
 from timm_sfr.sections import AugConfig, DataConfig
 
 _logger = logging.getLogger("timm_sfr")
-
-
-class Decoded(Dataset):
-    """Samples of a map-style dataset: (PIL image, class index) by index.
-
-    Raises:
-        UserError: on reading an image that does not decode, with its name.
-    """
-
-    def __init__(self, dataset: Any, img_mode: str) -> None:
-        self.dataset, self.img_mode = dataset, img_mode
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            return self._read(index)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(
-                f"data: cannot decode image {_file_name(self.dataset, index)}: {error}; replace or delete the file"
-            ) from error
-
-    def _read(self, index: int) -> tuple[Image.Image, int]:
-        # timm's own __getitem__ would replace a file that does not decode by its neighbour, with a warning.
-        if isinstance(self.dataset, ImageDataset):
-            stream, target = self.dataset.reader[index]
-            with contextlib.closing(stream) if hasattr(stream, "close") else contextlib.nullcontext():
-                return Image.open(stream).convert(self.img_mode), int(target)
-        image, target = self.dataset[index]
-        return image.convert(self.img_mode), int(target)
-
-
-class Samples(Dataset):
-    """Transformed samples: (uint8 image (C, H, W), class index) by key.
-
-    A key is ``epoch * len + index`` (`EpochSampler`); the transform's random numbers come from (seed, epoch, index).
-
-    Args:
-        images: Gives (image, class index) by index.
-        transform: From an image to uint8; None if the images are that already.
-        seed: None for a transform that draws no random numbers.
-    """
-
-    def __init__(self, images: Dataset, transform: Callable | None, seed: int | None) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, key: int) -> tuple[Any, int]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: list[int]) -> list[tuple[Any, int]]:
-        """A whole batch, as the DataLoader asks for it: the state of the random numbers is put aside once, not once an
-        image, which takes as long as decoding a small one."""
-        if self.seed is None:
-            return [self._sample(key) for key in keys]
-        with random_state_kept():
-            return [self._sample(key) for key in keys]
-
-    def _sample(self, key: int) -> tuple[Any, int]:
-        epoch, index = divmod(key, len(self))
-        image, target = self.images[index]
-        if self.seed is not None:
-            seed_cpu(self.seed, epoch, index)
-        return image if self.transform is None else self.transform(image), target
-
-
-def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode: str, seed: int | None) -> Samples:
-    """`Samples` of a map-style split; decoded once where the options say so, and transformed once where nothing is drawn.
-
-    Raises:
-        UserError: if an image does not decode, or all do not fit.
-    """
-    images: Dataset = Decoded(split.dataset, config.input_img_mode or img_mode)
-    if not config.cache_dataset:
-        return Samples(images, transform, seed)
-    if seed is None:
-        return Samples(Cached(Samples(images, transform, None)), None, None)
-    return Samples(Cached(images), transform, seed)
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leaves the random numbers of Python, NumPy and torch (CPU) as they were, whatever is seeded inside.
-
-    In a data loading process nothing else draws any: there it does nothing.
-    """
-    if get_worker_info() is not None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def seed_cpu(*entropy: int) -> None:
-    """Seeds Python, NumPy and torch (CPU) from `entropy`."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
 
 
 class EpochSampler(Sampler[int]):
@@ -259,6 +148,7 @@ class TrainBatches:
                 _logger.info("decoding the images once, into memory")
             dataset = make_samples(split, transform, config, prep.img_mode, None if aug.no_aug else seed)
             self.sampler = EpochSampler(len(dataset), config.batch_size, seed, **place)
+        self.samples = dataset
         self.loader = DataLoader(dataset, config.batch_size, sampler=self.sampler, drop_last=True, **_workers(config))
         self.batches = PrefetchLoader(
             self.loader,
@@ -290,15 +180,7 @@ class TrainBatches:
         if self.sampler is None:
             return []
         keys = self.sampler.keys(epoch)[step * self.sampler.batch_size :][: self.sampler.batch_size]
-        return [_file_name(self.split.dataset, key % self.sampler.count) for key in keys]
-
-
-def _file_name(dataset: Any, index: int) -> str:
-    """The file of a sample, or its number where the dataset cannot say."""
-    try:
-        return str(dataset.filename(index, absolute=True))
-    except (AttributeError, AssertionError, NotImplementedError, TypeError):
-        return f"number {index}"
+        return [file_name(self.split.dataset, key % self.sampler.count) for key in keys]
 
 
 def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:
@@ -329,11 +211,3 @@ def _workers(config: DataConfig) -> dict[str, Any]:
         # Its own, since starting workers draws a number: a resumed run starts them in another epoch.
         "generator": torch.Generator(),
     }
-
-
-def reseed(*entropy: int) -> None:
-    """Seeds Python, NumPy and torch (all devices) from `entropy`: dropout, mixup and erasing of (seed, epoch, process)."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)

@@ -39,6 +39,11 @@ class DataConfig(Checked):
     batch_size: int = option(128, "training batch size per process", short="-b")
     validation_batch_size: int | None = option(None, "validation batch size per process (default: as in training)")
     workers: int = option(4, "data loading processes per process", short="-j")
+    on_bad_image: str = option(
+        "stop",
+        "where an image does not decode: stop, or skip it and take the next of its class",
+        choices=("stop", "skip"),
+    )
     cache_dataset: bool = option(
         False, "decode every image once, at the start, and keep all in memory: for sets of small images"
     )

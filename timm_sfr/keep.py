@@ -1,0 +1,86 @@
+"""What a run writes as it goes: the files of an epoch, checkpoints, the list of bad images."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from timm_sfr import report
+from timm_sfr.card import Facts
+from timm_sfr.checkpoint import save_checkpoint
+from timm_sfr.errors import Interrupted, UserError
+from timm_sfr.samples import bad_images
+from timm_sfr.state import collect
+
+if TYPE_CHECKING:
+    from timm_sfr.engine import Trainer
+
+_logger = logging.getLogger("timm_sfr")
+
+
+def write_epoch(trainer: Trainer, improved: bool) -> None:
+    """Summary, best model and metrics of an epoch, each whole; the checkpoint comes after them: it is what counts."""
+    run, exporter = trainer.workspace.run, trainer.exporter
+    with spared(trainer, "the epoch's files"):
+        report.write_summary(run / "summary.csv", trainer.rows)
+        if exporter is not None and trainer.best:
+            facts = Facts(trainer.metrics(), trainer.config.flat(), trainer.rows)
+            if improved:
+                exporter.write(run / "model", trainer.exported_model().state_dict(), facts)
+            elif (run / "model").is_dir():
+                exporter.describe(run / "model", facts)
+        if trainer.best:
+            report.write_json(run / "metrics.json", trainer.metrics())
+
+
+def keep_checkpoint(trainer: Trainer, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
+    """Keeps a checkpoint; every process has to come here, for what each alone knows in mid-epoch."""
+    trainer.seconds = time.perf_counter() - trainer.started
+    if step == 0 and not trainer.accelerator.is_main_process:
+        return
+    state = collect(trainer, epoch, step, total)
+    if trainer.accelerator.is_main_process:
+        folder, count = trainer.workspace.run / "checkpoints", trainer.config.engine.checkpoint_hist
+        with spared(trainer, "a checkpoint"):
+            save_checkpoint(folder, state, count, improved)
+
+
+@contextlib.contextmanager
+def spared(trainer: Trainer, what: str) -> Iterator[None]:
+    """Says in one line that the disk does not take `what`, and stops, or goes on where the options say so.
+
+    Raises:
+        UserError: to stop.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = f"{what} cannot be written: {error.strerror or error}"
+        if trainer.config.engine.on_full_disk == "stop":
+            raise UserError(
+                f"output: {reason}; stopped, {trainer.workspace.kept()}; make room and --resume, or give --on-full-disk skip"
+            ) from error
+        _logger.warning(f"warning: {reason}; going on without (--on-full-disk skip)")
+
+
+def interrupted(trainer: Trainer, stop: int) -> Interrupted:
+    """What a run that a signal has stopped ends with."""
+    return Interrupted(
+        f"stopped by {signal.Signals(stop).name} after update {trainer.updates}, {trainer.workspace.kept()}; go on with: "
+        f"python train_sfr.py --resume {trainer.workspace.run}"
+    )
+
+
+def say_bad_images(trainer: Trainer, before: int) -> int:
+    """Says how many images did not decode, if that are more than `before`; how many there are."""
+    bad = bad_images(getattr(trainer.batches, "samples", None))
+    count = 0 if bad is None else len(bad.names())
+    if count > before:
+        trainer.workspace.say(f"warning: {count} images do not decode and others stand in for them: {bad.path}")
+    return count

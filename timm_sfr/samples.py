@@ -1,0 +1,239 @@
+"""One sample: read, decoded, mended where it cannot be, transformed with random numbers of its own.
+
+Shape suffixes: C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import Dataset, get_worker_info
+
+from timm_sfr.cache import Cached
+from timm_sfr.data import Split
+from timm_sfr.errors import UserError
+from timm_sfr.sections import DataConfig
+
+
+class BadImage(UserError):
+    """An image that does not decode.
+
+    Attributes:
+        name: Its file, or its number.
+        target: Its class, None where that is not known.
+    """
+
+    name: str = ""
+    target: int | None = None
+
+
+class Decoded(Dataset):
+    """Samples of a map-style dataset: (PIL image, class index) by index.
+
+    Raises:
+        BadImage: on reading an image that does not decode.
+    """
+
+    def __init__(self, dataset: Any, img_mode: str) -> None:
+        self.dataset, self.img_mode = dataset, img_mode
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        target = None
+        try:
+            # timm's own __getitem__ would replace a file that does not decode by its neighbour, with a warning.
+            if isinstance(self.dataset, ImageDataset):
+                stream, target = self.dataset.reader[index]
+                with contextlib.closing(stream) if hasattr(stream, "close") else contextlib.nullcontext():
+                    return self._convert(Image.open(stream)), int(target)
+            image, target = self.dataset[index]
+            return self._convert(image), int(target)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            name = file_name(self.dataset, index)
+            bad = BadImage(
+                f"data: cannot decode image {name}: {error}; replace or delete the file, or give --on-bad-image skip"
+            )
+            bad.name, bad.target = name, None if target is None else int(target)
+            raise bad from error
+
+    def target(self, index: int) -> int:
+        """The class of a sample, without decoding it where the dataset can tell."""
+        if isinstance(self.dataset, ImageDataset) and hasattr(self.dataset.reader, "samples"):
+            return int(self.dataset.reader.samples[index][1])
+        return self[index][1]
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        # PIL itself refuses only twice as many, and warns in between.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
+        return image.convert(self.img_mode)
+
+
+class BadImages:
+    """The list of images that did not decode: a file that all loading processes add to, each image once.
+
+    Attributes:
+        path: The file; until it is known, names wait.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.waiting: list[str] = []
+
+    def write_to(self, path: Path) -> None:
+        """Says where the list is; before the loading processes start."""
+        self.path = path
+        waiting, self.waiting = self.waiting, []
+        for line in waiting:
+            self.add(line)
+
+    def add(self, line: str) -> None:
+        """Adds an image and why."""
+        if self.path is None:
+            self.waiting.append(line)
+        elif line not in self.names():
+            with self.path.open("a") as file:  # one short write: lines of several processes do not mix
+                file.write(line + "\n")
+
+    def names(self) -> list[str]:
+        """The lines so far."""
+        return self.path.read_text().splitlines() if self.path is not None and self.path.exists() else []
+
+
+class Mended(Dataset):
+    """`Decoded`, with another image of the same class in the place of one that does not decode: the next that does.
+
+    Which one depends on the dataset alone. Where the class of the bad image is not known, the next image is taken with
+    its own class.
+
+    Raises:
+        BadImage: if no image of the class decodes.
+    """
+
+    def __init__(self, images: Decoded, bad: BadImages) -> None:
+        self.images, self.bad = images, bad
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            return self.images[index]
+        except BadImage as error:
+            self.bad.add(f"{error.name}: {error.__cause__}".replace("\n", " "))
+            for other in range(index + 1, index + len(self)):
+                with contextlib.suppress(BadImage):
+                    if error.target is None or self.images.target(other % len(self)) == error.target:
+                        return self.images[other % len(self)]
+            raise
+
+
+class Samples(Dataset):
+    """Transformed samples: (uint8 image (C, H, W), class index) by key.
+
+    A key is ``epoch * len + index`` (`EpochSampler`); the transform's random numbers come from (seed, epoch, index).
+
+    Args:
+        images: Gives (image, class index) by index.
+        transform: From an image to uint8; None if the images are that already.
+        seed: None for a transform that draws no random numbers.
+    """
+
+    def __init__(self, images: Dataset, transform: Callable | None, seed: int | None) -> None:
+        self.images, self.transform, self.seed = images, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.images)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: int) -> tuple[Any, int]:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[int]) -> list[tuple[Any, int]]:
+        """A whole batch, as the DataLoader asks for it: the state of the random numbers is put aside once, not once an
+        image, which takes as long as decoding a small one."""
+        if self.seed is None:
+            return [self._sample(key) for key in keys]
+        with random_state_kept():
+            return [self._sample(key) for key in keys]
+
+    def _sample(self, key: int) -> tuple[Any, int]:
+        epoch, index = divmod(key, len(self))
+        image, target = self.images[index]
+        if self.seed is not None:
+            seed_cpu(self.seed, epoch, index)
+        return image if self.transform is None else self.transform(image), target
+
+
+def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode: str, seed: int | None) -> Samples:
+    """`Samples` of a map-style split; decoded once where the options say so, and transformed once where nothing is drawn.
+
+    Raises:
+        UserError: if an image does not decode, or all do not fit.
+    """
+    images: Dataset = Decoded(split.dataset, config.input_img_mode or img_mode)
+    if config.on_bad_image == "skip":
+        images = Mended(images, BadImages())
+    if not config.cache_dataset:
+        return Samples(images, transform, seed)
+    if seed is None:
+        return Samples(Cached(Samples(images, transform, None)), None, None)
+    return Samples(Cached(images), transform, seed)
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leaves the random numbers of Python, NumPy and torch (CPU) as they were, whatever is seeded inside.
+
+    In a data loading process nothing else draws any: there it does nothing.
+    """
+    if get_worker_info() is not None:
+        yield
+        return
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def seed_cpu(*entropy: int) -> None:
+    """Seeds Python, NumPy and torch (CPU) from `entropy`."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+
+
+def reseed(*entropy: int) -> None:
+    """Seeds Python, NumPy and torch (all devices) from `entropy`: dropout, mixup and erasing of (seed, epoch, process)."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def bad_images(samples: Any) -> BadImages | None:
+    """The list that `samples` (or what they are read from) adds to; None where nothing is mended."""
+    while samples is not None and not isinstance(samples, Mended):
+        samples = getattr(samples, "images", None)
+    return None if samples is None else samples.bad
+
+
+def file_name(dataset: Any, index: int) -> str:
+    """The file of a sample, or its number where the dataset cannot say."""
+    try:
+        return str(dataset.filename(index, absolute=True))
+    except (AttributeError, AssertionError, NotImplementedError, TypeError):
+        return f"number {index}"
