@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -353,3 +354,42 @@ def test_a_loading_process_that_dies_is_said_in_one_line(folder, tmp_path):
     done = run(sys.executable, "-c", script, *words)
     assert done.returncode == 2 and "error: data: a loading process died: DataLoader worker" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def kill_a_rank(output, *launcher_words):
+    """Starts two processes, kills one (SIGKILL) after the first checkpoint; the launcher, and when it was."""
+    words = [
+        *EVERYTHING,
+        "--batch-size",
+        "32",
+        "--checkpoint-hist",
+        "99",
+        "--output",
+        str(output),
+        "--experiment",
+        "run",
+    ]
+    launcher = [*TORCHRUN, *launcher_words, str(ROOT / "train_sfr.py"), *words]
+    process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE)
+    while process.poll() is None and not checkpoints(output / "run" / "checkpoints"):
+        time.sleep(0.02)
+    ranks = [child for child in psutil.Process(process.pid).children() if "train_sfr.py" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    return process, time.monotonic()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_soon(tmp_path):
+    process, killed = kill_a_rank(tmp_path)
+    printed, _ = process.communicate(timeout=60)
+    print(f"ended {time.monotonic() - killed:.1f} s after the kill")
+    assert process.returncode != 0 and "Signal 9" in printed
+
+
+@pytest.mark.slow
+def test_after_a_killed_rank_torchrun_goes_on_by_itself_with_the_same_bits(pair, tmp_path):
+    process, _ = kill_a_rank(tmp_path, "--max-restarts", "1")
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0 and "resuming" in printed, printed
+    assert differences(pair, tmp_path / "run") == []

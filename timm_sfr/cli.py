@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 import types
 import typing
@@ -17,6 +16,7 @@ import yaml
 from timm_sfr.build import DEFAULT_MODEL
 from timm_sfr.config import SECTIONS, RunConfig, options
 from timm_sfr.errors import UserError, near_matches
+from timm_sfr.launch import restarts
 from timm_sfr.workspace import newest_run, read_run, read_yaml
 
 # Exit statuses beside 0 and 2: the run is done and whole, but not published; a signal stopped it, --resume goes on.
@@ -65,7 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | Non
     """
     given = vars(make_parser().parse_args(arguments))
     config, resume = given.pop("config", None), given.pop("resume", None)
-    if resume is None and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if resume is None and restarts() > 0:
         resume = "auto"  # torchrun has started the processes again after a failure
     if resume == "auto":
         stored = _stored(config)

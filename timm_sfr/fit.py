@@ -28,6 +28,7 @@ from timm_sfr.export import Exporter, resolve_hub
 from timm_sfr.guard import FiniteGuard
 from timm_sfr.hub import loading_line, published, push_to_hub
 from timm_sfr.hub_check import check_card, check_push
+from timm_sfr.launch import join_restarted_cpu_processes
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
 from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
@@ -195,10 +196,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """
     engine = config.engine
     # Without this word Accelerate would take each of torchrun's processes on a machine without a GPU for the only one.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    cpu = engine.device == "cpu" or (several and not torch.accelerator.is_available())
+    if cpu and several:
+        join_restarted_cpu_processes()
     try:
         accelerator = Accelerator(
-            cpu=engine.device == "cpu" or several,
+            cpu=cpu,
             mixed_precision=engine.mixed_precision,
             dynamo_backend=engine.torchcompile,
         )

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 import psutil
+import torch.distributed as dist
 from accelerate.commands.launch import launch_command_parser
 
 
@@ -51,3 +52,21 @@ def start_cpu_processes(script: str, arguments: Sequence[str]) -> int | None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
         return child.wait()
+
+
+def restarts() -> int:
+    """How many times torchrun has started these processes again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def join_restarted_cpu_processes() -> None:
+    """Joins CPU processes that torchrun has started again, under names of their own in its store.
+
+    That store outlives a restart, and gloo would find the addresses of the processes that have died.
+    """
+    if restarts() == 0 or dist.is_initialized():
+        return
+    size = int(os.environ["WORLD_SIZE"])
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
+    own = dist.PrefixStore(f"timm_sfr-restart-{restarts()}", store)
+    dist.init_process_group("gloo", store=own, rank=int(os.environ["RANK"]), world_size=size)

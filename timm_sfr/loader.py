@@ -122,7 +122,8 @@ class Preprocessing:
             ratio=aug.ratio,
             hflip=aug.hflip,
             vflip=aug.vflip,
-            color_jitter=aug.color_jitter,
+            # timm makes a jitter of 0 too, which changes nothing and takes as long as the rest.
+            color_jitter=aug.color_jitter or None,
             auto_augment=aug.aa,
             interpolation=aug.train_interpolation,
             mean=self.mean,
