@@ -119,9 +119,9 @@ class Trainer:
                 terms = torch.stack([_term(result, name) for name in TERMS])
                 self.guard.terms.send(terms)
                 self.accelerator.backward(result["loss"] / group)
-            if self.guard.check_terms() or self.guard.scaled:
+            if self.guard.check_terms():
                 total += terms
-            else:
+            elif not self.guard.scaled:
                 self._nonfinite(epoch, step)
             if updates_now:
                 self._update(optim, epoch, step)
