@@ -183,8 +183,14 @@ def write_page(rows: list[dict[str, str]], document: Path) -> None:
                 gap = f"{_number(mine, 'gap')} % ({_number(mine, 'worst')} %)"
                 table.append([f"{batch} of {nodes} x {nodes}", f"{_number(mine, 'milliseconds')} ms", gap, *cell])
         text = fill(text, f"solvers-{kind}", markdown(["problems", "ours", "its gap, mean (worst)", *others], table))
-    listed = [f"{name} ({setting})" for name, setting in others.items() if setting]
-    about = f"Settings: {'; '.join(listed)}; `reg` in units of the mean cost, then the number of iterations.\n"
+    listed = {
+        f"{row['features']}: {row['solver']} ({row['setting']})"
+        for row in sizes
+        if row["solver"] != OURS and row["setting"]
+    }
+    about = (
+        f"Settings: {'; '.join(sorted(listed))}. `reg` is in units of the mean cost; then the number of iterations.\n"
+    )
     text = fill(text, "solvers-settings", about)
     document.write_text(text)
     swept = [row for row in rows if row["kind"] == "sweep"]
