@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.accuracy import HERE, commit, positive, read
 from benchmarks.features import random_costs, real_costs
 from benchmarks.libraries import OURS, Solve, candidates
+from benchmarks.measured import timed
 from benchmarks.pages import fill, markdown
 from benchmarks.timing import in_turns, ratios
 from timm_sfr import report
@@ -42,13 +43,7 @@ SLOW = 5.0  # seconds a call: beyond this a solver is left out of larger sizes
 
 def seconds(solve: Solve, cost: Tensor) -> float:
     """How long one call takes."""
-    if cost.is_cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    solve(cost)
-    if cost.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return timed(partial(solve, cost))
 
 
 def gaps(solve: Solve, costs: dict[str, Tensor], best: dict[str, Tensor]) -> Tensor:

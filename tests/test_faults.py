@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from timm_sfr.checkpoint import Damaged, checkpoints, load_checkpoint, load_newe
 from timm_sfr.cli import INTERRUPTED, parse
 from timm_sfr.data import open_splits
 from timm_sfr.fit import prepare
+from timm_sfr.guard import FiniteGuard
 from timm_sfr.loader import Preprocessing
 from timm_sfr.samples import BadImage, Decoded, bad_images, make_samples
 from timm_sfr.sections import AugConfig, DataConfig
@@ -279,6 +281,17 @@ def test_a_batch_that_is_not_finite_is_left_out_and_written_down(tmp_path, gradi
     assert events[0]["term"] == ("gradient" if gradient else "task_loss") and events[0]["action"] == "skip"
     keys = trainer.batches.sampler.keys(0)[3 * 64 : 4 * 64]
     assert events[0]["files"] == [f"number {key % 1437}" for key in keys]
+
+
+def test_under_a_gradient_scaler_nothing_but_the_scaler_leaves_updates_out():
+    accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=object(), num_processes=1)
+    for scaled, bad in ((True, None), (False, "task_loss")):
+        accelerator.scaler = object() if scaled else None
+        guard = FiniteGuard(accelerator)
+        guard.terms.send(torch.tensor([float("inf"), float("inf"), 0, 0, 0]))
+        assert not guard.check_terms()
+        guard.settle()
+        assert (guard.bad and guard.bad[0]) == bad
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])

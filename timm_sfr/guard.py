@@ -82,7 +82,8 @@ class FiniteGuard:
         """Whether the terms sent last are finite."""
         values = dict(zip(TERMS, self.terms.receive() or [0.0] * len(TERMS), strict=True))
         found = next(((name, values[name]) for name in WATCHED if not math.isfinite(values[name])), None)
-        self.bad = self.bad or found
+        if not self.scaled:
+            self.bad = self.bad or found
         return found is None
 
     def check_gradients(self, module: nn.Module) -> bool:
