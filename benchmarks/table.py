@@ -8,7 +8,6 @@ writes the tables into ``docs/results.md`` between its markers, and a plot a set
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import sys
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from statistics import mean, stdev
 
 from benchmarks import timing
 from benchmarks.accuracy import HERE, RESULTS, read
-from benchmarks.pages import fill, labels
+from benchmarks.pages import cannot_plot, fill, labels
 from benchmarks.presets import PRESETS
 
 DOCS = HERE.parent / "docs"
@@ -208,8 +207,8 @@ def main(arguments: list[str] | None = None) -> int:
     for option, path in [("csv", path) for path in args.csv] + [("document", args.document)]:
         if not path.is_file():
             return fail(f"{option}: there is no file {path}")
-    if importlib.util.find_spec("matplotlib") is None:
-        return fail('matplotlib is not installed: pip install -e ".[bench]"')
+    if missing := cannot_plot():
+        return fail(missing)
     text = args.document.read_text()
     rows, clock = [row for path in args.csv for row in read(path)], read(args.timing)
     kinds = sorted({(row["preset"], row["set"], row["split"]) for row in rows})
