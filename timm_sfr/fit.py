@@ -30,6 +30,7 @@ from timm_sfr.hub import loading_line, published, push_to_hub
 from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.launch import join_restarted_cpu_processes
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.memory import keep_freed_blocks
 from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
@@ -97,6 +98,8 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     parts = parts or Parts()
     show_log()
     accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_blocks()
     set_seed(config.engine.seed)
     reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
     img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
