@@ -189,6 +189,37 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_or_is_skipped(tmp_path):
     assert not checkpoints(tmp_path / "skip" / "checkpoints") and (tmp_path / "skip/model/model.safetensors").exists()
 
 
+FULL = """
+mount -t tmpfs -o size={size} tmpfs {place} || exit 99
+"${{@}}" --output {place} --experiment run; echo "status $?"
+mount -o remount,size=64m {place}
+{python} {train} --resume {place}/run; echo "status $?"
+cp -r {place}/run {kept}
+"""
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """A small tmpfs, for real: the run stops in one line, what was kept is whole, and it goes on once there is room."""
+    words = ("--epochs", 3, "--img-size", 16, "--batch-size", 64, "-j", 0)
+    done = run(*TRAIN, *words, "--output", tmp_path, "--experiment", "whole", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    # What the run holds after its first epoch, and half of what the second one writes beside it.
+    newest = checkpoints(tmp_path / "whole/checkpoints")[-1]
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (newest, tmp_path / "whole/model")]
+    (tmp_path / "disk").mkdir()
+    script = FULL.format(size=int(1.5 * sum(sizes)), place=tmp_path / "disk", python=TRAIN[0], train=TRAIN[1],
+                         kept=tmp_path / "kept")  # fmt: skip
+    done = run("unshare", "-rm", "bash", "-c", script, "bash", *TRAIN, *words, OMP_NUM_THREADS="1")
+    if done.returncode == 99 or "unshare failed" in done.stderr:
+        pytest.skip("no tmpfs can be mounted here")
+    assert [line for line in done.stdout.splitlines() if line.startswith("status")] == ["status 2", "status 0"], (
+        done.stderr
+    )
+    assert "cannot be written" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "epoch-00001-image" in done.stderr, "the first epoch's checkpoint is what is kept"
+    assert not differences(tmp_path / "whole", tmp_path / "kept")
+
+
 def test_auto_takes_the_newest_run_of_the_same_options(digits_run, tmp_path, monkeypatch):
     first, other = tmp_path / "20260101-000000-resnet20_cifar", tmp_path / "20260102-000000-resnet20_cifar"
     shutil.copytree(digits_run[0], first)

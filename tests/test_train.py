@@ -204,28 +204,6 @@ def test_no_sfr_is_a_plain_timm_loop(tmp_path):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "words,message",
-    [
-        (("--model", "resnet81"), "did you mean 'resnet18'"),
-        (("--data-dir", "/does/not/exist"), "no such file or directory"),
-        (("--model", "resnet18", "--img-size", 8), "no usable shallow tap"),
-        (("--mixed-precision", "fp16", "--device", "cpu"), "fp16 needs a GPU"),
-        (("--lr", 1e30), "non-finite loss at epoch 1, update 2: task_loss is nan"),
-        (("--resume", "tests"), "is no run"),
-        (("--batch-size", 5000), "fewer than one global batch"),
-        (("--aa", "foo"), "Unknown AA policy"),
-        (("--opt", "sdg"), "cannot make the optimizer 'sdg'"),
-        (("--sched", "cosin"), "cannot make the schedule 'cosin'"),
-        (("--num-classes", 4), "the data has 10 classes"),
-    ],
-)
-def test_bad_input_gets_one_line(words, message, tmp_path):
-    done = train(*words, "--epochs", 1, "--output", tmp_path, ok=False)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and message in errors[0]
-
-
 def test_a_non_finite_loss_keeps_the_last_checkpoint(digits_run, tmp_path):
     shutil.copytree(digits_run[0], tmp_path / "run")
     before = (tmp_path / "run/model/model.safetensors").read_bytes()

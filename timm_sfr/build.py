@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from timm.data import Mixup, resolve_input_data_config
 from timm.models import load_checkpoint, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers
@@ -14,9 +17,10 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
-from timm_sfr.errors import UserError, first_line, near_matches
+from timm_sfr.errors import HubError, UserError, brief, near_matches
 from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
+from timm_sfr.pretrained import base_folder, check_dtypes
 from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig
 from timm_sfr.task import SFRTask
 
@@ -29,9 +33,16 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
     Raises:
         UserError: for a name that timm lacks (with near matches), or arguments or weights that do not fit the model.
     """
-    name = config.model or DEFAULT_MODEL
-    plain = name.split(":", 1)[-1] if ":" in name else name.split(".")[0]
-    if ":" not in name and not timm.is_model(plain):
+    name = source = config.model or DEFAULT_MODEL
+    plain = name.split(".")[0]
+    folder = None
+    if ":" in name:
+        try:
+            folder = base_folder(name, config.pretrained)
+        except HubError as error:  # which would say that a finished run was not published
+            raise UserError(str(error)) from error
+        source = f"local-dir:{folder}"
+    elif not timm.is_model(plain):
         hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
         raise UserError(f"model: timm has no model {name!r}{hint}")
     arguments = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, **(config.model_kwargs or {})}
@@ -39,20 +50,42 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(
             pretrained=config.pretrained,
-            num_classes=num_classes,
-            **resolve_model_input_args(name, request, **arguments),
+            **resolve_model_input_args(source, request, num_classes=num_classes, **arguments),
         )
+        if folder is not None and config.pretrained:
+            check_dtypes(folder, model, name)
         if config.initial_checkpoint:
-            load_checkpoint(model, config.initial_checkpoint)
+            _load(model, config.initial_checkpoint)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
     except UserError:
         raise
-    except (*MISFITS, OSError) as error:
-        raise UserError(f"model: cannot create {name!r}: {first_line(error)}") from error
+    except (*MISFITS, OSError, SafetensorError, UnpicklingError, EOFError) as error:
+        raise UserError(f"model: cannot create {name!r}: {brief(error)}") from error
+    if folder is not None and not name.startswith("local-dir:"):
+        model.pretrained_cfg["hf_hub_id"] = name.split(":", 1)[1]  # where the folder came from
     if getattr(model, "num_classes", 0) != num_classes:
         raise UserError(f"model: {name!r} has no classifier for {num_classes} classes")
     return model
+
+
+def _load(model: nn.Module, path: str) -> None:
+    """Loads a file of weights, by timm, and nothing but tensors out of it.
+
+    Raises:
+        UserError: if it is missing or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"initial-checkpoint: no such file: {path!r}")
+    try:
+        load_checkpoint(model, path)
+    except Exception as error:
+        if not isinstance(error, UnpicklingError) and "weights_only" not in str(error):
+            raise
+        raise UserError(
+            f"initial-checkpoint: {path!r} is no file of weights, or holds more than tensors, numbers and texts, and is not "
+            "unpickled; convert it to safetensors where you trust it"
+        ) from error
 
 
 def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:

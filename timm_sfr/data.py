@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sfr.errors import UserError, first_line
+from timm_sfr.errors import UserError, first_line, near_matches
 from timm_sfr.sections import DataConfig
 
 SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
@@ -60,9 +60,15 @@ def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> 
         return Split(Digits(training, img_mode), tuple("0123456789"))
     split = config.train_split if training else config.val_split
     name = config.dataset or ""
+    samples = config.train_num_samples if training else config.val_num_samples
+    if "/" not in name and (config.data_dir is None) and name not in ("", "folder"):
+        kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/, or 'digits'"
+        raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
     if not name or name == "folder":
         name = ""
         _check_folder(config.data_dir, split)
+    if name.startswith("wds/") and samples is None:
+        _check_shards(config.data_dir, "train" if training else "val")
     try:
         dataset = create_dataset(
             name,
@@ -72,7 +78,7 @@ def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> 
             is_training=training,
             download=config.dataset_download,
             batch_size=config.batch_size,
-            num_samples=config.train_num_samples if training else config.val_num_samples,
+            num_samples=samples,
             seed=seed,
             input_img_mode=img_mode,
             input_key=config.input_key,
@@ -106,6 +112,14 @@ def open_splits(config: DataConfig, img_mode: str, seed: int) -> tuple[Split, Sp
             "--class-map"
         )
     return train, val
+
+
+def _check_shards(data_dir: str | None, split: str) -> None:
+    """Raises UserError where a folder of shards does not say how many samples they hold."""
+    root = Path(data_dir or "")
+    if root.is_dir() and not any((root / name).exists() for name in ("_info.json", "info.json")):
+        raise UserError(f"{split}-num-samples: the shards in {str(root)!r} do not say how many samples they hold; give "
+                        "--train-num-samples and --val-num-samples")  # fmt: skip
 
 
 def _check_folder(data_dir: str | None, split: str) -> None:

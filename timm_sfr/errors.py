@@ -38,6 +38,11 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+def brief(error: BaseException) -> str:
+    """The error's message on one line, its first 200 characters, or its type where it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def one_line(error: UserError) -> str:
     """The error's message alone, also where a data loading process has wrapped it in its traceback."""
     text = str(error)

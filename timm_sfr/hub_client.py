@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from timm_sfr.errors import HubError, UserError
+from timm_sfr.errors import HubError, UserError, brief
 
 Result = TypeVar("Result")
 
@@ -168,7 +168,7 @@ def reason(error: BaseException, token: str | None = None) -> str:
     if _any(links, RevisionNotFoundError):
         return "it has no such revision"
     if _any(links, EntryNotFoundError) and not _any(links, LocalEntryNotFoundError):
-        return _short(links[0])
+        return brief(links[0])
     if _any(links, RepositoryNotFoundError) or code == 404:
         return f"{server} has no such repository, or it is private and you are not logged in"
     if code == 412:
@@ -179,7 +179,7 @@ def reason(error: BaseException, token: str | None = None) -> str:
         return f"cannot reach the storage (Xet) of {server}"
     if network(error) or _any(links, LocalEntryNotFoundError):
         return f"cannot reach {server}"
-    return _short(links[0])
+    return brief(links[0])
 
 
 def _expected(error: BaseException) -> bool:
@@ -210,8 +210,3 @@ def _quoted(links: list[BaseException]) -> str:
     """What the server said of it, after a colon."""
     said = next((link.server_message for link in links if getattr(link, "server_message", None)), "")
     return f": {' '.join(said.split())[:200]}" if said else ""
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[:200] if lines else type(error).__name__

@@ -1,4 +1,8 @@
-"""Loading: a run's folder, a repository on the Hub, a model of the zoo, or any model of timm's, behind one function."""
+"""Loading: a run's folder, a repository on the Hub, a model of the zoo, or any model of timm's, behind one function.
+
+Nothing is unpickled, nothing but ``config.json`` and ``model.safetensors`` is read, and only from the folder or the commit that
+was named: what a configuration says of other files or places is not followed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from timm_sfr.errors import HubError, UserError, near_matches
@@ -59,17 +63,23 @@ def create_model(
     if folder is not None:
         return _from_folder(folder, name, arguments)
     if ":" in name or "/" in name:
-        repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
-        if repo_id.count("/") != 1 and name == repo_id:
-            raise UserError(f"model: {name!r} is no folder here, and no USER/NAME on the Hub")
-        check_repo_id(repo_id, "model")
-        return _from_folder(
-            _download(repo_id, where | {"revision": revision or at or None}, pretrained), name, arguments
-        )
+        return _from_folder(_from_hub(name, where, pretrained), name, arguments)
     if not timm.is_model(name):
         known = [*zoo(), *timm.list_models()]
         raise UserError(f"model: there is no {name!r}{near_matches(name, known) or '; timm.list_models() lists them'}")
     return _create(name, name, arguments | {"cache_dir": cache_dir})
+
+
+def base_folder(name: str, weights: bool) -> Path:
+    """The folder with the configuration, and the weights where they are wanted, of ``hf-hub:`` or ``local-dir:`` something.
+
+    Raises:
+        UserError: if there is none, or what it holds is not ours or timm's.
+        HubError: if it is on the Hub and cannot be had.
+    """
+    folder = _local(name) or _from_hub(name, {"revision": None, "token": None, "cache_dir": None}, weights)
+    check_folder(folder, name, weights)
+    return folder
 
 
 def _local(name: str) -> Path | None:
@@ -83,6 +93,15 @@ def _local(name: str) -> Path | None:
             f"model: {given!r} holds no {CONFIG} and no model/{CONFIG}; give the folder that the training printed"
         )
     return None
+
+
+def _from_hub(name: str, where: dict[str, Any], weights: bool) -> Path:
+    """The folder in the cache of ``[hf-hub:]USER/NAME[@REVISION]``."""
+    repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
+    if repo_id.count("/") != 1 and name == repo_id:
+        raise UserError(f"model: {name!r} is no folder here, and no USER/NAME on the Hub")
+    check_repo_id(repo_id, "model")
+    return _download(repo_id, where | {"revision": where["revision"] or at or None}, weights)
 
 
 def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: ZooEntry | None = None) -> Path:
@@ -107,18 +126,55 @@ def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: 
 
 def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Module:
     """The model in `folder`, by timm, from safetensors alone."""
+    check_folder(folder, name, arguments["pretrained"])
+    model = _create(f"local-dir:{folder}", name, arguments)
+    if arguments["pretrained"]:
+        check_dtypes(folder, model, name)
+    return model
+
+
+def check_folder(folder: Path, name: str, weights: bool) -> None:
+    """Looks at what timm is about to load.
+
+    Raises:
+        UserError: if the configuration is no model's of timm's, or `weights` are wanted and are not whole safetensors.
+    """
     try:
         architecture = str(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"model: the {CONFIG} of {name!r} is damaged or not timm's: {reason(error)}") from error
     if not timm.is_model(architecture):
         raise UserError(
             f"model: {name!r} is a {architecture!r}, which neither timm {timm.__version__} nor timm_sfr has; import what "
             "adds it to timm first, or install a newer one"
         )
-    if arguments["pretrained"] and not (folder / WEIGHTS).is_file():
+    if not weights:
+        return
+    if not (folder / WEIGHTS).is_file():
         raise UserError(f"model: {name!r} has no {WEIGHTS}; a pickle is not loaded")
-    return _create(f"local-dir:{folder}", name, arguments)
+    try:
+        with safe_open(folder / WEIGHTS, "pt"):  # reads the header, and whether the file is as long as that says
+            pass
+    except (SafetensorError, OSError) as error:
+        raise _damaged(name, error) from error
+
+
+def check_dtypes(folder: Path, model: nn.Module, name: str) -> None:
+    """Raises UserError if a tensor of the weights is of another kind than the model's: timm would convert it silently."""
+    expected = model.state_dict()
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  no mapping
+            found = file.get_slice(key).get_dtype()
+            if key in expected and expected[key].is_floating_point() != (found[0] in "FB" and found != "BOOL"):
+                dtype = str(expected[key].dtype).removeprefix("torch.")
+                raise UserError(
+                    f"model: the weights of {name!r} do not fit: expected {key} to be {dtype}; got {found}; publish or "
+                    "train them again"
+                )
+
+
+def _damaged(name: str, error: Exception) -> UserError:
+    return UserError(f"model: the weights of {name!r} are damaged: {error}; download or train them again")
 
 
 def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
@@ -128,9 +184,7 @@ def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
         except UserError:
             raise
         except SafetensorError as error:
-            raise UserError(
-                f"model: the weights of {name!r} are damaged: {error}; download or train them again"
-            ) from error
+            raise _damaged(name, error) from error
         except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
             raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
     names = model.pretrained_cfg.get("label_names")

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, brief
 
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer
@@ -54,20 +54,26 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     Raises:
         UserError: if it belongs to another model or optimizer.
     """
-    ema = trainer.task.get_trainable_module(ema=True)
     try:
-        unwrap_model(trainer.module).load_state_dict(state["module"])
-        if ema is not None:
-            # An average that is turned on at resume starts from the weights reached, not from random ones.
-            ema.module.load_state_dict(state["ema"] or state["module"])
-        trainer.task.load_task_state(state["task"])
-        trainer.optimizer.load_state_dict(state["optimizer"])
-        if trainer.accelerator.scaler is not None and state["scaler"] is not None:
-            trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        _check(trainer, state)
+        _take(trainer, state)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
         raise UserError(f"resume: the checkpoint does not fit these options: {reason}; leave out what differs from "
                         f"{trainer.workspace.run / 'args.yaml'}") from error  # fmt: skip
+
+
+def _take(trainer: Trainer, state: dict[str, Any]) -> None:
+    ema = trainer.task.get_trainable_module(ema=True)
+    unwrap_model(trainer.module).load_state_dict(state["module"])
+    if ema is not None:
+        # An average that is turned on at resume starts from the weights reached, not from random ones.
+        ema.module.load_state_dict(state["ema"] or state["module"])
+    trainer.task.load_task_state(state["task"])
+    _check_optimizer(trainer.optimizer.param_groups, state["optimizer"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    if trainer.accelerator.scaler is not None and state["scaler"] is not None:
+        trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.start_epoch, trainer.start_step, trainer.updates = state["epoch"], state["step"], state["updates"]
     trainer.seconds, trainer.lr = state["seconds"], state["lr"]
     trainer.best, trainer.last = state["best"], state["last"]
@@ -79,6 +85,44 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         # Sums over batches of another size count as so many of this one.
         _take_part(trainer, state["parts"], trainer.start_step / max(1, state["step"]))
     trainer.schedule.resume(trainer.start_epoch, trainer.updates, state["schedule"])
+
+
+KINDS = {"epoch": int, "step": int, "images": int, "updates": int, "lr": (int, float), "seconds": (int, float),
+         "best": dict, "last": dict, "module": dict, "task": dict, "optimizer": dict, "parts": list}  # fmt: skip
+# Arrays of these names have an element for each of the parameter's, in every optimizer of torch and timm that has them.
+SIGNS = ("momentum", "betas", "alpha", "rho")  # an option that one optimizer has tells it from the others
+ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
+
+
+def _check(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Raises ValueError for what loading would take without a word, and training would fail on or be changed by."""
+    for name, kind in KINDS.items():
+        if not isinstance(state[name], kind) or (isinstance(state[name], int) and state[name] < 0):
+            raise ValueError(f"{name} is {str(state[name])[:40]!r}")
+    own = unwrap_model(trainer.module).state_dict()
+    for name in ("module", "ema"):
+        for key, value in (state[name] or {}).items():
+            if key in own and value.is_floating_point() != own[key].is_floating_point():
+                raise ValueError(f"expected {key} to be {own[key].dtype}; got {value.dtype}")
+
+
+def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Raises ValueError where a state is not of an optimizer with these groups."""
+    for group, saved in zip(groups, state["param_groups"], strict=False):  # torch counts them
+        for key in SIGNS:
+            if (key in group) != (key in saved):
+                raise ValueError(f"its optimizer is another one, {'without' if key in group else 'with'} {key}")
+        for key, value in saved.items():
+            if key != "params" and isinstance(group.get(key), (int, float)) and not isinstance(value, (int, float)):
+                raise ValueError(f"the optimizer's {key} is {str(value)[:40]!r}")
+        for parameter, index in zip(group["params"], saved["params"], strict=False):
+            for key, value in state["state"].get(index, {}).items():
+                if key not in ELEMENTWISE or value is None:
+                    continue
+                if not value.is_floating_point() or value.numel() != parameter.numel():
+                    raise ValueError(
+                        f"the optimizer's {key} is {tuple(value.shape)} {value.dtype}, its parameter {tuple(parameter.shape)}"
+                    )
 
 
 def _own_part(trainer: Trainer, total: Tensor | None) -> Part:
