@@ -27,10 +27,11 @@ from timm_sfr.guard import FiniteGuard
 from timm_sfr.loader import Preprocessing
 from timm_sfr.samples import BadImage, Decoded, bad_images, make_samples
 from timm_sfr.sections import AugConfig, DataConfig
-from timm_sfr.signals import Signals
+from timm_sfr.signals import ECHO, Signals
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
+DIGITS_PAIR = ("--epochs", "200", "-b", "32", "--checkpoint-interval", "5", "--device", "cpu", "--val-interval", "50")
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -157,6 +158,26 @@ def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
     assert differences(whole, tmp_path / "run") == []
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_ctrl_c_on_two_processes_keeps_a_checkpoint(launcher, tmp_path):
+    """A terminal sends SIGINT to the launcher and to all that it started; torchrun then hands it on once more."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    words = [*DIGITS_PAIR, "--output", str(tmp_path), "--experiment", "run"]
+    launch = TORCHRUN if launcher == "torchrun" else accelerate
+    process = subprocess.Popen([*launch, TRAIN[1], *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ALONE, start_new_session=True)  # fmt: skip
+    folder = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not checkpoints(folder):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    newest = checkpoints(folder)[-1]
+    assert f"the checkpoint {newest} is kept; go on with: " in err, out + err
+    assert process.returncode != 0
+    done = run(*TRAIN, "--resume", tmp_path / "run", "--epochs", 3, OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+
+
 class Alone:
     num_processes = 1
 
@@ -168,6 +189,8 @@ def test_signals_are_noted_and_a_second_interrupt_is_not():
         assert signals.asked(2) == (None, True) and signals.asked(3) == (None, False)
         signal.raise_signal(signal.SIGINT)
         assert signals.asked(4) == (signal.SIGINT, False)
+        signal.raise_signal(signal.SIGINT)  # at once: the launcher's echo of the same Ctrl-C
+        time.sleep(ECHO + 0.1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 # Several processes agree by a collective; a signal waits for at most so many updates.
 AGREE_EVERY = 10
+ECHO = 1.0  # seconds: a terminal sends Ctrl-C to all processes, and their launcher hands it on to them once more
 
 
 class Signals:
@@ -28,6 +30,7 @@ class Signals:
         self.accelerator = accelerator
         self.stop: int | None = None
         self.save = False
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -47,9 +50,10 @@ class Signals:
         if number == getattr(signal, "SIGUSR1", None):
             self.save = True
         elif number == signal.SIGINT and self.stop == signal.SIGINT:
-            raise KeyboardInterrupt
+            if time.monotonic() - self._since > ECHO:
+                raise KeyboardInterrupt
         else:
-            self.stop = number
+            self.stop, self._since = number, time.monotonic()
 
     def asked(self, updates: int, now: bool = False) -> tuple[int | None, bool]:
         """What any process was asked for, the same on all: the signal to stop for, and whether to keep a checkpoint.
