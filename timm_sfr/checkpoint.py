@@ -171,7 +171,7 @@ def _was_best(path: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    text = (path / MANIFEST).read_text()
+    text = (path / MANIFEST).read_bytes().decode()  # read as text, a carriage return would pass unseen
     line = text.split("\n", 1)[0]
     if text != f"{line}\n{_sha256(line)}\n":
         raise ValueError("the manifest is not what was written")
