@@ -12,7 +12,6 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -20,10 +19,11 @@ from benchmarks import timing
 from benchmarks.accuracy import HERE, RESULTS, read
 from benchmarks.pages import cannot_plot, fill, labels
 from benchmarks.presets import PRESETS
+from timm_sfr.compare import FEWEST, spread
+from timm_sfr.compare import half_interval as interval
 
 DOCS = HERE.parent / "docs"
 BASES = ("ce", "ls")  # what differences are to
-FEWEST = 3  # seeds that an interval is given for: that of two is several times their distance
 HEAD = (
     "method", "seeds", "top-1, last epoch", "95 % interval", "difference to ce", "to ls", "(top-1, best epoch)", "top-5",
     "NLL", "ECE", "time / ce", "extra parameters",
@@ -43,18 +43,6 @@ class Summary:
         return [float(row[column]) for _, row in sorted(self.rows.items())]
 
 
-def interval(values: list[float]) -> float:
-    """Half the width of the 95 % t-interval of the mean; nan for one value.
-
-    t_{0.975, n-1} s / sqrt(n)
-    """
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return float("nan")
-    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-
-
 def paired(a: Summary, b: Summary, column: str) -> list[tuple[float, float]]:
     """The values of both at the seeds that both have."""
     return [(float(a.rows[s][column]), float(b.rows[s][column])) for s in sorted(a.rows.keys() & b.rows.keys())]
@@ -72,12 +60,6 @@ def summaries(rows: Iterable[dict[str, str]]) -> list[Summary]:
 def name(one: Summary, usual: int) -> str:
     """The method, with its epochs where they are not the table's."""
     return one.method if one.epochs == usual else f"{one.method}, {one.epochs} epochs"
-
-
-def spread(values: list[float], digits: int, sign: str = "") -> str:
-    """Mean and half the 95 % interval, from `FEWEST` values on."""
-    half = "" if len(values) < FEWEST else f" ± {interval(values):.{digits}f}"
-    return f"{mean(values):{sign}.{digits}f}{half}"
 
 
 def gain(one: Summary, base: Summary | None) -> str:

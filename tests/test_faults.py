@@ -58,7 +58,13 @@ def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path):
         ]
         cuts = [whole[: len(whole) * part // 7] for part in range(7)]
         holes = [whole[:i] + bytes(len(whole[i : i + 64])) + whole[i + 64 :] for i in range(0, len(whole), 64)]
-        for damaged in [*flips, *cuts, whole + b"x", whole[:-1] + b"\r" + whole[-1:], *(hole for hole in holes if hole != whole)]:
+        for damaged in [
+            *flips,
+            *cuts,
+            whole + b"x",
+            whole[:-1] + b"\r" + whole[-1:],
+            *(hole for hole in holes if hole != whole),
+        ]:
             file.write_bytes(damaged)
             with pytest.raises(Damaged, match="is damaged"):
                 load_checkpoint(newest)

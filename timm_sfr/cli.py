@@ -1,13 +1,14 @@
-"""The command line: one option per configuration field, in groups, under timm's names."""
+"""The command lines: options made from the configuration's fields, in groups, under timm's names; errors in one line."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,12 +16,13 @@ import yaml
 
 from timm_sfr.build import DEFAULT_MODEL
 from timm_sfr.config import SECTIONS, RunConfig, options
-from timm_sfr.errors import UserError, near_matches
+from timm_sfr.errors import UserError, near_matches, one_line
 from timm_sfr.launch import restarts
 from timm_sfr.workspace import newest_run, read_run, read_yaml
 
 # Exit statuses beside 0 and 2: the run is done and whole, but not published; a signal stopped it, --resume goes on.
 PUSH_FAILED, INTERRUPTED = 3, 75
+TRAIN = "Train any timm model with Self-Feature Regularization. With no data given, on the built-in digits."
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,17 +34,21 @@ class Parser(argparse.ArgumentParser):
             words = message.removeprefix("unrecognized arguments: ").split() or ["''"]  # an empty word
             message = f"unrecognized arguments: {' '.join(words)}"
             message += near_matches(words[0], self._option_string_actions) or "; --help lists them"
+        chosen = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        if chosen is not None:
+            message += near_matches(chosen[1], re.findall(r"[\w-]+", chosen[2]))
         raise UserError(message)
 
 
 def make_parser() -> Parser:
-    """The parser of all options; what is not given stays out of its result."""
-    parser = Parser(
-        prog="train_sfr.py",
-        description="Train any timm model with Self-Feature Regularization. With no data given, on the built-in digits.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    """The parser of the training's options; what is not given stays out of its result."""
+    parser = Parser(prog="train_sfr.py", description=TRAIN, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    add_training(parser)
+    return parser
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Adds all options of a run, in groups."""
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; 'auto': with the newest "
                         "of these options or this --experiment, or begin it")  # fmt: skip
@@ -50,9 +56,20 @@ def make_parser() -> Parser:
         name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
     }
     for section, name, item in options():
-        hint = typing.get_type_hints(SECTIONS[section])[item.name]
-        _add(groups[section], "--" + name.replace("_", "-"), name, item, hint)
-    return parser
+        _add(groups[section], section, name, item)
+
+
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Adds some of a run's options, by their outside names; what is not given stays out of the result."""
+    known = {name: (section, item) for section, name, item in options()}
+    for name in names:
+        section, item = known[name]
+        _add(parser, section, name, item)
+
+
+def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options `names` that were given."""
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | None]:
@@ -90,14 +107,16 @@ def _stored(config: str | None) -> dict[str, Any]:
     return stored
 
 
-def _add(group: Any, flag: str, name: str, item: dataclasses.Field, hint: Any) -> None:
+def _add(group: Any, section: str, name: str, item: dataclasses.Field) -> None:
+    flag, hint = "--" + name.replace("_", "-"), typing.get_type_hints(SECTIONS[section])[item.name]
     text = item.metadata["help"].replace("%", "%%")
     kind = next(k for k in typing.get_args(hint) if k is not type(None)) if isinstance(hint, types.UnionType) else hint
     if kind is bool:
         if item.default:
-            group.add_argument("--no-" + flag[2:], dest=name, action="store_false", help=f"turn off: {text}")
+            flag, action, text = "--no-" + flag[2:], "store_false", f"turn off: {text}"
         else:
-            group.add_argument(flag, dest=name, action="store_true", help=text)
+            action = "store_true"
+        group.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=text)
         return
     if item.default is not None and item.default != ():
         text += f" (default: {item.default})"
@@ -111,7 +130,7 @@ def _add(group: Any, flag: str, name: str, item: dataclasses.Field, hint: Any) -
         extra |= {"nargs": "?", "const": "inductor"}
     else:
         extra |= {"type": _number(kind)}
-    group.add_argument(*flags, dest=name, help=text, **extra)
+    group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **extra)
 
 
 def _number(kind: type) -> type:
@@ -129,6 +148,14 @@ class _Pairs(argparse.Action):
                 parser.error(f"argument {option_string}: expected KEY=VALUE; got {word!r}")
             pairs[key] = yaml.safe_load(value)
         setattr(namespace, self.dest, pairs)
+
+
+def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Sequence[str] | None) -> int:
+    """Parses and runs a command; its exit status, 2 with one line for a mistake."""
+    try:
+        return run(parser.parse_args(arguments))
+    except UserError as error:
+        return fail(one_line(error))
 
 
 def fail(message: str, status: int = 2) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_sfr.cli import Parser, fail
-from timm_sfr.errors import HubError, UserError
+from timm_sfr.cli import Parser, call, fail
+from timm_sfr.errors import UserError
+
+WHAT = "Name the most probable classes of images, by a model of the zoo, the Hub, a folder, or timm."
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -94,13 +97,8 @@ def predict(model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 
             yield Prediction(str(file), rows.get(file, []), errors.get(file))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 0, 1 if an image could not be read, 2 for a mistake."""
-    parser = Parser(
-        prog="python -m timm_sfr.predict",
-        description="The most probable classes of images, by a model of the zoo, the Hub, a folder, or timm.",
-        allow_abbrev=False,
-    )
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
     parser.add_argument(
         "model", metavar="MODEL", help="zoo name, USER/NAME on the Hub, a run's folder, or any timm name"
     )
@@ -109,18 +107,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
-    try:
-        args = parser.parse_args(arguments)
-        if args.topk < 1 or args.batch_size < 1:
-            raise UserError("topk and batch-size: expected 1 or more")
-        files = find_images(args.images)
-        from timm_sfr.pretrained import create_model
 
-        model = create_model(args.model, revision=args.revision)
-        if not getattr(model, "num_classes", 0):
-            raise UserError(f"model: {args.model!r} has no classifier")
-    except (HubError, UserError) as error:
-        return fail(str(error))
+
+def run(args: Namespace) -> int:
+    """Runs the command; 0, or 1 if an image could not be read."""
+    from timm_sfr.pretrained import create_model
+
+    if args.topk < 1 or args.batch_size < 1:
+        raise UserError("topk and batch-size: expected 1 or more")
+    files = find_images(args.images)
+    model = create_model(args.model, revision=args.revision)
+    if not getattr(model, "num_classes", 0):
+        raise UserError(f"model: {args.model!r} has no classifier")
     failed = 0
     for found in predict(model, files, args.topk, args.batch_size):
         failed += found.error is not None
@@ -137,6 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if failed:
         return fail(f"{failed} of {len(files)} images could not be read", 1)
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m timm_sfr.predict``: as ``timm-sfr predict``."""
+    parser = Parser(prog="python -m timm_sfr.predict", description=WHAT, allow_abbrev=False)
+    add_arguments(parser)
+    return call(run, parser, arguments)
 
 
 if __name__ == "__main__":

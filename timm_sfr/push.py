@@ -1,26 +1,21 @@
-"""Publishes a finished run: ``python -m timm_sfr.push RUN USER/NAME``."""
+"""Publishes a finished run: ``timm-sfr push RUN USER/NAME``, or ``python -m timm_sfr.push``."""
 
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_sfr.cli import PUSH_FAILED, Parser, fail
-from timm_sfr.errors import HubError, UserError
+from timm_sfr.cli import PUSH_FAILED, Parser, call, fail
+from timm_sfr.errors import HubError
+
+WHAT = "Publish a finished run on the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; 0, 2 for a mistake, 3 where the Hub is in the way."""
-    from timm_sfr.hub import published, push_to_hub
-    from timm_sfr.workspace import show_log
-
-    parser = Parser(
-        prog="python -m timm_sfr.push",
-        description="Publish a finished run on the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of the run")
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it is missing")
     parser.add_argument(
         "--private", "--hub-private", action="store_true", help="make the repository private, if it is made now"
@@ -28,11 +23,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--revision", "--hub-revision", help="branch to publish on (default: main)")
     parser.add_argument("--commit-message", help="title of the commit")
     parser.add_argument("--hub-license", help="licence of the weights (default: what the run recorded)")
+
+
+def run(args: Namespace) -> int:
+    """Runs the command; 0, or 3 where the Hub is in the way."""
+    from timm_sfr.hub import published, push_to_hub
+    from timm_sfr.workspace import show_log
+
     show_log()
     try:
-        args = parser.parse_args(arguments)
         url = push_to_hub(
-            args.run,
+            args.run_folder,
             args.repo_id,
             private=args.private,
             revision=args.revision,
@@ -41,10 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except HubError as error:
         return fail(str(error), PUSH_FAILED)
-    except UserError as error:
-        return fail(str(error))
-    print(published(args.run, url, args.repo_id, args.revision))
+    print(published(args.run_folder, url, args.repo_id, args.revision))
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m timm_sfr.push``: as ``timm-sfr push``."""
+    parser = Parser(prog="python -m timm_sfr.push", description=WHAT, allow_abbrev=False)
+    add_arguments(parser)
+    return call(run, parser, arguments)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,215 @@
+"""``timm-sfr VERB``: every verb as a user calls it, and what it says to a mistake."""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import scipy.stats
+import timm
+import torch
+import yaml
+from conftest import ROOT, run
+from PIL import Image
+
+import timm_sfr
+from timm_sfr import compare, deploy
+from timm_sfr.data import Digits
+from timm_sfr.main import VERBS, main
+from timm_sfr.zoo import zoo
+
+NAME = "resnet20_cifar.sfr_digits"
+
+
+def said(capsys, *words, status=0):
+    """What the command prints on standard output, or its one line of error."""
+    assert main([str(word) for word in words]) == status
+    out, err = capsys.readouterr()
+    if status != 2:
+        return out
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and not out
+    return err
+
+
+def test_help_names_every_verb(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    out = capsys.readouterr().out
+    assert done.value.code == 0 and all(f"\n    {name} " in out for name in VERBS)
+    for name in VERBS:
+        with pytest.raises(SystemExit) as done:
+            main([name, "--help"])
+        assert done.value.code == 0 and f"usage: timm-sfr {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words,hint",
+    [
+        (("trian",), "did you mean 'train'"),
+        ((), "required: VERB"),
+        (("validate", NAME, "--data-dri", "x"), "did you mean '--data-dir'"),
+        (("export", NAME, "--format", "onx"), "did you mean 'onnx'"),
+        (("taps", "resnet81"), "did you mean 'resnet18'"),
+        (("taps", "resnet18", "--sfr-channels", "group"), "did you mean 'groups'"),
+        (("taps", "resnet18", "--picture", "/does/not/exist.png"), "picture: cannot write"),
+        (("validate", NAME), "expected --data-dir DIR, or --dataset NAME"),
+        (("validate", "resnet20_cifra", "--dataset", "digits"), "did you mean 'resnet20_cifar'"),
+        (("compare", "tests"), "two or more"),
+        (("compare", "tests", "docs"), "'tests' has no args.yaml"),
+        (("export", NAME, "--output", "/does/not/exist.onnx"), "output: cannot write"),
+        (("train", "--modle", "x"), "did you mean '--model'"),
+    ],
+)
+def test_mistakes(words, hint, capsys):
+    assert hint in said(capsys, *words, status=2)
+
+
+def test_the_installed_command():
+    done = run(Path(sys.executable).with_name("timm-sfr"), "--version")
+    assert done.returncode == 0 and done.stdout == f"timm-sfr {timm_sfr.__version__}\n"
+
+
+def test_completion(capsys):
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    script = capsys.readouterr().out
+    assert all(name in script for name in VERBS) and "--sfr-matching" in script
+
+
+def test_train_is_train_sfr(capsys, tmp_path):
+    said(
+        capsys, "train", "--epochs", 1, "--img-size", 16, "--device", "cpu", "--output", tmp_path, "--experiment", "run"
+    )
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_validate_gives_the_trainings_own_figures(digits_run, capsys):
+    folder = digits_run[0]
+    found = json.loads(said(capsys, "validate", folder, "--json", "--device", "cpu"))
+    best = json.loads((folder / "metrics.json").read_text())["best"]
+    assert {name: found[name] for name in ("images", "ece")} == {name: best[name] for name in ("images", "ece")}
+    assert {name: found[name] for name in ("top1", "top5", "loss")} == {
+        name: best[f"val_{name}"] for name in ("top1", "top5", "loss")
+    }
+    text = said(capsys, "validate", folder / "model", "--dataset", "digits", "--device", "cpu")
+    assert f"{found['top1']:.3f} %" in text and "360 at 16 pixels" in text
+
+
+def test_validate_the_zoo(capsys):
+    found = json.loads(said(capsys, "validate", NAME, "--dataset", "digits", "--json", "--device", "cpu"))
+    assert found["top1"] == pytest.approx(zoo()[NAME].measured.published_top1, abs=0.01)
+
+
+def test_validate_other_classes(capsys, tmp_path):
+    for name in [*"123456789", "ten"]:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "val" / name / "0.png")
+    words = ("validate", NAME, "--data-dir", tmp_path, "--device", "cpu")
+    assert "class 0 is '1' in the data and '0' in the model" in said(capsys, *words, status=2)
+    (tmp_path / "val" / "ten" / "0.png").rename(tmp_path / "val" / "9" / "1.png")
+    (tmp_path / "val" / "ten").rmdir()
+    assert "expected 10 classes, as the model has; got 9" in said(capsys, *words, status=2)
+
+
+def test_predict_and_list(capsys, tmp_path):
+    Digits(train=False, mode="RGB")[0][0].save(tmp_path / "digit.png")
+    assert "digit.png" in said(capsys, "predict", NAME, tmp_path)
+    assert NAME in said(capsys, "list") and NAME not in said(capsys, "list", "wrn*")
+
+
+def test_taps(capsys, tmp_path):
+    picture = tmp_path / "taps.png"
+    text = said(capsys, "taps", "test_resnet", "--img-size", 64, "-b", 4, "--picture", picture)
+    plan = timm_sfr.choose_taps(timm.create_model("test_resnet"), (3, 64, 64))
+    lines = text.splitlines()
+    for line, tap in zip(lines[1:], plan.taps, strict=False):
+        assert tap.module in line and f"{tap.grid[0]}x{tap.grid[1]}" in line
+    assert lines[len(plan.taps) + 1].startswith("at 3x64x64: ") and "for a batch of 4" in lines[-1]
+    assert matplotlib.image.imread(picture).std() > 0.01, "something is drawn"
+    found = json.loads(said(capsys, "taps", "resnet20_cifar", "--json", "-b", 2, "--sfr-channels", "projection"))
+    shallow, deep = found["taps"][0], found["taps"][-1]
+    assert deep["role"] == "deep" and shallow["match"] == f"{shallow['channels']} projected to {deep['channels']}"
+    assert all(tap["milliseconds"] > 0 for tap in found["taps"][:-1])
+
+
+def fake_run(place, top1, **options):
+    """The files of a finished run that `compare` reads."""
+    place.mkdir()
+    (place / "args.yaml").write_text(yaml.safe_dump({"model": "m", "lr": 0.1, "output": str(place), **options}))
+    (place / "summary.csv").write_text("epoch,val_top1\n0,1\n")
+    scores = {"val_top1": top1, "val_top5": 90.0, "val_loss": 1.0, "ece": 0.1}
+    (place / "metrics.json").write_text(json.dumps({"last": scores, "best": scores, "seconds": 60}))
+    return place
+
+
+def test_compare_pairs_by_seed(capsys, tmp_path):
+    tops = {"a": [50.0, 51.0, 52.5], "b": [51.0, 52.5, 53.0]}
+    runs = [
+        fake_run(tmp_path / f"{name}{seed}", top1, seed=seed, mixup=float(name == "b"))
+        for name, values in tops.items()
+        for seed, top1 in enumerate(values)
+    ]
+    text = said(capsys, "compare", *runs).splitlines()
+    assert text[1].startswith("A  0,1,2") and text[2].startswith("B  0,1,2") and "60" not in text[1]
+    gains = np.subtract(tops["b"], tops["a"])
+    low, high = scipy.stats.t.interval(0.95, 2, gains.mean(), scipy.stats.sem(gains))
+    assert f"{gains.mean():+.2f} ± {(high - low) / 2:.2f}" in text[2]
+    assert text[-1].split() == ["mixup", "0.0", "1.0"], "what differs, and nothing else"
+    groups = [json.loads(line) for line in said(capsys, "compare", *runs, "--json").splitlines()]
+    assert groups[1]["top1_minus_first"] == pytest.approx(list(gains)) and groups[1]["seeds"] == [0, 1, 2]
+    assert "have the same options and seed 0" in said(capsys, "compare", runs[0], runs[0], status=2)
+    (runs[0] / "metrics.json").write_text("{}")
+    assert "are damaged" in said(capsys, "compare", *runs, status=2)
+
+
+def test_compare_real_runs(digits_run, capsys):
+    run_read = compare.read_finished(digits_run[0])
+    assert len(run_read.rows) == 4 and 0 < run_read.score("val_top1") <= 100
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", deploy.FORMATS)
+def test_export(kind, capsys, tmp_path):
+    path = tmp_path / f"model{deploy.FORMATS[kind]}"
+    assert "largest difference from PyTorch" in said(capsys, "export", NAME, "--format", kind, "--output", path)
+    images = torch.randn(5, 3, 16, 16)
+    expected = timm_sfr.create_model(NAME)(images).detach()
+    if kind == "onnx":
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        text = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}[deploy.METADATA]
+    elif kind == "torchscript":
+        files = {deploy.METADATA: ""}
+        found = torch.jit.load(str(path), _extra_files=files)(images)
+        text = files[deploy.METADATA]
+    else:
+        files = {deploy.METADATA: ""}
+        found = torch.export.load(str(path), extra_files=files).module()(images)
+        text = files[deploy.METADATA]
+    assert torch.allclose(found.detach(), expected, atol=1e-4)
+    about = json.loads(text)
+    assert about["label_names"] == list("0123456789") and about["input_size"] == [3, 16, 16]
+    assert about["mean"] == pytest.approx(timm_sfr.create_model(NAME).pretrained_cfg["mean"])
+
+
+def test_export_refuses_what_differs(tmp_path, monkeypatch):
+    model = timm_sfr.create_model(NAME)
+    write, load = deploy.WRITERS["torchscript"]
+    monkeypatch.setitem(deploy.WRITERS, "torchscript", (write, lambda path: lambda images: load(path)(images) + 0.1))
+    path = tmp_path / "model.pt"
+    path.write_text("before")
+    with pytest.raises(timm_sfr.UserError, match=r"differs from PyTorch by 0\.1"):
+        deploy.export(model, path, "torchscript", deploy.metadata(model, NAME))
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setitem(deploy.NEEDS, "onnx", ("no_such_package",))
+    with pytest.raises(timm_sfr.UserError, match=r"pip install \"timm-sfr\[export\]\""):
+        deploy.export(model, path, "onnx", deploy.metadata(model, NAME))
+
+
+def test_the_readme_names_every_verb():
+    text = (ROOT / "README.md").read_text()
+    assert all(f"timm-sfr {name}" in text for name in VERBS)
