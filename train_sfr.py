@@ -9,12 +9,21 @@ python train_sfr.py --help                                      lists the option
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:  # while it is loading, too
+        print("error: interrupted; --resume RUN goes on from the last checkpoint", file=sys.stderr)
+        return 2
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     from timm_sfr.cli import INTERRUPTED, PUSH_FAILED, fail, parse
     from timm_sfr.errors import HubError, Interrupted, UserError, one_line
     from timm_sfr.fit import fit
@@ -31,10 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(one_line(error))
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
         return INTERRUPTED
-    except KeyboardInterrupt:
-        return fail("interrupted; --resume RUN goes on from the last checkpoint")
     return 0
 
 

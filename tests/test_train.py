@@ -34,7 +34,13 @@ def summary(run_dir):
 
 def test_what_a_run_writes(digits_run):
     folder, printed = digits_run
-    assert {p.name for p in folder.iterdir()} == {"args.yaml", "summary.csv", "checkpoints", "model", "metrics.json"}
+    assert {p.name for p in folder.iterdir()} - {".lock"} == {
+        "args.yaml",
+        "summary.csv",
+        "checkpoints",
+        "model",
+        "metrics.json",
+    }
     assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert len({p.stat().st_mode for p in (folder / "model").iterdir()}) == 1, "others may read all of it or none"
     assert str(folder / "model") in printed and "shallow" in printed

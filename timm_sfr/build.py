@@ -36,7 +36,7 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
     name = source = config.model or DEFAULT_MODEL
     plain = name.split(".")[0]
     folder = None
-    if ":" in name:
+    if ":" in name or (not timm.is_model(plain) and Path(name).is_dir()):
         try:
             folder = base_folder(name, config.pretrained)
         except HubError as error:  # which would say that a finished run was not published
@@ -62,7 +62,7 @@ def create_model(config: ModelConfig, num_classes: int) -> nn.Module:
         raise
     except (*MISFITS, OSError, SafetensorError, UnpicklingError, EOFError) as error:
         raise UserError(f"model: cannot create {name!r}: {brief(error)}") from error
-    if folder is not None and not name.startswith("local-dir:"):
+    if folder is not None and name.startswith(("hf-hub:", "hf_hub:")):
         model.pretrained_cfg["hf_hub_id"] = name.split(":", 1)[1]  # where the folder came from
     if getattr(model, "num_classes", 0) != num_classes:
         raise UserError(f"model: {name!r} has no classifier for {num_classes} classes")
@@ -186,14 +186,23 @@ class Schedule:
     scheduler: Any
     epochs: int
 
+    @property
+    def remembers(self) -> bool:
+        """Whether the rate depends on more than the count: on how the scores went (plateau)."""
+        return isinstance(self.scheduler, PlateauLRScheduler)
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps: the counters that timm's own state leaves out too."""
+        return self.scheduler.lr_scheduler.state_dict() if self.remembers else None
+
     def resume(self, epoch: int, updates: int, state: dict[str, Any] | None) -> None:
         """Sets the rate for the update after `updates` ones and `epoch` epochs.
 
         timm's schedules are functions of that count alone, so that a resumed run may be given more epochs; plateau
         is not, and takes its `state`.
         """
-        if isinstance(self.scheduler, PlateauLRScheduler) and state is not None:
-            self.scheduler.load_state_dict(state)
+        if self.remembers and state is not None:
+            self.scheduler.lr_scheduler.load_state_dict(state)
         elif self.scheduler is not None:
             self.scheduler.step(epoch)
             self.scheduler.step_update(num_updates=updates)

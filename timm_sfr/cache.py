@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import socket
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 from timm_sfr.errors import UserError
 
 CHUNK = 1024  # images decoded before their bytes are written
+_PREFIX = f"timm_sfr-cache-{socket.gethostname()}-"  # a temporary folder may be shared by machines and containers
 _SPARE = 0.9  # of the free memory and disk, how much a cache may take
 
 
@@ -38,7 +41,8 @@ class Cached(Dataset):
     """
 
     def __init__(self, source: Any) -> None:
-        handle, path = tempfile.mkstemp(prefix="timm_sfr-cache-", suffix=".uint8")
+        _remove_left_over()
+        handle, path = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", suffix=".uint8")
         self._remove = weakref.finalize(self, _unlink, path, os.getpid())
         self.path = Path(path)
         targets, shapes = [], []
@@ -92,8 +96,11 @@ class Cached(Dataset):
 
 
 def _read_all(source: Any) -> Iterator[tuple[Any, int]]:
-    """(image, class) in order, decoded by threads a chunk at a time."""
-    with ThreadPoolExecutor() as pool:
+    """(image, class) in order, decoded a chunk at a time, by threads where the source can be read by several."""
+    inner = source
+    while hasattr(inner, "images"):
+        inner = inner.images
+    with ThreadPoolExecutor(None if getattr(inner, "concurrent", False) else 1) as pool:
         for start in range(0, len(source), CHUNK):
             yield from pool.map(source.__getitem__, range(start, min(start + CHUNK, len(source))))
 
@@ -106,6 +113,15 @@ def _write(file: BinaryIO, array: np.ndarray) -> None:
             f"cache-dataset: cannot write the decoded images to {tempfile.gettempdir()}: {error.strerror}; leave the option "
             "out, or set TMPDIR to a folder with more room"
         ) from error
+
+
+def _remove_left_over() -> None:
+    """Removes the files of processes of this machine that were killed."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        owner = path.name.removeprefix(_PREFIX).split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _unlink(path: str, owner: int) -> None:

@@ -66,8 +66,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) 
     Raises:
         OSError: if the disk is full or cannot be written to; what was there stays.
     """
-    # By images, not updates: in order of time also where a run goes on with another batch size.
-    path = folder / f"epoch-{state['epoch']:05d}-image-{state['images']:010d}"
+    path = folder / _name(state)
 
     def write(fresh: Path) -> None:
         fresh.mkdir()
@@ -93,6 +92,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) 
     except RuntimeError as error:  # torch's word for a write that failed
         raise OSError(errno.ENOSPC, _no_room(needed, shutil.disk_usage(folder).free, folder)) from error
     _sync(folder)
+    for half in folder.glob(".epoch-*"):  # of processes that were killed in a write
+        _remove(half)
     _thin(folder, keep)
     return path
 
@@ -118,6 +119,21 @@ def load_newest(folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
         f"resume: no whole checkpoint in {str(folder)!r} ({len(found)} damaged); start the run anew with --config "
         f"{str(folder.parent / 'args.yaml')!r}"
     )
+
+
+def set_aside(folder: Path, state: dict[str, Any]) -> None:
+    """Renames the damaged checkpoints that are newer than the state that was taken, so that they count as none."""
+    taken = _name(state)
+    for path in checkpoints(folder):
+        if path.name > taken:
+            replace = path.with_name(f"damaged-{path.name}")
+            _remove(replace)
+            path.rename(replace)
+
+
+def _name(state: dict[str, Any]) -> str:
+    # By images, not updates: in order of time also where a run goes on with another batch size.
+    return f"epoch-{state['epoch']:05d}-image-{state['images']:010d}"
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

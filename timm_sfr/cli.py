@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 import types
@@ -17,12 +18,17 @@ import yaml
 from timm_sfr.build import DEFAULT_MODEL
 from timm_sfr.config import SECTIONS, RunConfig, options
 from timm_sfr.errors import UserError, near_matches, one_line
-from timm_sfr.launch import restarts
+from timm_sfr.launch import launch_id, restarts
 from timm_sfr.workspace import newest_run, read_run, read_yaml
 
 # Exit statuses beside 0 and 2: the run is done and whole, but not published; a signal stopped it, --resume goes on.
 PUSH_FAILED, INTERRUPTED = 3, 75
 TRAIN = "Train any timm model with Self-Feature Regularization. With no data given, on the built-in digits."
+
+
+# Options of timm's train.py that have another name here.
+OTHERS = {"--amp": "--mixed-precision fp16 (or bf16)", "--amp-dtype": "--mixed-precision", "--num-gpu": "accelerate launch",
+          "--native-amp": "--mixed-precision fp16 (or bf16)", "--no-prefetcher": "not needed"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,7 +39,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             words = message.removeprefix("unrecognized arguments: ").split() or ["''"]  # an empty word
             message = f"unrecognized arguments: {' '.join(words)}"
-            message += near_matches(words[0], self._option_string_actions) or "; --help lists them"
+            hint = f"; timm_sfr's is {OTHERS[words[0]]}" if words[0] in OTHERS else ""
+            message += hint or near_matches(words[0], self._option_string_actions) or "; --help lists them"
         chosen = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         if chosen is not None:
             message += near_matches(chosen[1], re.findall(r"[\w-]+", chosen[2]))
@@ -88,8 +95,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | Non
         stored = _stored(config)
         wanted = RunConfig.from_flat({**stored, **given}, where=config or "options")
         same = {name: list(value) if isinstance(value, tuple) else value for name, value in {**stored, **given}.items()}
-        found = newest_run(wanted.engine.output, wanted.engine.experiment, wanted.model.model or DEFAULT_MODEL, same)
+        model, launch = wanted.model.model or DEFAULT_MODEL, launch_id() if restarts() > 0 else None
+        found = newest_run(wanted.engine.output, wanted.engine.experiment, model, same, launch)
         if found is None:
+            if os.environ.get("RANK", "0") == "0":
+                print("no run of these options has a checkpoint to go on with: beginning one")
             return wanted, None
         config, resume = None, str(found)
     if resume is not None:
@@ -104,6 +114,8 @@ def _stored(config: str | None) -> dict[str, Any]:
     """The options of a ``--config`` file."""
     stored = read_yaml(Path(config)) if config is not None else {}
     stored.pop("zoo", None)  # what a recipe in hub_configs says of its published model; no option
+    if config is not None and Path(config).resolve().parent.name == stored.get("experiment"):
+        del stored["experiment"]  # a run's own: to repeat it is to make another folder
     return stored
 
 

@@ -26,7 +26,7 @@ from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.export import Exporter
 from timm_sfr.guard import ADVICE, TERMS, FiniteGuard, stopped, write_event
-from timm_sfr.keep import interrupted, keep_checkpoint, say_bad_images, write_epoch
+from timm_sfr.keep import interrupted, keep_checkpoint, say_bad_images, spared, write_epoch
 from timm_sfr.loader import Preprocessing, TrainBatches
 from timm_sfr.samples import reseed
 from timm_sfr.signals import Signals
@@ -96,11 +96,11 @@ class Trainer:
         total = torch.zeros(len(TERMS), dtype=kind, device=self.accelerator.device)
         if start > 0 and self.start_total is not None:
             total += self.start_total
-        steps, images, started = len(self.batches), 0, time.perf_counter()
+        steps, images, came, started = len(self.batches), 0, start, time.perf_counter()
         quiet = None if self.accelerator.is_main_process else True  # None: no bar where there is no terminal
         bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}", leave=False, disable=quiet)
         for step, (image, target) in enumerate(self.batches.epoch(epoch, start), start):
-            images += len(target)
+            images, came = images + len(target), step + 1
             # All that is drawn for a batch depends on these numbers alone, so that a run can go on from any batch.
             reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
             if self.batches.erase is not None:
@@ -131,7 +131,11 @@ class Trainer:
                 bar.set_postfix(loss=f"{(total[0] / (step + 1)).item():.4f}", refresh=False)
             bar.update()
         bar.close()
-        self._settle(epoch)
+        if came != steps:
+            raise UserError(f"data: expected {steps} batches in epoch {epoch + 1}; {came} came: a stream held fewer samples "
+                            "than --train-num-samples says, or its shards do not divide evenly among the processes and "
+                            f"workers; stopped, {self.workspace.kept()}")  # fmt: skip
+        self._settle(epoch, steps - 1)
         means = self.accelerator.reduce(total / max(1, steps), reduction="mean").tolist()
         elapsed = time.perf_counter() - started
         end_epoch = getattr(self.task, "end_epoch", None)
@@ -201,7 +205,7 @@ class Trainer:
             parameters = self.task.get_clip_parameters(exclude_head="agc" in optim.clip_mode)
             dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
         seen = self.guard.bad
-        made = self.guard.check_gradients(self.module)
+        made = self.guard.check_gradients(self.module, (epoch, step, self.updates + 1))
         if made:
             self.optimizer.step()
             made = not self.accelerator.optimizer_step_was_skipped
@@ -223,14 +227,16 @@ class Trainer:
     def _nonfinite(self, epoch: int, step: int) -> None:
         """Writes down which batch it was, and stops unless the update is only to be left out."""
         term, value = self.guard.bad or ("loss", math.nan)
-        skip, rank = self.guard.policy == "skip", self.accelerator.process_index
-        place = {"epoch": epoch + 1, "batch": step + 1, "update": self.updates + 1, "process": rank}
+        skip, rank, late = self.guard.policy == "skip", self.accelerator.process_index, self.guard.late
+        epoch, step, update = late or (epoch, step, self.updates + 1)
+        place = {"epoch": epoch + 1, "batch": step + 1, "update": update, "process": rank}
         event = {**place, "term": term, "value": str(value), "action": self.guard.policy,
                  "files": self.batches.files(epoch, step)}  # fmt: skip
-        write_event(self.workspace.run / ("nonfinite.json" if rank == 0 else f"nonfinite-{rank}.json"), event)
+        with spared(self, "the list of what was not finite"):
+            write_event(self.workspace.run / ("nonfinite.json" if rank == 0 else f"nonfinite-{rank}.json"), event)
         if not skip:
-            where = f"epoch {epoch + 1}, update {self.updates + 1}"
-            raise stopped(term, value, where, "stopped before the update", self.workspace.kept())
+            where, how = f"epoch {epoch + 1}, update {update}", "after" if late else "before"
+            raise stopped(term, value, where, f"stopped {how} the update", self.workspace.kept())
 
     def _sums(self) -> dict[str, Tensor]:
         return getattr(self.task, "get_sums", dict)()
@@ -251,6 +257,8 @@ class Trainer:
         self.last = scores
         metric = f"val_{self.config.engine.eval_metric}"
         sign = -1 if metric == "val_loss" else 1
+        if not math.isfinite(scores[metric]):
+            return False
         if self.best and sign * scores[metric] <= sign * self.best[metric]:
             return False
         self.best = scores
@@ -261,17 +269,18 @@ class Trainer:
         stop, save = self.signals.asked(self.updates)
         interval = self.config.engine.checkpoint_interval
         if save or stop is not None or (interval is not None and self.updates % interval == 0):
-            self._settle(epoch)
+            self._settle(epoch, step - 1)
             keep_checkpoint(self, epoch, step, total, False)
         if stop is not None:
+            # A launcher that sees one process end gives the others seconds: the first may still be writing.
+            self.accelerator.wait_for_everyone()
             raise interrupted(self, stop)
 
-    def _settle(self, epoch: int) -> None:
+    def _settle(self, epoch: int, step: int) -> None:
         """Before anything is kept: the last update's gradients must have been finite, where nobody has looked yet."""
         self.guard.settle()
-        if self.guard.bad is not None and self.guard.policy == "stop":
-            where = f"epoch {epoch + 1}, update {self.updates}"
-            raise stopped(*self.guard.bad, where, "stopped after the update", self.workspace.kept())
+        if self.guard.late is not None:
+            self._nonfinite(epoch, step)
 
 
 def _term(result: dict[str, Tensor], name: str) -> Tensor:

@@ -19,17 +19,18 @@ from torch.utils.data import DataLoader
 
 from timm_sfr import build, report
 from timm_sfr.card import base_model
-from timm_sfr.checkpoint import load_newest
+from timm_sfr.checkpoint import load_newest, set_aside
 from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import Trainer
 from timm_sfr.errors import UserError, first_line
-from timm_sfr.export import Exporter, resolve_hub
+from timm_sfr.export import CONFIG, Exporter, resolve_hub
 from timm_sfr.guard import FiniteGuard
 from timm_sfr.hub import loading_line, published, push_to_hub
 from timm_sfr.hub_check import check_card, check_push
+from timm_sfr.keep import spared
 from timm_sfr.launch import join_restarted_cpu_processes
-from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.loader import Preprocessing, TrainBatches, check_mode, eval_loader
 from timm_sfr.memory import keep_freed_blocks
 from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
@@ -61,24 +62,51 @@ def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = Non
     Raises:
         UserError: for anything in the options, the data or the model that fits no run, and for a non-finite loss.
     """
-    trainer = prepare(config, resume, parts)
+    begun: list[Trainer] = []
+    try:
+        begun.append(prepare(config, resume, parts))
+        return _run(begun[0], resume)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
+        explained = _explained(error, begun[0].workspace.kept() if begun else "nothing was begun")
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _run(trainer: Trainer, resume: Path | None) -> Path:
+    """Trains, or goes on; says where everything is, and publishes it where that is asked for."""
     say, run = trainer.workspace.say, trainer.workspace.run
     try:
         if resume is not None:
-            restore(trainer, load_newest(run / "checkpoints", say))
+            state = load_newest(run / "checkpoints", say)
+            restore(trainer, state)
+            if trainer.workspace.main:
+                set_aside(run / "checkpoints", state)
             trainer.rows = report.read_summary(run / "summary.csv", trainer.start_epoch)
             within = f", batch {trainer.start_step + 1}" if trainer.start_step else ""
             say(f"resuming {run} at epoch {trainer.start_epoch + 1}{within}")
-        if trainer.accelerator.is_main_process:
+        left = trainer.start_epoch < trainer.schedule.epochs
+        if not left:
+            say(f"nothing is left to train: {trainer.start_epoch} epochs are done; to go on, raise --epochs")
+        if trainer.accelerator.is_main_process and left:
             # Only now: options that do not fit the run to resume must not replace its own.
-            report.write_args(run / "args.yaml", trainer.config.flat())
+            with spared(trainer, "args.yaml"):
+                report.write_args(run / "args.yaml", trainer.config.flat())
         trainer.fit()
-    except RuntimeError as error:
-        raise _explained(error, trainer.workspace.kept()) from error
     finally:
+        trainer.workspace.release()
         trainer.accelerator.end_training()
     best, last = trainer.best, trainer.last
+    if not best:
+        raise UserError(f"epochs: {trainer.start_epoch} epochs of {run} are done, none was validated, and none is left to train; "
+                        "raise --epochs")  # fmt: skip
     say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}")
+    if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
+        raise UserError(
+            f"resume: {str(run)!r} has no model/ any more, and it is written when an epoch is the best; raise --epochs"
+        )
     say(f"the model is in {run / 'model'}")
     say(f"load it with: {loading_line(run, 'local-dir:' + str(run / 'model'))}")
     hub = trainer.config.hub
@@ -107,6 +135,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     num_classes = _num_classes(config, train)
     model = build.create_model(config.model, num_classes)
     prep = build.preprocessing(config.model, model)
+    check_mode(img_mode, prep.input_size[0])
     device = accelerator.device
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
     hub = resolve_hub(config, model)
@@ -146,6 +175,11 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
     workspace.say(_headline(resolved, task, accelerator, train, val, parameters))
+    workspace.say(f"the run is written to {workspace.run}")
+    dropped = 0 if train.streamed else len(train.dataset) % (config.data.batch_size * accelerator.num_processes)
+    if dropped > 0.1 * max(1, 0 if train.streamed else len(train.dataset)):
+        workspace.say(f"note: {dropped} of {len(train.dataset)} images fill no batch and sit out each epoch, others each time; "
+                      "with a smaller --batch-size fewer do")  # fmt: skip
     if getattr(task, "plan", None) is not None:
         workspace.say(str(task.plan))
     return Trainer(
@@ -178,17 +212,24 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     )
 
 
-def _explained(error: RuntimeError, kept: str) -> Exception:
-    """The error in one line where it is of the machine, not of the code: a process that died, memory that ran out."""
+def _explained(error: Exception, kept: str) -> UserError | None:
+    """The error in one line where it is of the machine or the options, not of the code; None where it is."""
     text = first_line(error)
-    if "DataLoader worker" in text:
+    # Its pipe may break before torch notices that it is gone.
+    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
         return UserError(
             f"data: a loading process died: {text.rstrip('.')}; {kept}; where memory ran out, lower --workers"
         )
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return UserError(f"out of memory: {text}; {kept}; lower --batch-size (and raise --grad-accum-steps), or give "
                          "--grad-checkpointing")  # fmt: skip
-    return error
+    if "more than 1 value per channel" in text:
+        return UserError(
+            "batch-size: BatchNorm needs more than one value a channel; raise --batch-size, or take larger images"
+        )
+    if any(word in text for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
+        return UserError(f"another process of this run has ended; see what it said; {kept}")
+    return None
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
@@ -215,9 +256,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
                 f"mixed-precision: this Python process has trained at another precision than {engine.mixed_precision!r}, "
                 "and accelerate keeps the first; train in a new process, or at the same precision"
             ) from error
-        what = "torchcompile" if "backend" in str(error).lower() else "mixed-precision"
+        if "backend" in str(error).lower():
+            raise UserError(f"torchcompile: {error}; inductor is the usual one") from error
         raise UserError(
-            f"{what}: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs"
+            f"mixed-precision: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs"
         ) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would go on in float32 without a word.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from timm_sfr.checkpoint import replace_atomically
 from timm_sfr.errors import UserError
 
 # The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss.
@@ -63,6 +64,8 @@ class FiniteGuard:
         self.accelerator, self.policy = accelerator, policy
         self.terms, self.norm = Watched(accelerator.device, len(TERMS)), Watched(accelerator.device, 1)
         self.bad: tuple[str, float] | None = None  # in this group of batches
+        self.late: tuple[int, int, int] | None = None  # which epoch, batch and update it was, where that was made since
+        self._sent: tuple[int, int, int] | None = None
         self.in_a_row = self.skipped = 0
         self._kept: list[tuple[Tensor, Tensor]] = []
 
@@ -74,29 +77,38 @@ class FiniteGuard:
     def begin(self, module: nn.Module, sums: dict[str, Tensor]) -> None:
         """Before a group of batches: remembers what a bad one would spoil besides the gradients."""
         self.bad = None
-        if self.policy == "skip":
+        if self.policy == "skip" or self.scaled:
             spoiled = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
             self._kept = [(tensor, tensor.clone()) for tensor in [*spoiled, *sums.values()]]
 
     def check_terms(self) -> bool:
-        """Whether the terms sent last are finite."""
+        """Whether the terms sent last are finite, and the last update's gradients were, where nobody has looked yet."""
+        self.settle()
+        if self.late is not None:  # these terms are of weights that it has spoiled
+            return False
         values = dict(zip(TERMS, self.terms.receive() or [0.0] * len(TERMS), strict=True))
         found = next(((name, values[name]) for name in WATCHED if not math.isfinite(values[name])), None)
         if not self.scaled:
             self.bad = self.bad or found
         return found is None
 
-    def check_gradients(self, module: nn.Module) -> bool:
-        """Whether the update is to be made; the same on all processes."""
+    def check_gradients(self, module: nn.Module, place: tuple[int, int, int]) -> bool:
+        """Whether the update is to be made; the same on all processes.
+
+        Args:
+            module: What is trained.
+            place: Epoch and batch (from 0) and update (from 1).
+        """
         if self.scaled:
             return True
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         norm = get_total_norm(gradients)[None]
         if self.policy == "stop" and norm.is_cuda:
-            self.settle()
             self.norm.send(norm)
+            self._sent = place
             return self.bad is None
         self.norm.send(norm)
+        self._sent = None
         self.settle()
         if self.accelerator.num_processes > 1 and self.policy == "skip":
             wrong = torch.tensor([float(self.bad is not None)], device=norm.device)
@@ -108,7 +120,7 @@ class FiniteGuard:
         """Looks at the norm sent last."""
         norm = self.norm.receive()
         if norm is not None and not math.isfinite(norm[0]):
-            self.bad = self.bad or ("gradient", norm[0])
+            self.bad, self.late = self.bad or ("gradient", norm[0]), self._sent
 
     def rollback(self) -> None:
         """Puts back what the group's batches have spoiled."""
@@ -132,7 +144,12 @@ def write_event(path: Path, event: dict[str, Any]) -> None:
         events = json.loads(path.read_text())
     except (OSError, ValueError):
         events = []
-    path.write_text(json.dumps([*events, event], indent=2) + "\n")
+    text = json.dumps([*events, event], indent=2) + "\n"
+    replace_atomically(path, lambda fresh: _text(fresh, text))
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text)
 
 
 def stopped(term: str, value: float, where: str, how: str, kept: str) -> UserError:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import signal
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from timm_sfr import report
@@ -60,8 +62,8 @@ def spared(trainer: Trainer, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        reason = f"{what} cannot be written: {error.strerror or error}"
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
+        reason = f"{what} cannot be written: {getattr(error, 'strerror', None) or error}"
         if trainer.config.engine.on_full_disk == "stop":
             raise UserError(
                 f"output: {reason}; stopped, {trainer.workspace.kept()}; make room and --resume, or give --on-full-disk skip"
@@ -71,9 +73,13 @@ def spared(trainer: Trainer, what: str) -> Iterator[None]:
 
 def interrupted(trainer: Trainer, stop: int) -> Interrupted:
     """What a run that a signal has stopped ends with."""
+    accelerator, launcher = trainer.accelerator, "python"
+    if accelerator.num_processes > 1:
+        cpu = "--cpu " if accelerator.device.type == "cpu" else ""
+        launcher = f"accelerate launch {cpu}--num_processes {accelerator.num_processes}"
     return Interrupted(
         f"stopped by {signal.Signals(stop).name} after update {trainer.updates}, {trainer.workspace.kept()}; go on with: "
-        f"python train_sfr.py --resume {trainer.workspace.run}"
+        f"{launcher} train_sfr.py --resume {shlex.quote(str(trainer.workspace.run))}"
     )
 
 

@@ -6,6 +6,7 @@ processes with torch's own launcher, which Accelerate then recognises.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -51,12 +52,31 @@ def start_cpu_processes(script: str, arguments: Sequence[str]) -> int | None:
         # The processes finish their update and keep a checkpoint; this one waits for them, and hands on what only it got.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: child.send_signal(number))
-        return child.wait()
+        above = os.getppid()
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(timeout=1)
+            if os.getppid() != above:  # accelerate has been killed alone, and would leave the processes to themselves
+                child.send_signal(signal.SIGTERM)
+                return child.wait()
 
 
 def restarts() -> int:
     """How many times torchrun has started these processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def launch_id() -> str | None:
+    """What tells this launch of torchrun's from others, the same after a restart; None where nothing does."""
+    known = os.environ.get("TORCHELASTIC_RUN_ID")
+    if known is None or known != "none":
+        return known
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        return None  # each host has a launcher of its own
+    with contextlib.suppress(psutil.Error):
+        launcher = psutil.Process().parent()
+        return None if launcher is None else f"{launcher.pid}-{launcher.create_time()}"
+    return None
 
 
 def join_restarted_cpu_processes() -> None:

@@ -8,13 +8,18 @@ Shape suffixes: B batch, C channels, H x W pixels.
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
+import multiprocessing
+import multiprocessing.util
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import ImageMode
 from timm.data import create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.loader import PrefetchLoader, fast_collate
@@ -67,6 +72,17 @@ def img_mode(channels: int) -> str:
     return "L" if channels == 1 else "RGB"
 
 
+def check_mode(mode: str, channels: int) -> None:
+    """Raises UserError unless images of a PIL mode have so many channels."""
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError as error:
+        raise UserError(f"input-img-mode: expected a mode of PIL's, such as RGB, L or CMYK; got {mode!r}") from error
+    if bands != channels:
+        raise UserError(f"in-chans: expected {bands}, as images of mode {mode} have; got {channels}; give --input-img-mode, or "
+                        "another --in-chans")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Image size and normalisation, as timm's ``resolve_data_config`` gives them."""
@@ -91,14 +107,22 @@ class Preprocessing:
         return (images.float() - mean) / std
 
     def eval_transform(self) -> Callable:
-        """timm's validation transform, to uint8."""
-        return create_transform(
-            self.input_size,
-            interpolation=self.interpolation,
-            crop_pct=self.crop_pct,
-            crop_mode=self.crop_mode,
-            use_prefetcher=True,
-        )
+        """timm's validation transform, to uint8.
+
+        Raises:
+            UserError: if timm cannot make it.
+        """
+        try:
+            return create_transform(
+                self.input_size,
+                interpolation=self.interpolation,
+                crop_pct=self.crop_pct,
+                crop_mode=self.crop_mode,
+                use_prefetcher=True,
+            )
+        except (AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
+            raise UserError(f"interpolation and crop-pct: timm cannot make the validation transform of {self.interpolation!r} "
+                            f"and {self.crop_pct}: {error!r}; an interpolation is such as bicubic") from error  # fmt: skip
 
     def train_transform(self, aug: AugConfig) -> Callable:
         """timm's training transform, to uint8.
@@ -142,6 +166,7 @@ class TrainBatches:
         self.split = split
         self.sampler: EpochSampler | None = None
         if split.streamed:
+            _check_shards(split.dataset, accelerator.num_processes * max(1, config.workers))
             dataset = _streamed(split.dataset, transform, config)
         else:
             place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
@@ -203,12 +228,46 @@ def _streamed(dataset: IterableImageDataset, transform: Callable, config: DataCo
     return dataset
 
 
+def _check_shards(dataset: IterableImageDataset, readers: int) -> None:
+    """Raises UserError where there are fewer shards than processes that read: some would get none, and others wait for them."""
+    reader = dataset.reader
+    files = getattr(getattr(reader, "split_info", None), "filenames", None)
+    known = getattr(getattr(reader, "dataset", None), "num_shards", None)
+    shards = len(files) if files else known
+    if isinstance(shards, int) and shards < readers:
+        raise UserError(f"workers: the stream has {shards} shards for {readers} reading processes (processes times workers); "
+                        "lower --workers, or cut the data into more shards")  # fmt: skip
+
+
+def _leave_signals(worker: int) -> None:
+    """A stop is for the training process, which ends its loading ones: launchers and terminals signal all of them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the process's end: multiprocessing would wait for ever for children that do not heed its SIGTERM."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(0.1)
+        if child.is_alive():
+            child.kill()
+
+
+atexit.register(_end_workers)  # after multiprocessing's own, so that it runs before it
+
+
 def _workers(config: DataConfig) -> dict[str, Any]:
     return {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
         "pin_memory": config.pin_mem,
         "collate_fn": fast_collate,
+        "worker_init_fn": _leave_signals,
         # Its own, since starting workers draws a number: a resumed run starts them in another epoch.
         "generator": torch.Generator(),
     }

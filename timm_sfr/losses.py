@@ -183,8 +183,7 @@ class DynamicLabelSmoothing(nn.Module):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets eps_t for epoch `epoch` of `epochs`."""
-        if self.schedule == "ramp":
-            self.epsilon_t.fill_(S.ramp(self.epsilon, epoch, epochs))
+        self.epsilon_t.fill_(S.ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon)
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The smoothed targets y~ (B, K) and the mean eps of the batch (a scalar).

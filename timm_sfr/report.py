@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.errors import UserError
 from timm_sfr.version import __version__
 
 COLUMNS = (
@@ -63,11 +64,25 @@ def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The rows of the first `epochs` epochs of a summary.csv, to go on from."""
+    """The rows of the first `epochs` epochs of a summary.csv, to go on from.
+
+    Raises:
+        UserError: if it is not one.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to go on without"
+        ) from error
+    if any(set(row) != set(COLUMNS) for row in rows):
+        raise UserError(
+            f"resume: expected the columns {', '.join(COLUMNS)} in {str(path)!r}; move it away to go on without"
+        )
+    return rows
 
 
 def write_args(path: Path, values: dict[str, Any]) -> None:

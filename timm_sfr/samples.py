@@ -6,6 +6,7 @@ Shape suffixes: C channels, H x W pixels.
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,15 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, get_worker_info
 
 from timm_sfr.cache import Cached
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
 from timm_sfr.sections import DataConfig
+
+_logger = logging.getLogger("timm_sfr")
 
 
 class BadImage(UserError):
@@ -68,9 +72,17 @@ class Decoded(Dataset):
 
     def target(self, index: int) -> int:
         """The class of a sample, without decoding it where the dataset can tell."""
-        if isinstance(self.dataset, ImageDataset) and hasattr(self.dataset.reader, "samples"):
-            return int(self.dataset.reader.samples[index][1])
+        reader = getattr(self.dataset, "reader", None)
+        if hasattr(reader, "targets"):  # of a tar
+            return int(reader.targets[index])
+        if isinstance(self.dataset, ImageDataset) and hasattr(reader, "samples"):
+            return int(reader.samples[index][1])
         return self[index][1]
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several threads may read at once: files may be, an open tar or a database may not."""
+        return isinstance(self.dataset, ImageDataset) and type(self.dataset.reader) is ReaderImageFolder
 
     def _convert(self, image: Image.Image) -> Image.Image:
         # PIL itself refuses only twice as many, and warns in between.
@@ -102,8 +114,11 @@ class BadImages:
         if self.path is None:
             self.waiting.append(line)
         elif line not in self.names():
-            with self.path.open("a") as file:  # one short write: lines of several processes do not mix
-                file.write(line + "\n")
+            try:
+                with self.path.open("a") as file:  # one short write: lines of several processes do not mix
+                    file.write(line + "\n")
+            except OSError as error:
+                _logger.warning(f"warning: {self.path} cannot be written: {error.strerror}; it does not list {line}")
 
     def names(self) -> list[str]:
         """The lines so far."""

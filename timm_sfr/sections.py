@@ -114,6 +114,11 @@ class AugConfig(Checked):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or not 0 < value[0] <= value[1]):
                 raise UserError(f"{name}: expected two positive numbers, smaller first; got {value}")
+        low, high = self.cutmix_minmax or (0, 1)
+        if not low < high <= 1:
+            raise UserError(
+                f"cutmix_minmax: expected two different shares up to 1, smaller first; got {self.cutmix_minmax}"
+            )
 
     @property
     def mixes(self) -> bool:
@@ -162,6 +167,10 @@ class OptimConfig(Checked):
     def check(self) -> None:
         """Lengths positive, rates non-negative."""
         self.at_least(1, "epochs", "grad_accum_steps", "lr_base_size")
+        if self.decay_epochs <= 0:
+            raise UserError(f"decay_epochs: expected more than 0; got {self.decay_epochs}")
+        if self.opt_betas is not None and len(self.opt_betas) < 2:
+            raise UserError(f"opt_betas: expected two numbers or more; got {self.opt_betas}")
         self.at_least(0, "warmup_epochs", "lr", "lr_base", "weight_decay", "cooldown_epochs", "clip_grad", "min_lr")
         self.within(0, 1, "model_ema_decay", "momentum")
 
@@ -237,7 +246,7 @@ class EngineConfig(Checked):
     def check(self) -> None:
         """Intervals positive."""
         self.at_least(1, "log_interval", "val_interval", "checkpoint_hist", "checkpoint_interval")
-        self.at_least(0, "seed")
+        self.within(0, 2**32 - 1, "seed")  # what NumPy takes
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def collect(trainer: Trainer, epoch: int, step: int, total: Tensor | None) -> di
         total: This process's sums of the loss's terms over those; None between epochs.
     """
     ema = trainer.task.get_trainable_module(ema=True)
-    scaler, schedule = trainer.accelerator.scaler, trainer.schedule.scheduler
+    scaler = trainer.accelerator.scaler
     parts = gather_object([_own_part(trainer, total)]) if step > 0 else []
     return {
         "epoch": epoch,
@@ -42,7 +42,7 @@ def collect(trainer: Trainer, epoch: int, step: int, total: Tensor | None) -> di
         "ema": ema.module.state_dict() if ema is not None else None,
         "task": trainer.task.get_task_state(),
         "optimizer": trainer.optimizer.state_dict(),
-        "schedule": schedule.state_dict() if schedule is not None else None,
+        "schedule": trainer.schedule.state(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "parts": parts,
     }
@@ -71,16 +71,20 @@ def _take(trainer: Trainer, state: dict[str, Any]) -> None:
         ema.module.load_state_dict(state["ema"] or state["module"])
     trainer.task.load_task_state(state["task"])
     _check_optimizer(trainer.optimizer.param_groups, state["optimizer"])
+    options = [_options(trainer, group) for group in trainer.optimizer.param_groups]
     trainer.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(trainer.optimizer.param_groups, options, strict=True):
+        group.update(own)
     if trainer.accelerator.scaler is not None and state["scaler"] is not None:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.start_epoch, trainer.start_step, trainer.updates = state["epoch"], state["step"], state["updates"]
+    trainer.start_epoch, trainer.start_step = state["epoch"], state["step"]
     trainer.seconds, trainer.lr = state["seconds"], state["lr"]
     trainer.best, trainer.last = state["best"], state["last"]
     if state["images"] != trainer.start_step * trainer.global_batch:
         # Another global batch: go on after the images seen, to the last whole batch.
         trainer.start_step = state["images"] // trainer.global_batch
-        trainer.updates = trainer.updates_before(trainer.start_epoch, trainer.start_step)
+    trainer.start_step -= trainer.start_step % trainer.config.optim.grad_accum_steps
+    trainer.updates = trainer.updates_before(trainer.start_epoch, trainer.start_step)
     if trainer.start_step > 0:
         # Sums over batches of another size count as so many of this one.
         _take_part(trainer, state["parts"], trainer.start_step / max(1, state["step"]))
@@ -104,6 +108,14 @@ def _check(trainer: Trainer, state: dict[str, Any]) -> None:
         for key, value in (state[name] or {}).items():
             if key in own and value.is_floating_point() != own[key].is_floating_point():
                 raise ValueError(f"expected {key} to be {own[key].dtype}; got {value.dtype}")
+
+
+def _options(trainer: Trainer, group: dict[str, Any]) -> dict[str, Any]:
+    """What the run's options say of a group: it wins over what was saved, so that a resumed run may change it."""
+    names = {"momentum", "betas", "eps", "weight_decay", *(trainer.config.optim.opt_kwargs or {})}
+    if not trainer.schedule.remembers:
+        names |= {"lr", "initial_lr"}
+    return {name: value for name, value in group.items() if name in names}
 
 
 def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from timm_sfr.data import open_split
 from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.fit import make_accelerator
-from timm_sfr.loader import eval_loader
+from timm_sfr.loader import check_mode, eval_loader
 from timm_sfr.pretrained import create_model
 from timm_sfr.report import hardware
 from timm_sfr.workspace import read_yaml
@@ -64,6 +64,7 @@ def validate(model: nn.Module, config: RunConfig) -> dict[str, Any]:
     """
     accelerator = make_accelerator(config)
     prep = build.preprocessing(config.model, model)
+    check_mode(config.data.input_img_mode or prep.img_mode, prep.input_size[0])
     split = open_split(config.data, False, config.data.input_img_mode or prep.img_mode, config.engine.seed)
     _check_classes(model, split.class_names)
     loader = eval_loader(split, config.data, prep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -14,14 +15,16 @@ from typing import Any, TypeVar
 
 import yaml
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from timm.models import safe_model_name
 
 from timm_sfr.checkpoint import checkpoints
 from timm_sfr.errors import UserError
+from timm_sfr.launch import launch_id
 
 _logger = logging.getLogger("timm_sfr")
 Result = TypeVar("Result")
+LOCK, LAUNCH = ".lock", ".launch"  # in a run's folder: held while it trains; what started it
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class Workspace:
 
     run: Path
     main: bool
+    lock: FileLock | None = None
+
+    def release(self) -> None:
+        """Lets another process train in the folder."""
+        if self.lock is not None:
+            self.lock.release()
 
     def say(self, text: str) -> None:
         """Prints a line, from the main process alone."""
@@ -49,10 +58,21 @@ def open_workspace(output: str, experiment: str | None, model: str, resume: Path
         UserError: if the folder already holds a run or cannot be made.
     """
     show_log()
-    if resume is not None:
-        return Workspace(resume, accelerator.is_main_process)
-    run = on_main(accelerator, lambda: str(_make(Path(output), experiment, model)))
-    return Workspace(Path(run), accelerator.is_main_process)
+    lock: FileLock | None = None
+
+    def take() -> str:
+        nonlocal lock
+        run = resume if resume is not None else _make(Path(output), experiment, model)
+        lock = _own(run)
+        if resume is None:
+            _check_empty(run)
+        launch = launch_id()
+        if launch is not None:
+            (run / LAUNCH).write_text(launch)
+        return str(run)
+
+    run = Path(on_main(accelerator, take))
+    return Workspace(run, accelerator.is_main_process, lock)
 
 
 def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
@@ -80,7 +100,8 @@ def one_at_a_time(accelerator: Any, work: Callable[[], Result]) -> Result:
     """
     if accelerator.num_processes == 1:
         return work()
-    with FileLock(Path(tempfile.gettempdir()) / f"timm_sfr-{getpass.getuser()}.lock"):
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a user may have no name, in a container
+    with FileLock(Path(tempfile.gettempdir()) / f"timm_sfr-{user}.lock"):
         return work()
 
 
@@ -96,15 +117,19 @@ def read_run(run: Path) -> dict[str, Any]:
     return read_yaml(run / "args.yaml")
 
 
-def newest_run(output: str, experiment: str | None, model: str, given: dict[str, Any]) -> Path | None:
+def newest_run(
+    output: str, experiment: str | None, model: str, given: dict[str, Any], launch: str | None = None
+) -> Path | None:
     """The run to go on with: that of the experiment, or the newest in `output` with the options `given`; None if there is none.
 
-    A run without a checkpoint does not count.
+    A run without a checkpoint does not count, nor one of another `launch` where that is given.
     """
-    root, given = Path(output), {name: value for name, value in given.items() if name != "output"}
+    root, given = Path(output), {**{name: value for name, value in given.items() if name != "output"}, "model": model}
     found = [root / experiment] if experiment is not None else sorted(root.glob(f"*-{safe_model_name(model)}*"))
     for run in reversed(found):
         if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
+            continue
+        if launch is not None and (not (run / LAUNCH).is_file() or (run / LAUNCH).read_text() != launch):
             continue
         if experiment is not None or given.items() <= read_yaml(run / "args.yaml").items():
             return run
@@ -138,20 +163,43 @@ def show_log() -> None:
 
 
 def _make(output: Path, experiment: str | None, model: str) -> Path:
-    name = experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(model)}"
-    run = output / name
-    if experiment is None:
-        while run.exists():
+    """A new run's folder: made by us alone, or that of the experiment."""
+    run = output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(model)}")
+    while True:
+        try:
+            run.mkdir(parents=True, exist_ok=experiment is not None)
+        except FileExistsError as error:
+            if experiment is not None:
+                raise UserError(
+                    f"output: expected a folder; {str(run)!r} is a file; choose another --experiment"
+                ) from error
             run = run.with_name(run.name + "-2")
+        except OSError as error:
+            raise UserError(f"output: {error}") from error
+        else:
+            return run
+
+
+def _own(run: Path) -> FileLock | None:
+    """A lock on the folder, kept until the process ends.
+
+    Raises:
+        UserError: if another process trains in it.
+    """
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(f"output: another process is training in {str(run)!r}; choose another --experiment") from error
+    except (OSError, NotImplementedError):  # a file system without locks
+        return None
+    return lock
+
+
+def _check_empty(run: Path) -> None:
+    """Raises UserError if a folder for a new run holds anything but what a run that died before its first checkpoint left."""
     dead = (run / "args.yaml").is_file() and not checkpoints(run / "checkpoints") and not (run / "model").exists()
-    if (
-        run.exists() and any(run.iterdir()) and not dead
-    ):  # a run that died before its first checkpoint has nothing to lose
+    if not dead and any(path.name not in (LOCK, LAUNCH) for path in run.iterdir()):
         raise UserError(
             f"output: {str(run)!r} already holds files; choose another --experiment, or go on with --resume {run}"
         )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {error}") from error
-    return run
