@@ -81,4 +81,6 @@ def test_a_failed_launch_says_why_and_fails(tmp_path):
 def test_reading_the_launchers_command_line():
     assert cpu_processes(["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "3", "train_sfr.py"]) == 3
     assert cpu_processes(["python", "/bin/accelerate", "launch", "--num_processes", "3", "train_sfr.py"]) == 1
+    module = ["python", "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "3", "train_sfr.py"]
+    assert cpu_processes(module) == cpu_processes(["python", "/x/accelerate/commands/launch.py", *module[3:]]) == 3
     assert cpu_processes(["bash"]) == 1 and cpu_processes(["accelerate", "launch", "--nonsense"]) == 1

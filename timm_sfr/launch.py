@@ -21,10 +21,15 @@ from accelerate.commands.launch import launch_command_parser
 def cpu_processes(command: Sequence[str]) -> int:
     """How many processes an ``accelerate launch --cpu`` command line asks for; 1 for any other command."""
     words = list(command)
-    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+    module = ("accelerate.commands.launch", "/accelerate/commands/launch.py")  # python -m, on which it is also called
+    starts = [
+        place for place, word in enumerate(words)
+        if word.endswith(module) or (word == "launch" and any("accelerate" in before for before in words[:place]))
+    ]  # fmt: skip
+    if not starts:
         return 1
     try:
-        asked = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])[0]
+        asked = launch_command_parser().parse_known_args(words[starts[0] + 1 :])[0]
     except SystemExit:  # argparse's way to say that it does not understand the line
         return 1
     if not asked.cpu or asked.multi_gpu or asked.mpirun_hostfile or (asked.num_machines or 1) > 1:
