@@ -141,6 +141,12 @@ def resumed(run: Path, *words: str) -> list[str]:
     return ["--resume", str(run), "--epochs", "3", *words]
 
 
+def edited(folder: Path, run: Path) -> list[str]:
+    """The run, with a row in its table that is none."""
+    (run / "summary.csv").write_text((run / "summary.csv").read_text() + "garbage\n")
+    return resumed(run)
+
+
 def damaged(folder: Path, run: Path) -> list[str]:
     """The run, without a checkpoint that is whole."""
     for path in checkpoints(run / "checkpoints"):
@@ -206,6 +212,15 @@ CASES = (
     Case("an augmentation that is none", "aa: timm cannot make", given("--aa", "foo")),
     Case("a precision that the device lacks", "fp16 needs a GPU", given("--mixed-precision", "fp16")),
     Case("a learning rate that is too high", "non-finite loss at epoch 1", given("--lr", "1e30")),
+    Case("a seed that NumPy does not take", "seed: expected a value from 0 to", given("--seed", "4294967296")),
+    Case("one beta for two", "opt_betas: expected two", given("--opt", "adamw", "--opt-betas", "0.9")),
+    Case("an interpolation that is none", "interpolation", given("--interpolation", "foo")),
+    Case("a range of CutMix that is empty", "cutmix_minmax: expected", given("--cutmix-minmax", "0.5", "0.5")),
+    Case("two channels of three", "in-chans: expected 3", given("--in-chans", "2")),
+    Case("a step of no epochs", "decay_epochs: expected", given("--sched", "step", "--decay-epochs", "0")),
+    Case("one image a batch, one value a channel", "batch-size: BatchNorm needs",
+         given("--no-sfr", "--model", "resnet18", "--img-size", "32", "--batch-size", "1")),
+    Case("timm's name for what is called otherwise", "timm_sfr's is --mixed-precision", given("--amp")),
     Case("a batch larger than the set", "fewer than one global batch", given("--batch-size", "5000")),
     Case("fewer classes than the data", "the data has 10 classes; got 4", given("--num-classes", "4")),
     Case("a data set mistyped", "did you mean 'digits'", given("--dataset", "digit")),
@@ -226,6 +241,9 @@ CASES = (
     Case("an experiment that is there", "already holds files",
          lambda folder, run: ["--output", str(run.parent), "--experiment", run.name]),
     Case("a folder to resume that is no run", "is no run", lambda folder, run: ["--resume", str(folder)]),
+    Case("an experiment that is a file", "is a file",
+         lambda folder, run: ["--output", str(folder), "--experiment", Path(file(folder, "run", "")).name]),
+    Case("a summary.csv that somebody has edited", "is not what the run wrote", edited),
     Case("a run to resume without a whole checkpoint", "no whole checkpoint", damaged),
     Case("a checkpoint that runs code", "no whole checkpoint", pickled),
     Case("a checkpoint without weights", "module is '3'", mistyped),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from timm.layers import convert_sync_batchnorm
 from timm.task import TrainingTask
@@ -23,15 +21,14 @@ from timm_sfr.checkpoint import load_newest, set_aside
 from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import Trainer
-from timm_sfr.errors import UserError, first_line
+from timm_sfr.errors import UserError
 from timm_sfr.export import CONFIG, Exporter, resolve_hub
 from timm_sfr.guard import FiniteGuard
 from timm_sfr.hub import loading_line, published, push_to_hub
 from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.keep import spared
-from timm_sfr.launch import join_restarted_cpu_processes
 from timm_sfr.loader import Preprocessing, TrainBatches, check_mode, eval_loader
-from timm_sfr.memory import keep_freed_blocks
+from timm_sfr.machine import explained, keep_freed_blocks, make_accelerator
 from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
@@ -69,10 +66,10 @@ def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = Non
     except UserError:
         raise
     except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
-        explained = _explained(error, begun[0].workspace.kept() if begun else "nothing was begun")
-        if explained is None:
+        told = explained(error, begun[0].workspace.kept() if begun else "nothing was begun")
+        if told is None:
             raise
-        raise explained from error
+        raise told from error
 
 
 def _run(trainer: Trainer, resume: Path | None) -> Path:
@@ -210,61 +207,6 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             "versions": report.versions(),
         },
     )
-
-
-def _explained(error: Exception, kept: str) -> UserError | None:
-    """The error in one line where it is of the machine or the options, not of the code; None where it is."""
-    text = first_line(error)
-    # Its pipe may break before torch notices that it is gone.
-    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
-        return UserError(
-            f"data: a loading process died: {text.rstrip('.')}; {kept}; where memory ran out, lower --workers"
-        )
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return UserError(f"out of memory: {text}; {kept}; lower --batch-size (and raise --grad-accum-steps), or give "
-                         "--grad-checkpointing")  # fmt: skip
-    if "more than 1 value per channel" in text:
-        return UserError(
-            "batch-size: BatchNorm needs more than one value a channel; raise --batch-size, or take larger images"
-        )
-    if any(word in text for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
-        return UserError(f"another process of this run has ended; see what it said; {kept}")
-    return None
-
-
-def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate's devices, processes and precision.
-
-    Raises:
-        UserError: if the device cannot compute in the asked precision.
-    """
-    engine = config.engine
-    # Without this word Accelerate would take each of torchrun's processes on a machine without a GPU for the only one.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    cpu = engine.device == "cpu" or (several and not torch.accelerator.is_available())
-    if cpu and several:
-        join_restarted_cpu_processes()
-    try:
-        accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision=engine.mixed_precision,
-            dynamo_backend=engine.torchcompile,
-        )
-    except (ValueError, ImportError) as error:
-        if "already been initialized" in str(error):
-            raise UserError(
-                f"mixed-precision: this Python process has trained at another precision than {engine.mixed_precision!r}, "
-                "and accelerate keeps the first; train in a new process, or at the same precision"
-            ) from error
-        if "backend" in str(error).lower():
-            raise UserError(f"torchcompile: {error}; inductor is the usual one") from error
-        raise UserError(
-            f"mixed-precision: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs"
-        ) from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate would go on in float32 without a word.
-        raise UserError("mixed-precision: fp16 needs a GPU and this run is on the CPU; use bf16 or no")
-    return accelerator
 
 
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:

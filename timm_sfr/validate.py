@@ -16,8 +16,8 @@ from timm_sfr.config import RunConfig
 from timm_sfr.data import open_split
 from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
-from timm_sfr.fit import make_accelerator
 from timm_sfr.loader import check_mode, eval_loader
+from timm_sfr.machine import make_accelerator
 from timm_sfr.pretrained import create_model
 from timm_sfr.report import hardware
 from timm_sfr.workspace import read_yaml
