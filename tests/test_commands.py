@@ -20,6 +20,7 @@ import timm_sfr
 from timm_sfr import compare, deploy
 from timm_sfr.data import Digits
 from timm_sfr.main import VERBS, main
+from timm_sfr.report import COLUMNS, write_summary
 from timm_sfr.zoo import zoo
 
 NAME = "resnet20_cifar.sfr_digits"
@@ -140,7 +141,7 @@ def fake_run(place, top1, **options):
     """The files of a finished run that `compare` reads."""
     place.mkdir()
     (place / "args.yaml").write_text(yaml.safe_dump({"model": "m", "lr": 0.1, "output": str(place), **options}))
-    (place / "summary.csv").write_text("epoch,val_top1\n0,1\n")
+    write_summary(place / "summary.csv", [dict.fromkeys(COLUMNS, 0)])
     scores = {"val_top1": top1, "val_top5": 90.0, "val_loss": 1.0, "ece": 0.1}
     (place / "metrics.json").write_text(json.dumps({"last": scores, "best": scores, "seconds": 60}))
     return place

@@ -82,6 +82,8 @@ def read_finished(path: Path) -> Run:
         metrics = json.loads((path / "metrics.json").read_text())
         run = Run(path, read_yaml(path / "args.yaml"), metrics, report.read_summary(path / "summary.csv", 10**9))
         run.score("val_top1")
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"run: the files of {str(path)!r} are damaged: {error!r}") from error
     return run
