@@ -93,8 +93,8 @@ def _take(trainer: Trainer, state: dict[str, Any]) -> None:
 
 KINDS = {"epoch": int, "step": int, "images": int, "updates": int, "lr": (int, float), "seconds": (int, float),
          "best": dict, "last": dict, "module": dict, "task": dict, "optimizer": dict, "parts": list}  # fmt: skip
-# Arrays of these names have an element for each of the parameter's, in every optimizer of torch and timm that has them.
 SIGNS = ("momentum", "betas", "alpha", "rho")  # an option that one optimizer has tells it from the others
+# Arrays of these names have an element for each of the parameter's, in every optimizer of torch and timm that has them.
 ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
 
 

@@ -24,6 +24,7 @@ from timm_sfr.launch import launch_id
 
 _logger = logging.getLogger("timm_sfr")
 Result = TypeVar("Result")
+PATIENCE = 12  # seconds: loading processes hold the lock of a killed run until they see, within five, that it is gone
 LOCK, LAUNCH = ".lock", ".launch"  # in a run's folder: held while it trains; what started it
 
 
@@ -188,7 +189,7 @@ def _own(run: Path) -> FileLock | None:
     """
     lock = FileLock(run / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE)
     except Timeout as error:
         raise UserError(f"output: another process is training in {str(run)!r}; choose another --experiment") from error
     except (OSError, NotImplementedError):  # a file system without locks
