@@ -221,8 +221,12 @@ def test_checkpointing_layout_and_precision(name):
     _, recomputed = gradient(images)
     assert torch.allclose(recomputed, plain, atol=1e-5 * plain.abs().max())
     model.set_grad_checkpointing(False)
+    # In float64, with SFR's losses in float32: in float32 alone EfficientViM's gradients differ by 5e-3 between layouts, on some
+    # processors and without SFR too.
+    task.trainable_module.double()
+    _, plain = gradient(images.double())
     task.trainable_module.to(memory_format=torch.channels_last)
-    _, other = gradient(images.to(memory_format=torch.channels_last))
+    _, other = gradient(images.double().to(memory_format=torch.channels_last))
     assert torch.allclose(other, plain, atol=1e-4 * plain.abs().max())
 
 

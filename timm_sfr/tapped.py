@@ -17,10 +17,7 @@ from timm_sfr.taps import TapPlan
 
 def to_nodes(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Average-pools a map to `grid` and lists its locations: (B, C, H, W) to (B, N, C)."""
-    window = x.shape[-2] // grid[0], x.shape[-1] // grid[1]
-    if x.shape[-2:] == (window[0] * grid[0], window[1] * grid[1]):
-        x = F.avg_pool2d(x, window) if window != (1, 1) else x  # the same, a fifth faster
-    else:
+    if x.shape[-2:] != grid:
         x = F.adaptive_avg_pool2d(x, grid)
     return _SameLayout.apply(x).flatten(2).transpose(1, 2)
 
