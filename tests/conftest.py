@@ -14,7 +14,9 @@ from accelerate.state import AcceleratorState
 from hub_server import Hub
 
 import timm_sfr
+from benchmarks.faults import EVERYTHING
 from timm_sfr.channels import group_channels
+from timm_sfr.checkpoint import checkpoints, load_checkpoint
 from timm_sfr.data import Digits
 from timm_sfr.features import forward_taps
 from timm_sfr.tapped import to_nodes
@@ -23,6 +25,8 @@ from timm_sfr.transport import cost_matrix, unit
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "train_sfr.py")]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*words, timeout=600, **env):
@@ -103,3 +107,22 @@ def folder(tmp_path_factory):
 
 
 assert timm_sfr.__version__
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A run with everything on that draws random numbers, and all of its checkpoints."""
+    output = tmp_path_factory.mktemp("whole")
+    done = run(
+        *TRAIN, *EVERYTHING, "--checkpoint-hist", 99, "--output", output, "--experiment", "run", OMP_NUM_THREADS="1"
+    )
+    assert done.returncode == 0, done.stderr
+    return output / "run"
+
+
+def cut(whole, place, keep):
+    """A copy of a run as it was when its checkpoint number `keep` was its newest."""
+    shutil.copytree(whole, place)
+    for path in checkpoints(place / "checkpoints")[keep + 1 :]:
+        shutil.rmtree(path)
+    return load_checkpoint(checkpoints(place / "checkpoints")[-1])

@@ -1,39 +1,24 @@
 """Runs that are stopped, killed or damaged: nothing that was saved is lost, and what goes on ends with the same bits."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TRAIN, run
-from PIL import Image
+from conftest import ALONE, ROOT, TORCHRUN, TRAIN, cut, run
 
 from benchmarks.faults import EVERYTHING, differences
 from timm_sfr import RunConfig, UserError
 from timm_sfr.checkpoint import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint, set_aside
 from timm_sfr.cli import INTERRUPTED, parse
-from timm_sfr.data import open_splits
 from timm_sfr.fit import prepare
-from timm_sfr.guard import FiniteGuard
-from timm_sfr.loader import Preprocessing
-from timm_sfr.samples import BadImage, Decoded, bad_images, make_samples
-from timm_sfr.sections import AugConfig, DataConfig
-from timm_sfr.signals import ECHO, Signals
 from timm_sfr.state import restore
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
-DIGITS_PAIR = ("--epochs", "200", "-b", "32", "--checkpoint-interval", "5", "--device", "cpu", "--val-interval", "50")
-ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def state(updates=0, value=0.0):
@@ -111,25 +96,6 @@ def test_a_checkpoint_never_runs_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run with everything on that draws random numbers, and all of its checkpoints."""
-    output = tmp_path_factory.mktemp("whole")
-    done = run(
-        *TRAIN, *EVERYTHING, "--checkpoint-hist", 99, "--output", output, "--experiment", "run", OMP_NUM_THREADS="1"
-    )
-    assert done.returncode == 0, done.stderr
-    return output / "run"
-
-
-def cut(whole, place, keep):
-    """A copy of a run as it was when its checkpoint number `keep` was its newest."""
-    shutil.copytree(whole, place)
-    for path in checkpoints(place / "checkpoints")[keep + 1 :]:
-        shutil.rmtree(path)
-    return load_checkpoint(checkpoints(place / "checkpoints")[-1])
-
-
 @pytest.mark.parametrize("keep", [1, 5])
 def test_resuming_in_mid_epoch_ends_with_the_same_bits(whole, tmp_path, keep):
     state = cut(whole, tmp_path / "run", keep)
@@ -137,65 +103,6 @@ def test_resuming_in_mid_epoch_ends_with_the_same_bits(whole, tmp_path, keep):
     done = run(*TRAIN, "--resume", tmp_path / "run", OMP_NUM_THREADS="1")
     assert f"at epoch {state['epoch'] + 1}, batch {state['step'] + 1}" in done.stdout, done.stderr
     assert differences(whole, tmp_path / "run") == []
-
-
-def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
-    words = [
-        *EVERYTHING,
-        "--checkpoint-hist",
-        "99",
-        "--output",
-        str(tmp_path),
-        "--experiment",
-        "run",
-        "--resume",
-        "auto",
-    ]
-    process = subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE)
-    folder = tmp_path / "run" / "checkpoints"
-    while process.poll() is None and not checkpoints(folder):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED and "Traceback" not in err
-    assert "stopped by SIGTERM after update" in err and f"train_sfr.py --resume {tmp_path / 'run'}" in err
-    assert str(checkpoints(folder)[-1]) in err
-    done = run(*TRAIN, *words, OMP_NUM_THREADS="1")
-    assert "resuming" in done.stdout and done.returncode == 0, done.stderr
-    assert differences(whole, tmp_path / "run") == []
-
-
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
-def test_ctrl_c_on_two_processes_keeps_a_checkpoint(launcher, tmp_path):
-    """A terminal sends SIGINT to the launcher and to all that it started; torchrun then hands it on once more."""
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    words = [*DIGITS_PAIR, "--output", str(tmp_path), "--experiment", "run"]
-    launch = TORCHRUN if launcher == "torchrun" else accelerate
-    process = subprocess.Popen([*launch, TRAIN[1], *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=ALONE, start_new_session=True)  # fmt: skip
-    folder = tmp_path / "run" / "checkpoints"
-    while process.poll() is None and not checkpoints(folder):
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=100)
-    newest = checkpoints(folder)[-1]
-    assert f"the checkpoint {newest} is kept; go on with: " in err, out + err
-    assert process.returncode != 0
-    done = run(*TRAIN, "--resume", tmp_path / "run", "--epochs", 3, OMP_NUM_THREADS="1")
-    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
-
-
-def test_a_stop_for_the_whole_group_spares_the_loading_processes(folder, tmp_path):
-    """SLURM, systemd and torchrun signal every process of a job."""
-    words = ("--model", "resnet20_cifar", "--data-dir", str(folder), "--epochs", "500", "-b", "20", "-j", "2",
-             "--checkpoint-interval", "1", "--output", str(tmp_path), "--experiment", "run")  # fmt: skip
-    process = subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE,
-                               start_new_session=True)  # fmt: skip
-    while process.poll() is None and not checkpoints(tmp_path / "run" / "checkpoints"):
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == INTERRUPTED and "stopped by SIGTERM" in err and len(err.splitlines()) == 1, err
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path):
@@ -277,25 +184,6 @@ def test_damaged_checkpoints_are_set_aside(tmp_path):
     assert len(checkpoints(tmp_path)) == 2 and (tmp_path / f"damaged-{newest.name}").is_dir()
     save_checkpoint(tmp_path, state(2, 5.0), 1, False)
     assert [load_checkpoint(path)["updates"] for path in checkpoints(tmp_path)] == [2]
-
-
-class Alone:
-    num_processes = 1
-
-
-def test_signals_are_noted_and_a_second_interrupt_is_not():
-    with Signals(Alone()) as signals:
-        assert signals.asked(1) == (None, False)
-        signal.raise_signal(signal.SIGUSR1)
-        assert signals.asked(2) == (None, True) and signals.asked(3) == (None, False)
-        signal.raise_signal(signal.SIGINT)
-        assert signals.asked(4) == (signal.SIGINT, False)
-        signal.raise_signal(signal.SIGINT)  # at once: the launcher's echo of the same Ctrl-C
-        time.sleep(ECHO + 0.1)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def limited(kilobytes, *words):
@@ -397,131 +285,6 @@ def test_another_batch_size_goes_on_after_the_images_seen(whole, tmp_path):
     done = run(*TRAIN, "--resume", tmp_path / "run", "--batch-size", 100, OMP_NUM_THREADS="1")
     assert state["images"] == 768 and "at epoch 1, batch 7" in done.stdout, done.stderr
     assert done.returncode == 0
-
-
-def spoiled(tmp_path, policy, when, gradient=False):
-    """A trainer on the digits, and the batches of its first epoch at which a loss, or a gradient, is not finite."""
-    options = {"epochs": 1, "on_nonfinite": policy, "output": str(tmp_path), "experiment": "run", "device": "cpu",
-               "sfr_smoothing_source": "classes", "model_ema": True}  # fmt: skip
-    trainer = prepare(RunConfig.from_flat(options))
-    compute, calls = trainer.task.forward, iter(range(10**6))
-
-    def forward(image, target):
-        bad = next(calls) in when
-        if bad and not gradient:
-            image = image * float("nan")
-        result = compute(image, target)
-        if bad and gradient:
-            result["output"].register_hook(lambda g: g * float("inf"))
-        return result
-
-    trainer.task.forward = forward
-    return trainer
-
-
-def finite(trainer):
-    tensors = [*trainer.exported_model().state_dict().values(), *trainer.task.plain_model.state_dict().values(),
-               *trainer.task.get_sums().values(), trainer.task.smoothing.table]  # fmt: skip
-    return all(tensor.isfinite().all() for tensor in tensors)
-
-
-@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
-def test_a_batch_that_is_not_finite_is_left_out_and_written_down(tmp_path, gradient):
-    trainer = spoiled(tmp_path, "skip", {3, 4}, gradient)
-    means = trainer.train_epoch(0)
-    assert trainer.guard.skipped == 2 and trainer.updates == len(trainer.batches) and finite(trainer)
-    assert gradient or 0 < means["loss"] < 10
-    events = json.loads((tmp_path / "run/nonfinite.json").read_text())
-    assert [(event["epoch"], event["batch"], event["update"]) for event in events] == [(1, 4, 4), (1, 5, 5)]
-    assert events[0]["term"] == ("gradient" if gradient else "task_loss") and events[0]["action"] == "skip"
-    keys = trainer.batches.sampler.keys(0)[3 * 64 : 4 * 64]
-    assert events[0]["files"] == [f"number {key % 1437}" for key in keys]
-
-
-def test_under_a_gradient_scaler_nothing_but_the_scaler_leaves_updates_out():
-    accelerator = SimpleNamespace(device=torch.device("cpu"), scaler=object(), num_processes=1)
-    for scaled, bad in ((True, None), (False, "task_loss")):
-        accelerator.scaler = object() if scaled else None
-        guard = FiniteGuard(accelerator)
-        guard.terms.send(torch.tensor([float("inf"), float("inf"), 0, 0, 0]))
-        assert not guard.check_terms()
-        guard.settle()
-        assert (guard.bad and guard.bad[0]) == bad
-
-
-@pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
-def test_by_default_it_stops_the_run(tmp_path, gradient):
-    trainer = spoiled(tmp_path, "stop", {3}, gradient)
-    with pytest.raises(
-        UserError, match=r"non-finite (loss|gradients) at epoch 1, update 4: .* stopped before the update"
-    ):
-        trainer.train_epoch(0)
-    assert trainer.updates == 3 and all(p.isfinite().all() for p in trainer.task.plain_model.parameters())
-    assert len(json.loads((tmp_path / "run/nonfinite.json").read_text())) == 1
-
-
-def test_too_many_in_a_row_stop_it_anyway(tmp_path):
-    trainer = spoiled(tmp_path, "skip", range(2, 99))
-    with pytest.raises(UserError, match="11 updates in a row were left out, the last at epoch 1, update 13"):
-        trainer.train_epoch(0)
-    assert finite(trainer)
-
-
-@pytest.fixture
-def damaged(folder, tmp_path):
-    """The folder of images with three that do not decode: cut off, empty, no image; and where they lie."""
-    place = tmp_path / "images"
-    shutil.copytree(folder, place)
-    train = open_splits(DataConfig(data_dir=str(place)), "RGB", 0)[0].dataset
-    files = [Path(train.filename(index, absolute=True)) for index in (23, 24, 25)]  # in the order that they are read
-    files[0].write_bytes(files[0].read_bytes()[:100])
-    files[1].write_bytes(b"")
-    files[2].write_text("no image")
-    return place, files
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_another_image_of_the_class_stands_in_for_one_that_does_not_decode(damaged, cached):
-    place, _ = damaged
-    config = DataConfig(data_dir=str(place), workers=0, on_bad_image="skip", cache_dataset=cached)
-    train = open_splits(config, "RGB", 0)[0]
-    samples = make_samples(train, PREP.train_transform(AugConfig()), config, "RGB", 0)
-    for bad in (23, 24, 25):
-        (image, target), (other, same) = samples.images[bad], samples.images[26]
-        assert image.tobytes() == other.tobytes() and target == same == 1
-    assert samples.images[0][1] == 0
-    if not cached:
-        assert len(bad_images(samples).waiting) == 3
-
-
-def test_bad_images_are_listed_once_and_the_run_goes_on(damaged, tmp_path):
-    place, files = damaged
-    words = ("--model", "resnet20_cifar", "--data-dir", place, "--epochs", 2, "-b", 20, "-j", 2, "--output", tmp_path)
-    done = run(*TRAIN, *words, "--experiment", "stop")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "cannot decode image" in done.stderr
-    assert any(str(file) in done.stderr for file in files) and "--on-bad-image skip" in done.stderr
-    done = run(*TRAIN, *words, "--experiment", "skip", "--on-bad-image", "skip")
-    assert done.returncode == 0 and "warning: 3 images do not decode" in done.stdout, done.stderr
-    lines = set((tmp_path / "skip" / "bad_images.txt").read_text().splitlines())
-    assert {line.split(": ")[0] for line in lines} == {str(file) for file in files}
-
-
-def test_an_image_of_too_many_pixels_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(BadImage, match="number 1: 16 x 16 pixels are more than 100"):
-        Decoded([(Image.new("L", (8, 8)), 0), (Image.new("L", (16, 16)), 1)], "RGB")[1]
-
-
-def test_a_loading_process_that_dies_is_said_in_one_line(folder, tmp_path):
-    script = (
-        "import os, sys, timm_sfr.samples as s, train_sfr; seed = s.seed_cpu;"
-        "s.seed_cpu = lambda *e: os._exit(9) if e[1:] == (0, 7) else seed(*e);"
-        "sys.exit(train_sfr.main(sys.argv[1:]))"
-    )
-    words = ("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 1, "-b", 20, "-j", 1, "--output", tmp_path)
-    done = run(sys.executable, "-c", script, *words)
-    assert done.returncode == 2 and "error: data: a loading process died: " in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def kill_a_rank(output, *launcher_words):

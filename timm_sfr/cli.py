@@ -74,6 +74,14 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         _add(parser, section, name, item)
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL and --revision: what `timm_sfr.create_model` takes."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run's folder, USER/NAME on the Hub, zoo name, or any timm name"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
     """Those of the options `names` that were given."""
     return {name: value for name, value in vars(args).items() if name in names}

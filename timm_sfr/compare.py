@@ -15,6 +15,7 @@ from scipy.stats import t
 
 from timm_sfr import report
 from timm_sfr.errors import UserError
+from timm_sfr.text import aligned
 from timm_sfr.workspace import read_yaml
 
 WHAT = "Put runs side by side: what differs in their options, their scores, and the differences, paired by seed."
@@ -147,18 +148,13 @@ def table(groups: Sequence[Group]) -> str:
                       spread(group.values("val_top5")), spread(group.values("val_loss"), 3),
                       spread(group.values("ece"), 3), spread(best), f"{mean(minutes):.1f}",
                       spread(gain, 2, "+") + unpaired))  # fmt: skip
-    text = _aligned(lines)
+    text = aligned(lines)
     text.append(
         "at the last epoch, percent; ± half the 95 % interval over seeds, from three on; the best epoch is chosen on val"
     )
     options = [("", *(group.name for group in groups))]
     options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]
-    return "\n".join([*text, "", *_aligned(options)] if base.options else text)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, "", *aligned(options)] if base.options else text)
 
 
 def _short(value: Any) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.cli import add_model
 from timm_sfr.errors import UserError, brief
 from timm_sfr.features import MISFITS
 from timm_sfr.pretrained import create_model
@@ -151,12 +152,9 @@ WRITERS = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run's folder, USER/NAME on the Hub, zoo name, or any timm name"
-    )
+    add_model(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="what to write (default: onnx)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: the model's name here)")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
 def run(args: Namespace) -> int:

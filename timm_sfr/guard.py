@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from timm_sfr.checkpoint import replace_atomically
 from timm_sfr.errors import UserError
+from timm_sfr.report import write_json
 
 # The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss.
 TERMS = ("loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing")
@@ -144,12 +144,7 @@ def write_event(path: Path, event: dict[str, Any]) -> None:
         events = json.loads(path.read_text())
     except (OSError, ValueError):
         events = []
-    text = json.dumps([*events, event], indent=2) + "\n"
-    replace_atomically(path, lambda fresh: _text(fresh, text))
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text)
+    write_json(path, [*events, event])
 
 
 def stopped(term: str, value: float, where: str, how: str, kept: str) -> UserError:

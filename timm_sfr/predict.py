@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_sfr.cli import Parser, call, fail
+from timm_sfr.cli import Parser, add_model, call, fail
 from timm_sfr.errors import UserError
 
 WHAT = "Name the most probable classes of images, by a model of the zoo, the Hub, a folder, or timm."
@@ -99,12 +99,9 @@ def predict(model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="zoo name, USER/NAME on the Hub, a run's folder, or any timm name"
-    )
+    add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files and folders")
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: 5)")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
 

@@ -90,7 +90,7 @@ def write_args(path: Path, values: dict[str, Any]) -> None:
     replace_atomically(path, lambda fresh: _text(fresh, yaml.safe_dump(values, sort_keys=False)))
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
+def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
     """Writes a JSON file whole."""
     replace_atomically(path, lambda fresh: _text(fresh, json.dumps(values, indent=2) + "\n"))
 

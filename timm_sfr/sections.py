@@ -205,6 +205,11 @@ class SFRConfig(Checked):
     smoothing_source: str = option("uniform", "what SFR smooths towards", choices=SOURCES)
     smoothing_schedule: str = option("constant", "how SFR's epsilon moves", choices=SCHEDULES)
 
+    @property
+    def common_grid(self) -> bool:
+        """Whether a location of one tap must stand for the same place as that of the other: on a common grid alone."""
+        return self.matching == "grid" or self.channels == "transport"
+
     def check(self) -> None:
         """Weights non-negative, smoothing in [0, 1), at least 4 nodes."""
         self.at_least(0, "weight", "warmup_epochs", "decay_epochs", "smoothing")

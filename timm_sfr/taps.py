@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_sfr.errors import UserError, near_matches
 from timm_sfr.features import INTERMEDIATES, Feature, model_name, probe
+from timm_sfr.text import aligned
 
 MIN_NODES = 4  # transport over fewer locations matches nothing
 ISOTROPIC_TAPS = 3
@@ -70,10 +71,8 @@ class TapPlan:
         for role, tap in [*(("shallow", tap) for tap in self.shallow), ("deep", self.deep)]:
             grid = f"{tap.grid[0]}x{tap.grid[1]}"
             rows.append((role, str(tap.index), tap.module, str(tap.channels), grid, str(tap.stride)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         how = "" if self.mechanism == INTERMEDIATES else f", taken by {self.mechanism}"
-        return "\n".join([*table, f"at {'x'.join(map(str, self.input_size))}: {self.why}{how}"])
+        return "\n".join([*aligned(rows), f"at {'x'.join(map(str, self.input_size))}: {self.why}{how}"])
 
 
 def choose_taps(

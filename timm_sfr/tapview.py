@@ -22,6 +22,7 @@ from timm_sfr.features import Feature, probe
 from timm_sfr.losses import ChannelProjection, FeatureLoss
 from timm_sfr.sections import SFRConfig
 from timm_sfr.taps import TapPlan, choose_taps
+from timm_sfr.text import aligned
 
 WHAT = "Show what SFR would tap in a model: which features teach which, and what that costs a step."
 OPTIONS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",
@@ -66,8 +67,7 @@ def describe(plan: TapPlan, features: list[Feature], config: SFRConfig, batch: i
         batch: Images.
     """
     stages = list(dict.fromkeys(feature.grid for feature in features))
-    common = config.matching == "grid" or config.channels == "transport"
-    *grids, deep_grid = plan.node_grids(config.max_nodes, common)
+    *grids, deep_grid = plan.node_grids(config.max_nodes, config.common_grid)
     deep = plan.deep
     rows = []
     for tap, grid in zip(plan.shallow, grids, strict=True):
@@ -116,8 +116,7 @@ def table(plan: TapPlan, rows: list[TapRow], batch: int) -> str:
         grid = f"{row.grid[0]}x{row.grid[1]}"
         lines.append((row.role, str(row.stage), row.module, str(row.channels), str(row.reduction), grid, str(row.nodes),
                       row.match, cost))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    text = aligned(lines)
     total = sum(row.milliseconds for row in rows)
     size = "x".join(map(str, plan.input_size))
     text.append(f"at {size}: {plan.why}; taken by {plan.mechanism}")

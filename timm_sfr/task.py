@@ -84,9 +84,7 @@ class SFRTask(TrainingTask):
         projection: ChannelProjection | None = None
         if self.config.weight > 0:
             self.plan = choose_taps(model, input_size, self.config.taps)
-            # A location of one tap stands for the same place as that of the other only on a common grid.
-            common = self.config.matching == "grid" or self.config.channels == "transport"
-            grids = self.plan.node_grids(self.config.max_nodes, common)
+            grids = self.plan.node_grids(self.config.max_nodes, self.config.common_grid)
             if self.config.channels == "projection":
                 shallow = tuple(tap.channels for tap in self.plan.shallow)
                 projection = ChannelProjection(shallow, self.plan.deep.channels)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from timm_sfr import build
-from timm_sfr.cli import add_options, given
+from timm_sfr.cli import add_model, add_options, given
 from timm_sfr.config import RunConfig
 from timm_sfr.data import open_split
 from timm_sfr.errors import UserError
@@ -31,10 +31,7 @@ MACHINE = ("device", "mixed_precision")
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run's folder, USER/NAME on the Hub, zoo name, or any timm name"
-    )
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for title, names in (("data (of a run: its own)", DATA), ("input", INPUT), ("machine", MACHINE)):
         add_options(parser.add_argument_group(title), names)

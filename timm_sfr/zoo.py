@@ -23,6 +23,7 @@ from timm_sfr.errors import HubError, UserError
 from timm_sfr.export import own_config
 from timm_sfr.hub_client import told
 from timm_sfr.sections import check_repo_id
+from timm_sfr.text import aligned
 from timm_sfr.workspace import read_yaml
 
 HERE = Path(__file__).resolve().parent
@@ -124,9 +125,7 @@ class ZooTable(list):
             dataset = str(entry.options.get("dataset") or entry.options.get("hub_dataset") or "")
             where = "comes with the package" if entry.about.weights else entry.repo_id
             lines.append((entry.name, f"{entry.about.parameters / 1e6:.2f} M", dataset, score, where))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-        return "\n".join("  ".join(line).rstrip() for line in padded)
+        return "\n".join(aligned(lines))
 
     __repr__ = __str__
 

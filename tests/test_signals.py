@@ -1,0 +1,95 @@
+"""Signals: a run that is asked to stop keeps a checkpoint and says how to go on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ALONE, TORCHRUN, TRAIN, run
+
+from benchmarks.faults import EVERYTHING, differences
+from timm_sfr.checkpoint import checkpoints
+from timm_sfr.cli import INTERRUPTED
+from timm_sfr.signals import ECHO, Signals
+
+DIGITS_PAIR = ("--epochs", "200", "-b", "32", "--checkpoint-interval", "5", "--device", "cpu", "--val-interval", "50")
+
+
+def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
+    words = [
+        *EVERYTHING,
+        "--checkpoint-hist",
+        "99",
+        "--output",
+        str(tmp_path),
+        "--experiment",
+        "run",
+        "--resume",
+        "auto",
+    ]
+    process = subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE)
+    folder = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not checkpoints(folder):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED and "Traceback" not in err
+    assert "stopped by SIGTERM after update" in err and f"train_sfr.py --resume {tmp_path / 'run'}" in err
+    assert str(checkpoints(folder)[-1]) in err
+    done = run(*TRAIN, *words, OMP_NUM_THREADS="1")
+    assert "resuming" in done.stdout and done.returncode == 0, done.stderr
+    assert differences(whole, tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
+def test_ctrl_c_on_two_processes_keeps_a_checkpoint(launcher, tmp_path):
+    """A terminal sends SIGINT to the launcher and to all that it started; torchrun then hands it on once more."""
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    words = [*DIGITS_PAIR, "--output", str(tmp_path), "--experiment", "run"]
+    launch = TORCHRUN if launcher == "torchrun" else accelerate
+    process = subprocess.Popen([*launch, TRAIN[1], *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=ALONE, start_new_session=True)  # fmt: skip
+    folder = tmp_path / "run" / "checkpoints"
+    while process.poll() is None and not checkpoints(folder):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    newest = checkpoints(folder)[-1]
+    assert f"the checkpoint {newest} is kept; go on with: " in err, out + err
+    assert process.returncode != 0
+    done = run(*TRAIN, "--resume", tmp_path / "run", "--epochs", 3, OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+
+
+def test_a_stop_for_the_whole_group_spares_the_loading_processes(folder, tmp_path):
+    """SLURM, systemd and torchrun signal every process of a job."""
+    words = ("--model", "resnet20_cifar", "--data-dir", str(folder), "--epochs", "500", "-b", "20", "-j", "2",
+             "--checkpoint-interval", "1", "--output", str(tmp_path), "--experiment", "run")  # fmt: skip
+    process = subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE,
+                               start_new_session=True)  # fmt: skip
+    while process.poll() is None and not checkpoints(tmp_path / "run" / "checkpoints"):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == INTERRUPTED and "stopped by SIGTERM" in err and len(err.splitlines()) == 1, err
+
+
+class Alone:
+    num_processes = 1
+
+
+def test_signals_are_noted_and_a_second_interrupt_is_not():
+    with Signals(Alone()) as signals:
+        assert signals.asked(1) == (None, False)
+        signal.raise_signal(signal.SIGUSR1)
+        assert signals.asked(2) == (None, True) and signals.asked(3) == (None, False)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked(4) == (signal.SIGINT, False)
+        signal.raise_signal(signal.SIGINT)  # at once: the launcher's echo of the same Ctrl-C
+        time.sleep(ECHO + 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
