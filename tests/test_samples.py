@@ -1,6 +1,7 @@
 """Images that do not decode, and loading processes that die."""
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from timm_sfr.data import open_splits
 from timm_sfr.loader import Preprocessing
+from timm_sfr.machine import explained
 from timm_sfr.samples import BadImage, Decoded, bad_images, make_samples
 from timm_sfr.sections import AugConfig, DataConfig
 
@@ -71,3 +73,19 @@ def test_a_loading_process_that_dies_is_said_in_one_line(folder, tmp_path):
     done = run(sys.executable, "-c", script, *words)
     assert done.returncode == 2 and "error: data: a loading process died: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_pipe_that_breaks_before_its_process_has_died_is_one_line_too():
+    """torch raises from its handler of SIGCHLD, which may come while the broken pipe's error is being told."""
+
+    def late(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) exited unexpectedly with exit code 9. Details are lost.")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        told = explained(ConnectionResetError("reset by peer"), "nothing was begun")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert "worker (pid 7) exited unexpectedly with exit code 9" in str(told)

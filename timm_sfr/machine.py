@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 
 import torch
 from accelerate import Accelerator
@@ -35,8 +36,21 @@ def keep_freed_blocks() -> bool:
     return bool(mallopt(_MMAP_THRESHOLD, _MOST) and mallopt(_TRIM_THRESHOLD, _MOST))
 
 
+def _last_word(error: Exception) -> Exception:
+    """What torch says of a loading process whose pipe broke: its end is signalled a moment later, wherever we are then."""
+    if not isinstance(error, (ConnectionError, EOFError)):
+        return error
+    try:
+        for _ in range(20):
+            time.sleep(0.1)
+    except RuntimeError as said:
+        return said
+    return error
+
+
 def explained(error: Exception, kept: str) -> UserError | None:
     """The error in one line where it is of the machine or the options, not of the code; None where it is."""
+    error = _last_word(error)
     text = first_line(error)
     # Its pipe may break before torch notices that it is gone.
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
