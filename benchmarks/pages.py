@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 
@@ -24,10 +23,3 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
-def cannot_plot() -> str | None:
-    """Why there can be no plot, in one line; None where there can."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return 'matplotlib is not installed: pip install -e ".[bench]"'
-    return None

@@ -27,7 +27,7 @@ from benchmarks.accuracy import HERE, commit, positive, read
 from benchmarks.features import random_costs, real_costs
 from benchmarks.libraries import OURS, Solve, candidates
 from benchmarks.measured import timed
-from benchmarks.pages import cannot_plot, fill, markdown
+from benchmarks.pages import fill, markdown
 from benchmarks.timing import in_turns, ratios
 from timm_sfr import report
 from timm_sfr.errors import UserError
@@ -204,10 +204,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     args = parser.parse_args(arguments)
-    from timm_sfr.cli import fail
-
-    if args.document.is_file() and (missing := cannot_plot()):
-        return fail(missing)  # before the minutes that it takes, not after
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -236,6 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
                         rows += compare(kind, costs(kind, batch, nodes), chosen, args.rounds)
                         write(rows)  # after each size: one that takes too long loses nothing
     except UserError as error:
+        from timm_sfr.cli import fail
+
         return fail(str(error))
     if args.document.is_file():
         write_page(read(args.csv), args.document)

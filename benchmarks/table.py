@@ -17,7 +17,7 @@ from statistics import mean, stdev
 
 from benchmarks import timing
 from benchmarks.accuracy import HERE, RESULTS, read
-from benchmarks.pages import cannot_plot, fill, labels
+from benchmarks.pages import fill, labels
 from benchmarks.presets import PRESETS
 from timm_sfr.compare import FEWEST, spread
 from timm_sfr.compare import half_interval as interval
@@ -189,8 +189,6 @@ def main(arguments: list[str] | None = None) -> int:
     for option, path in [("csv", path) for path in args.csv] + [("document", args.document)]:
         if not path.is_file():
             return fail(f"{option}: there is no file {path}")
-    if missing := cannot_plot():
-        return fail(missing)
     text = args.document.read_text()
     rows, clock = [row for path in args.csv for row in read(path)], read(args.timing)
     kinds = sorted({(row["preset"], row["set"], row["split"]) for row in rows})

@@ -24,7 +24,7 @@ from timm_sfr.taps import choose_taps
 from timm_sfr.transport import cost_matrix, unit
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = [sys.executable, str(ROOT / "train_sfr.py")]
+TRAIN = [sys.executable, str(ROOT / "train_sfr.py"), "--report-interval", "0"]  # test_report.py has reports
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 

@@ -31,12 +31,14 @@ class Facts:
         options: The run's resolved options, as its args.yaml.
         rows: The rows of its summary.csv.
         source: ``USER/NAME[@REVISION]`` that the card is for, None for the folder on the disk.
+        pictures: Names of the PNG files that lie beside the card.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     source: str | None = None
+    pictures: tuple[str, ...] = ()
 
 
 def dataset_name(options: dict[str, Any]) -> str:
@@ -58,7 +60,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
     name = facts.source.split("@")[0].split("/")[-1] if facts.source else config["architecture"]
     parts = [f"---\n{metadata(name, config, facts).to_yaml()}\n---", f"# {name}", _summary(config, facts)]
     if facts.metrics:
-        parts += [_scores(facts), _recipe(facts), _curve(facts)]
+        parts += [_scores(facts), _recipe(facts), _curve(facts), _pictures(facts)]
     parts.insert(3, _usage(config, facts))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -188,6 +190,12 @@ def _curve(facts: Facts) -> str:
         for row in shown
     ]
     return "## Curve\n\n| epoch | train loss | val loss | val top-1 % |\n|---:|---:|---:|---:|\n" + "\n".join(lines)
+
+
+def _pictures(facts: Facts) -> str:
+    titles = {"curves": "Curves of the run", "confusion": "Confusion matrix, rows are classes",
+              "reliability": "Accuracy against confidence"}  # fmt: skip
+    return "\n\n".join(f"![{titles[PurePath(name).stem]}]({name})" for name in facts.pictures)
 
 
 def _split(options: dict[str, Any]) -> str:

@@ -13,42 +13,16 @@ from typing import Any
 
 from scipy.stats import t
 
-from timm_sfr import report
 from timm_sfr.errors import UserError
+from timm_sfr.reporting.runs import Run, read_finished
 from timm_sfr.text import aligned
-from timm_sfr.workspace import read_yaml
 
 WHAT = "Put runs side by side: what differs in their options, their scores, and the differences, paired by seed."
 # What does not make two runs different experiments.
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
-              "hub_dataset", "workers", "log_interval", "checkpoint_hist", "checkpoint_interval")  # fmt: skip
+              "hub_dataset", "workers", "log_interval", "report_interval", "checkpoint_hist",
+              "checkpoint_interval")  # fmt: skip
 FEWEST = 3  # seeds that an interval is given for: that of two is several times their distance
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run's folder, read.
-
-    Attributes:
-        path: The folder.
-        options: Its args.yaml.
-        metrics: Its metrics.json.
-        rows: Its summary.csv.
-    """
-
-    path: Path
-    options: dict[str, Any]
-    metrics: dict[str, Any]
-    rows: list[dict[str, Any]]
-
-    @property
-    def seed(self) -> int:
-        """Its seed."""
-        return int(self.options.get("seed", 0))
-
-    def score(self, name: str) -> float:
-        """A score at the last epoch."""
-        return float(self.metrics["last"][name])
 
 
 @dataclass(frozen=True)
@@ -68,26 +42,6 @@ class Group:
     def values(self, score: str) -> list[float]:
         """A score by seed."""
         return [run.score(score) for _, run in sorted(self.runs.items())]
-
-
-def read_finished(path: Path) -> Run:
-    """A run's folder.
-
-    Raises:
-        UserError: if it is none, or has not been validated yet.
-    """
-    missing = [name for name in ("args.yaml", "summary.csv", "metrics.json") if not (path / name).is_file()]
-    if missing:
-        raise UserError(f"run: {str(path)!r} has no {missing[0]}; give the folder that the training printed")
-    try:
-        metrics = json.loads((path / "metrics.json").read_text())
-        run = Run(path, read_yaml(path / "args.yaml"), metrics, report.read_summary(path / "summary.csv", 10**9))
-        run.score("val_top1")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"run: the files of {str(path)!r} are damaged: {error!r}") from error
-    return run
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
@@ -166,6 +120,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the base")
     parser.add_argument("--json", action="store_true", help="print one JSON object a group")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with their curves over each other, too")
 
 
 def run(args: Namespace) -> int:
@@ -173,6 +128,15 @@ def run(args: Namespace) -> int:
     if len(args.runs) < 2:
         raise UserError("run: expected two or more folders to compare; got one")
     groups = grouped([read_finished(path) for path in args.runs])
+    if args.html is not None:
+        from timm_sfr.reporting.page import write_comparison  # only here: matplotlib takes a while
+
+        try:
+            write_comparison(
+                args.html, [(group.name, one) for group in groups for one in group.runs.values()], table(groups)
+            )
+        except OSError as error:
+            raise UserError(f"html: cannot write {str(args.html)!r}: {error.strerror or error}") from error
     if not args.json:
         print(table(groups))
         return 0

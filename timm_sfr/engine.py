@@ -26,8 +26,9 @@ from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.export import Exporter
 from timm_sfr.guard import ADVICE, TERMS, FiniteGuard, stopped, write_event
-from timm_sfr.keep import interrupted, keep_checkpoint, say_bad_images, spared, write_epoch
+from timm_sfr.keep import interrupted, keep_checkpoint, refresh_report, say_bad_images, spared, write_epoch
 from timm_sfr.loader import Preprocessing, TrainBatches
+from timm_sfr.reporting.predictions import Predictions
 from timm_sfr.samples import reseed
 from timm_sfr.signals import Signals
 from timm_sfr.workspace import Workspace
@@ -61,8 +62,10 @@ class Trainer:
     rows: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
+    seen: Predictions = field(default_factory=Predictions)  # of the last validation
     lr: float = 0.0  # the rate that this epoch began with
     started: float = field(default_factory=time.perf_counter)
+    reported: float = field(default_factory=time.perf_counter)  # when the last report was written
 
     @property
     def module(self) -> Any:
@@ -147,7 +150,8 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Scores of what gets exported: the moving average where there is one."""
-        return evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator)
+        self.seen = Predictions()
+        return evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen)
 
     def exported_model(self) -> Any:
         """The plain timm model behind all wrappers."""
@@ -183,6 +187,7 @@ class Trainer:
                 _logger.info(report.log_line(row, epochs))
                 write_epoch(self, improved)
             keep_checkpoint(self, epoch + 1, 0, None, improved)
+            refresh_report(self, epoch + 1 == epochs)
             self.accelerator.wait_for_everyone()
             stop, _ = self.signals.asked(self.updates, now=True)
             if stop is not None and epoch + 1 < epochs:

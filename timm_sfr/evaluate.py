@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_sfr.loader import Preprocessing
+from timm_sfr.reporting.predictions import Predictions
 
 ECE_BINS = 15
 
@@ -26,8 +27,8 @@ class Scores:
         self.sums = torch.zeros(4, dtype=dtype, device=device)
         self.bins = torch.zeros(3, ECE_BINS, dtype=dtype, device=device)
 
-    def add(self, logits: Tensor, target: Tensor) -> None:
-        """Counts a batch: logits (B, K) and class indices (B,)."""
+    def add(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts a batch: logits (B, K) and class indices (B,); the predicted classes (B,) and their probabilities (B,)."""
         logits = logits.float()
         order = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = order == target[:, None]
@@ -38,6 +39,7 @@ class Scores:
         place = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), confidence, hits[:, 0].float()])
         self.bins.index_add_(1, place, rows.to(self.bins.dtype))
+        return order[:, 0], confidence
 
     def result(self) -> dict[str, float]:
         """``images``, ``loss``, ``top1`` and ``top5`` (percent), and ``ece``.
@@ -57,11 +59,14 @@ class Scores:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, loader: DataLoader, prep: Preprocessing, accelerator: Any) -> dict[str, float]:
-    """Scores of `model` over the whole split, the same on every process.
+def evaluate(
+    model: nn.Module, loader: DataLoader, prep: Preprocessing, accelerator: Any, seen: Predictions | None = None
+) -> dict[str, float]:
+    """Scores of `model` over the whole split, the same on every process; `seen` takes what was said of each image.
 
     An indexed split's `loader` was prepared by Accelerate: each process takes its part, and `gather_for_metrics` drops
-    what was repeated to make the parts even. A stream is split by timm's reader, and only the sums are added up.
+    what was repeated to make the parts even. A stream is split by timm's reader, and only the sums are added up: of
+    several processes, each has seen its own part of the images.
     """
     streamed = isinstance(loader.dataset, torch.utils.data.IterableDataset)
     scores = Scores(accelerator.device)
@@ -72,7 +77,9 @@ def evaluate(model: nn.Module, loader: DataLoader, prep: Preprocessing, accelera
             logits = model(prep.normalize(images))
         if not streamed:
             logits, target = accelerator.gather_for_metrics((logits, target))
-        scores.add(logits, target)
+        prediction, confidence = scores.add(logits, target)
+        if seen is not None:
+            seen.add(target, prediction, confidence)
     if streamed:
         scores.sums, scores.bins = accelerator.reduce((scores.sums, scores.bins), reduction="sum")
     return scores.result()

@@ -23,6 +23,7 @@ from timm_sfr.errors import UserError
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
 from timm_sfr.hub_check import refuse_public, validate_card
 from timm_sfr.hub_client import bounded_xet, check_token, retried, told
+from timm_sfr.reporting.runs import read_finished
 from timm_sfr.sections import HubConfig, check_branch, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
@@ -31,6 +32,7 @@ _logger = logging.getLogger("timm_sfr")
 # Where the run was kept and published is nothing to repeat.
 NOT_OTHERS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment")
 RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
+CARD_PICTURES = ("curves.png", "confusion.png", "reliability.png")
 PICKLES = ("pytorch_model.bin",)
 
 
@@ -47,7 +49,8 @@ def push_to_hub(
     """Publishes a finished run's best model, or a timm model, in one commit; returns the commit's address.
 
     A run's repository gets ``config.json``, ``model.safetensors``, a card made from its measured scores, ``args.yaml``
-    (without where it was kept and pushed to), ``summary.csv`` and ``metrics.json``; a model's the first three, without scores.
+    (without where it was kept and pushed to), ``summary.csv``, ``metrics.json`` and pictures of its curves, its confusion matrix
+    and its calibration; a model's the first three, without scores.
     Weights are the plain timm model's, as safetensors. The repository and the branch are made where they are missing. A run's
     files and a pickle that are there and are not among these are of other weights, and are deleted by the same commit.
 
@@ -96,7 +99,9 @@ def push_to_hub(
         def commit() -> str:
             # Looked up for every try: one whose answer was lost may have been carried out.
             before = api.model_info(repo_id, revision=revision)
-            stale = sorted({*RUN_FILES, *PICKLES} & {file.rfilename for file in before.siblings or []} - {*files})
+            stale = sorted(
+                {*RUN_FILES, *PICKLES, *CARD_PICTURES} & {file.rfilename for file in before.siblings or []} - {*files}
+            )
             if stale:
                 _logger.info(f"deleting from {source}, as of other weights: {', '.join(stale)}")
             done = api.create_commit(
@@ -152,17 +157,32 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     with _whole(run, "summary.csv"), needed["summary.csv"].open(newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     with _whole(run, f"{CONFIG}, metrics.json or summary.csv"):
-        card = render(config, Facts(metrics, options, rows, source))
+        drawn = _pictures(run)
+        card = render(config, Facts(metrics, options, rows, source, tuple(drawn)))
     done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
     if done < asked:
         raise UserError(
             f"run: {str(run)!r} stopped after {done} of {asked} epochs; go on with --resume {run}, then publish it"
         )
     files = needed | {name: place / name for name in (CARD, CONFIG, "args.yaml")}
+    for name, picture in drawn.items():
+        files[name] = place / name
+        files[name].write_bytes(picture)
     files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
     return files
+
+
+def _pictures(run: Path) -> dict[str, bytes]:
+    """The card's pictures, by file name: of figures alone, since the images of the data may not be ours to publish."""
+    from timm_sfr.reporting.page import score_pictures  # only here: matplotlib takes a while
+
+    try:
+        return {f"{name}.png": picture for name, picture in score_pictures(read_finished(run)).items()}
+    except UserError as error:
+        _logger.warning(f"warning: the card gets no pictures: {error}")
+        return {}
 
 
 @contextlib.contextmanager

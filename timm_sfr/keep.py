@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from timm_sfr import report
 from timm_sfr.card import Facts
 from timm_sfr.checkpoint import save_checkpoint
-from timm_sfr.errors import Interrupted, UserError
-from timm_sfr.samples import bad_images
+from timm_sfr.errors import Interrupted, UserError, brief
+from timm_sfr.reporting.predictions import PREDICTIONS, write_predictions
+from timm_sfr.samples import bad_images, file_name, source
 from timm_sfr.state import collect
 
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer
+
+REPORT_COST, REPORT_SHARE = 3.0, 0.02  # seconds that a report takes, about; its share of the time
 
 _logger = logging.getLogger("timm_sfr")
 
@@ -35,10 +39,39 @@ def write_epoch(trainer: Trainer, improved: bool) -> None:
             facts = Facts(trainer.metrics(), trainer.config.flat(), trainer.rows)
             if improved:
                 exporter.write(run / "model", trainer.exported_model().state_dict(), facts)
+                _keep_predictions(trainer)
             elif (run / "model").is_dir():
                 exporter.describe(run / "model", facts)
         if trainer.best:
             report.write_json(run / "metrics.json", trainer.metrics())
+
+
+def _keep_predictions(trainer: Trainer) -> None:
+    """What the best model said of every validation image; several processes' streams have no order to write it in."""
+    images = source(trainer.val_loader.dataset)
+    if not isinstance(images, IterableDataset) or trainer.accelerator.num_processes == 1:
+        path = trainer.workspace.run / PREDICTIONS
+        write_predictions(path, trainer.seen.rows(), lambda index: file_name(images, index))
+
+
+def refresh_report(trainer: Trainer, last: bool) -> None:
+    """Writes the report where it is due, on the main process; whatever becomes of it, the training goes on."""
+    interval, now = trainer.config.engine.report_interval, time.perf_counter()
+    if interval == 0 or not trainer.best or not trainer.accelerator.is_main_process:
+        return
+    # By default it is due when all that it takes is this share of the time since the last one.
+    due = now - trainer.reported > REPORT_COST / REPORT_SHARE if interval is None else len(trainer.rows) % interval == 0
+    if not (due or last):
+        return
+    try:
+        from timm_sfr.reporting.page import write_report  # only here: matplotlib takes a while
+
+        page = write_report(trainer.workspace.run, training=not last)
+        if last:
+            trainer.workspace.say(f"the report is {page}")
+    except Exception as error:  # a picture is not worth a run
+        trainer.workspace.say(f"warning: the report could not be written: {brief(error)}")
+    trainer.reported = time.perf_counter()
 
 
 def keep_checkpoint(trainer: Trainer, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:

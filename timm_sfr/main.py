@@ -11,6 +11,7 @@ import shtab
 
 from timm_sfr import compare, deploy, predict, push, tapview, validate
 from timm_sfr.cli import TRAIN, Parser, add_training, call
+from timm_sfr.reporting import command
 from timm_sfr.version import __version__
 from timm_sfr.zoo import list_pretrained
 
@@ -44,6 +45,7 @@ VERBS = {
     "validate": Verb(validate.WHAT, validate.add_arguments, validate.run),
     "predict": Verb(predict.WHAT, predict.add_arguments, predict.run),
     "taps": Verb(tapview.WHAT, tapview.add_arguments, tapview.run),
+    "report": Verb(command.WHAT, command.add_arguments, command.run),
     "compare": Verb(compare.WHAT, compare.add_arguments, compare.run),
     "export": Verb(deploy.WHAT, deploy.add_arguments, deploy.run),
     "push": Verb(push.WHAT, push.add_arguments, push.run),

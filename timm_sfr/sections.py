@@ -238,6 +238,10 @@ class EngineConfig(Checked):
     )
     log_interval: int = option(50, "batches between updates of the progress bar")
     val_interval: int = option(1, "epochs between validations")
+    report_interval: int | None = option(
+        None,
+        "epochs between refreshes of RUN/report.html (default: as often as 2 % of the time allows; 0: no report at all)",
+    )
     checkpoint_hist: int = option(2, "resumable checkpoints to keep, beside the best one's")
     checkpoint_interval: int | None = option(None, "updates between checkpoints (one is kept after every epoch anyway)")
     on_nonfinite: str = option(
@@ -251,6 +255,7 @@ class EngineConfig(Checked):
     def check(self) -> None:
         """Intervals positive."""
         self.at_least(1, "log_interval", "val_interval", "checkpoint_hist", "checkpoint_interval")
+        self.at_least(0, "report_interval")
         self.within(0, 2**32 - 1, "seed")  # what NumPy takes
 
 

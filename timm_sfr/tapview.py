@@ -128,25 +128,22 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
     """Draws the features in the order of depth, the tapped ones coloured, with an arrow from the deep tap to each shallow one.
 
     Raises:
-        UserError: if matplotlib is not installed or does not write such files.
+        UserError: if the file cannot be written, or matplotlib does not write such files.
     """
-    try:
-        import matplotlib
+    from matplotlib.figure import Figure  # only here: it takes a while
+    from matplotlib.patches import Rectangle
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise UserError('picture: matplotlib is not installed; pip install "timm-sfr[plot]"') from error
     tapped = {row.module: row for row in rows}
     shown = [feature for feature in features if feature.module in tapped or len(features) <= 12]
-    figure, axes = plt.subplots(figsize=(max(6, 1.5 * len(shown)), 4.2))
+    figure = Figure(figsize=(max(6, 1.5 * len(shown)), 4.2))
+    axes = figure.add_subplot()
     places = {feature.module: index for index, feature in enumerate(shown)}
     for index, feature in enumerate(shown):
         row = tapped.get(feature.module)
         height = 0.25 + 0.75 * (feature.grid[0] / max(one.grid[0] for one in shown)) ** 0.5
         width = 0.2 + 0.5 * (feature.channels / max(one.channels for one in shown)) ** 0.5
         colour = "#d0d4da" if row is None else "#e8833a" if row.role == "deep" else "#3b76af"
-        axes.add_patch(plt.Rectangle((index - width / 2, -height / 2), width, height, color=colour))
+        axes.add_patch(Rectangle((index - width / 2, -height / 2), width, height, color=colour))
         text = f"{feature.module}\n{feature.channels} x {feature.grid[0]}x{feature.grid[1]}"
         axes.text(index, -0.62, text, ha="center", va="top", fontsize=8)
     for row in rows[:-1]:
@@ -164,8 +161,6 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
         figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
         raise UserError(f"picture: cannot write {str(path)!r}: {error}") from error
-    finally:
-        plt.close(figure)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

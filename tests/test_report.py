@@ -1,0 +1,263 @@
+"""The report of a run: its figures say what the run's files say, the page stands alone, and nothing stops a training."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT, TRAIN, run
+
+import timm_sfr
+from timm_sfr.errors import UserError
+from timm_sfr.losses import FeatureLoss
+from timm_sfr.main import main
+from timm_sfr.reporting.page import score_pictures, write_report
+from timm_sfr.reporting.predictions import read_predictions, write_predictions
+from timm_sfr.reporting.runs import own_panels, read_finished
+from timm_sfr.reporting.samples import Gallery
+from timm_sfr.reporting.teaching import lessons
+from timm_sfr.sections import SFRConfig
+from timm_sfr.taps import choose_taps
+
+VOID = {"meta", "link", "img", "br", "image", "input"}
+
+
+class Page(HTMLParser):
+    """A page's tags in order, balanced; its ids, references and loads."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.loads, self.text = [], [], [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"][1:]] if found.get("href", "").startswith("#") else []
+        self.loads += [
+            found[name] for name in ("src", "href", "xlink:href") if not found.get(name, "#").startswith("#")
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def reported(digits_run, tmp_path_factory):
+    """A run's folder with its report, and the page."""
+    place = shutil.copytree(digits_run[0], tmp_path_factory.mktemp("report") / "run")
+    return place, write_report(place).read_text()
+
+
+def test_predictions_say_what_the_metrics_say(reported):
+    place, _ = reported
+    judged = read_predictions(place / "predictions.csv")
+    best = json.loads((place / "metrics.json").read_text())["best"]
+    assert len(judged.files) == best["images"]
+    assert 100 * judged.hits.mean() == pytest.approx(best["val_top1"], abs=1e-9)
+    counts = judged.confusion(10)
+    assert counts.sum() == best["images"] and counts.trace() == judged.hits.sum()
+    count, confidence, accuracy = judged.calibration(15)
+    gap = np.nansum(count * np.abs(accuracy - confidence)) / count.sum()
+    assert gap == pytest.approx(best["ece"], abs=1e-6)
+    wrong = judged.mistakes(5)
+    assert all(judged.target[i] != judged.prediction[i] for i in wrong)
+    sure = judged.confidence[wrong]
+    assert (np.diff(sure) <= 0).all() and sure[0] == judged.confidence[~judged.hits].max()
+
+
+def test_predictions_are_of_the_exported_model(reported):
+    place, _ = reported
+    judged = read_predictions(place / "predictions.csv")
+    model = timm.create_model(f"local-dir:{place / 'model'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    digits = timm_sfr.data.Digits(train=False, mode="RGB")
+    with torch.inference_mode():
+        best = model(torch.stack([transform(digits[i][0]) for i in range(40)])).softmax(1).max(1)
+    assert best.indices.tolist() == judged.prediction[:40].tolist()
+    np.testing.assert_allclose(best.values.numpy(), judged.confidence[:40], atol=1e-5)
+    assert judged.target[:40].tolist() == [digits[i][1] for i in range(40)]
+
+
+def test_the_page_stands_alone_and_is_whole(reported):
+    place, text = reported
+    page = Page(text)
+    assert all(load.startswith("data:image/") for load in page.loads), page.loads
+    assert "default-src 'none'" in text and not re.search(r"https?://(?!www\.w3\.org)", text.split("</style>")[1])
+    repeated = {name for name in page.ids if page.ids.count(name) > 1}
+    assert not repeated and set(page.links) <= set(page.ids)
+    for section in ("curves", "sfr", "confusion", "classes", "mistakes", "recipe"):
+        assert section in page.ids
+    words = " ".join("".join(page.text).split())
+    best = json.loads((place / "metrics.json").read_text())["best"]
+    assert f"{best['val_top1']:.2f} %" in words and f"{best['ece']:.4f}" in words
+    assert "currentColor" in text and "#010203" not in text  # the figures' ink is the page's
+    for name in ("curves", "confusion", "reliability"):
+        assert (place / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_the_summary(reported):
+    place, _ = reported
+    with (place / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    panels = {panel.name: {curve.label: curve for curve in panel.curves} for panel in own_panels(read_finished(place))}
+    assert panels["loss"]["training"].values == [float(row["train_loss"]) for row in rows]
+    weighted = [float(row["sfr_weight"]) * float(row["sfr_loss"]) for row in rows]
+    assert panels["features"]["weighted by λ"].values == pytest.approx(weighted)
+    assert panels["score"]["top-1"].epochs == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("channels", ["groups", "transport"])
+@pytest.mark.parametrize("matching", ["emd", "grid"])
+def test_lessons_are_what_the_loss_computes(matching, channels):
+    """Their mean distance is the feature loss of the same batch, their marginals are uniform, every channel is taught."""
+    config = SFRConfig(matching=matching, channels=channels, max_nodes=16)
+    model = timm.create_model("resnet20_cifar", num_classes=10).eval()
+    plan, images = choose_taps(model), torch.randn(4, 3, 32, 32)
+    found = lessons(model, plan, config, images)
+    task = timm_sfr.SFRTask(model, config, verbose=False)
+    with torch.no_grad():
+        _, nodes = task.trainable_module.eval()(images)
+        loss = FeatureLoss(config)(nodes[:-1], nodes[-1])
+    torch.testing.assert_close(torch.stack([one.distance.mean() for one in found]).mean(), loss, rtol=1e-4, atol=1e-5)
+    for one, tap in zip(found, plan.shallow, strict=True):
+        nodes = one.grid[0] * one.grid[1]
+        assert one.plan.shape == (4, nodes, one.deep_grid[0] * one.deep_grid[1])
+        torch.testing.assert_close(one.plan.sum(2), torch.full((4, nodes), 1 / nodes))
+        assert one.channels.shape == (tap.channels, plan.deep.channels)
+        torch.testing.assert_close(one.channels.sum(1), torch.ones(tap.channels), rtol=1e-4, atol=1e-4)
+    assert found[0].stays == pytest.approx(100) if matching == "grid" else found[0].stays < 100
+
+
+def test_projection_is_pictured_by_its_maps():
+    config = SFRConfig(channels="projection", max_nodes=16)
+    model = timm.create_model("resnet20_cifar", num_classes=10)
+    task = timm_sfr.SFRTask(model, config, verbose=False)
+    maps = task.trainable_module.projection
+    found = lessons(model.eval(), task.plan, config, torch.randn(2, 3, 32, 32), maps)
+    expected = maps.maps[0].weight.detach().abs().T
+    torch.testing.assert_close(found[0].channels, expected / expected.sum(1, keepdim=True))
+
+
+def test_a_page_takes_any_names(tmp_path, finished):
+    """Names of classes and files are text, whatever they hold: markup, mathematics, scripts that no font here has."""
+    names = ["<script>alert(1)</script>", "a & b", "$x^2", "_hidden", "猫", '"', "7", "8", "9", "é" * 60]
+    config = json.loads((finished / "model" / "config.json").read_text())
+    config["label_names"] = names
+    (finished / "model" / "config.json").write_text(json.dumps(config))
+    judged = read_predictions(finished / "predictions.csv")
+    rows = np.stack([judged.target, judged.prediction, judged.confidence], 1)
+    write_predictions(finished / "predictions.csv", rows, lambda index: f"</script>,\n'{index}")
+    text = write_report(finished).read_text()
+    assert "<script>alert" not in text and text.count("<script>") == 1
+    assert "猫" in "".join(Page(text).text)
+    assert read_predictions(finished / "predictions.csv").files[3] == "</script>,\n'3"
+
+
+def test_a_report_without_its_data_or_predictions_says_so(finished, capsys):
+    args = yaml.safe_load((finished / "args.yaml").read_text())
+    (finished / "args.yaml").write_text(yaml.safe_dump({**args, "dataset": None, "data_dir": "/gone"}))
+    (finished / "predictions.csv").unlink()
+    assert main(["report", str(finished)]) == 0
+    page = Page((finished / "report.html").read_text())
+    words = "".join(page.text)
+    assert "The images cannot be shown" in words and "There is no predictions.csv" in words
+    assert "curves" in page.ids and "sfr" not in page.ids
+
+
+def test_damaged_predictions_are_one_line(finished, capsys):
+    (finished / "predictions.csv").write_text("index,file\n1,a\n")
+    assert main(["report", str(finished)]) == 2
+    assert capsys.readouterr().err.startswith("error: run: ") and not (finished / "report.html").exists()
+
+
+def test_the_report_is_written_while_it_trains_and_changes_no_bit(folder, tmp_path):
+    words = ("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 3, "-b", 20, "-j", 1, "--output", tmp_path)
+    for name, interval in (("with", 1), ("without", 0)):
+        done = run(*TRAIN, *words, "--experiment", name, "--report-interval", interval)
+        assert done.returncode == 0 and ("the report is" in done.stdout) == (interval > 0), done.stderr
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1] and not (tmp_path / "without" / "report.html").exists()
+    text = (tmp_path / "with" / "report.html").read_text()
+    assert "still training" not in text and "class1" in text
+    judged = read_predictions(tmp_path / "with" / "predictions.csv")
+    assert all(name.startswith(str(folder / "val" / "class")) for name in judged.files)
+
+
+def test_a_report_that_fails_stops_no_training(folder, tmp_path):
+    words = ("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 1, "-b", 20, "-j", 0, "--output", tmp_path)
+    (tmp_path / "run").mkdir()
+    script = (
+        "import sys, timm_sfr.reporting.page as p, train_sfr\n"
+        "def broken(*a, **k): raise MemoryError('no room')\n"
+        "p.write_report = broken; sys.exit(train_sfr.main(sys.argv[1:]))"
+    )
+    done = run(TRAIN[0], "-c", script, *words, "--experiment", "run")
+    assert done.returncode == 0 and "warning: the report could not be written: no room" in done.stdout, done.stderr
+
+
+def test_many_classes_and_an_empty_one():
+    """A thousand classes are drawn, and one without images divides by nothing."""
+    rng = np.random.default_rng(0)
+    from timm_sfr.reporting.page import _by_class, _confused, _judgement
+    from timm_sfr.reporting.predictions import Judged
+
+    target, prediction = rng.integers(1, 1000, 5000), rng.integers(1, 1000, 5000)
+    judged = Judged([""] * 5000, target, prediction, rng.random(5000, dtype=np.float32))
+    names = [f"class {k}" for k in range(1000)]
+    counts = judged.confusion(1000)
+    assert len(_by_class(counts, names)) == len(np.unique(target)) and _confused(counts, names)
+    assert set(_judgement(judged, names)) == {"confusion", "reliability"}
+
+
+def test_samples_are_spread_over_the_classes(digits_run):
+    finished = read_finished(digits_run[0])
+    config = timm_sfr.config.RunConfig.from_flat(finished.options)
+    model = timm_sfr.create_model(str(digits_run[0]))
+    gallery = Gallery(config, timm_sfr.build.preprocessing(config.model, model))
+    judged = read_predictions(digits_run[0] / "predictions.csv")
+    samples = gallery.spread(judged.target, 16)
+    assert [one.target for one in samples] == [*range(10), *range(6)]
+    assert [one.target for one in gallery.spread(judged.target, 4)] == [0, 2, 4, 6]
+    assert all(one.target == judged.target[one.index] for one in samples)
+
+
+def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):
+    other = shutil.copytree(finished, tmp_path / "other")
+    args = yaml.safe_load((other / "args.yaml").read_text())
+    (other / "args.yaml").write_text(yaml.safe_dump({**args, "seed": 7, "smoothing": 0.3}))
+    assert main(["compare", str(finished), str(other), "--html", str(tmp_path / "c.html")]) == 0
+    page = Page((tmp_path / "c.html").read_text())
+    words = "".join(page.text)
+    assert not page.loads and "2 runs side by side" in words and capsys.readouterr().out.splitlines()[0] in words
+    assert main(["compare", str(finished), str(other), "--html", str(tmp_path / "none" / "c.html")]) == 2
+    assert "error: html: cannot write" in capsys.readouterr().err
+
+
+def test_the_card_on_the_hub_has_pictures_of_figures_alone(reported):
+    assert set(score_pictures(read_finished(reported[0]))) == {"curves", "confusion", "reliability"}
+
+
+def test_the_templates_are_packaged():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert '"timm_sfr.reporting" = ["*.html"]' in text
+    with pytest.raises(UserError, match="has no args"):
+        write_report(ROOT / "docs")

@@ -1,0 +1,260 @@
+"""One page on a run that needs no network, and its figures as PNG files; and one page on several runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from torch import nn
+
+from timm_sfr import build
+from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.config import RunConfig
+from timm_sfr.errors import UserError
+from timm_sfr.evaluate import ECE_BINS
+from timm_sfr.export import CONFIG
+from timm_sfr.loader import Preprocessing
+from timm_sfr.pretrained import create_model
+from timm_sfr.reporting import figures
+from timm_sfr.reporting.predictions import PREDICTIONS, Judged, read_predictions
+from timm_sfr.reporting.runs import COLOURS, Panel, Run, own_panels, read_finished, shared_panels
+from timm_sfr.reporting.samples import SMALL, Gallery, Sample, data_uri
+from timm_sfr.reporting.teaching import Lesson, lessons
+from timm_sfr.taps import choose_taps
+
+PAGE, PICTURES = "report.html", "pictures"
+TAUGHT, BATCH = 4, 16  # images that the picture of SFR is drawn on, and that channels are correlated over
+PAIRS = 12
+
+
+def write_report(path: Path, mistakes: int = 24, training: bool = False) -> Path:
+    """Writes ``report.html`` and ``pictures/*.png`` of a run from its files, its best model and its data; returns the page.
+
+    What cannot be had (the data are elsewhere, say) is left out, and the page says so.
+
+    Args:
+        path: The run's folder.
+        mistakes: How many of the surest mistakes to show.
+        training: Whether the run still trains: the page then loads itself anew.
+
+    Raises:
+        UserError: if the folder is no run, or its files are damaged.
+        OSError: if it cannot be written.
+    """
+    run = read_finished(path)
+    drawn, page = _contents(run, mistakes)
+    text = _template("page.html").render(**page, training=training)
+    replace_atomically(path / PAGE, lambda fresh: _text(fresh, text))
+
+    def write(fresh: Path) -> None:
+        fresh.mkdir()
+        for name, picture in drawn.items():
+            (fresh / f"{name}.png").write_bytes(picture)
+
+    replace_atomically(path / PICTURES, write)
+    return path / PAGE
+
+
+def score_pictures(run: Run) -> dict[str, bytes]:
+    """What a model card shows of a run, as PNG files by name: ``curves``, ``confusion``, ``reliability``."""
+    names = _class_names(run)
+    found = {"curves": figures.draw(lambda figure: figures.sheet(figure, own_panels(run)), (12, 5.4))}
+    if (run.path / PREDICTIONS).is_file():
+        judged = read_predictions(run.path / PREDICTIONS)
+        found |= _judgement(judged, _fitting(names, judged))
+    return {name: figures.png(figure) for name, figure in found.items()}
+
+
+def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) -> None:
+    """Writes a page with the curves of several runs over each other, (label, run), and the comparison's `lines` of text.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    labels = list(dict.fromkeys(label for label, _ in runs))
+    colours = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(labels)}
+    panels = shared_panels([(label, colours[label], run) for label, run in runs])
+    text = _template("comparison.html").render(curves=[_curve(panel) for panel in panels], lines=lines,
+                                               runs=[(label, run.path.absolute().name) for label, run in runs])  # fmt: skip
+    replace_atomically(path, lambda fresh: _text(fresh, text))
+
+
+def _contents(run: Run, mistakes: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The PNG files, and what the page's template takes."""
+    notes: list[str] = []
+    names = _class_names(run)
+    judged = read_predictions(run.path / PREDICTIONS) if (run.path / PREDICTIONS).is_file() else None
+    page: dict[str, Any] = {
+        "run": run, "name": run.path.absolute().name, "notes": notes, "judged": judged, "names": names,
+        "best": run.metrics["best"], "last": run.metrics["last"], "epochs": len(run.rows),
+        "recipe": yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True),
+        "classes": [], "pairs": [], "mistakes": [], "taught": [], "by_channel": [],
+    }  # fmt: skip
+    page["curves"] = [_curve(panel) for panel in own_panels(run)]
+    model, gallery = _opened(run, notes)
+    if judged is not None and len(judged.target):
+        page["names"] = names = _fitting(names, judged)
+        for name, figure in _judgement(judged, names).items():
+            page[name] = _svg(figure, name, name)
+        counts = judged.confusion(len(names))
+        page["classes"], page["pairs"] = _by_class(counts, names), _confused(counts, names)
+        page["mistakes"] = _mistakes(judged, names, gallery, mistakes) if gallery is not None else []
+    else:
+        notes.append(f"There is no {PREDICTIONS}: the run was validated as a stream by several processes, or by a version "
+                     "that did not keep what the model said of every image.")  # fmt: skip
+    if model is not None and gallery is not None and run.metrics.get("sfr") and run.options.get("sfr_weight", 1):
+        try:
+            samples = gallery.spread(judged.target if judged is not None else None, BATCH)
+            page |= _sfr(run, model, gallery, samples, names)
+        except UserError as error:
+            notes.append(f"SFR cannot be pictured: {error}")
+    return score_pictures(run), page
+
+
+def _opened(run: Run, notes: list[str]) -> tuple[tuple[nn.Module, Preprocessing, RunConfig] | None, Gallery | None]:
+    """The run's best model with its preprocessing and options, and the images of its validation split."""
+    try:
+        config = RunConfig.from_flat({**run.options, "experiment": None}, where=run.path / "args.yaml")
+        # Making a model draws random numbers, which are not this page's to take.
+        with torch.random.fork_rng(devices=[]):
+            model = create_model(str(run.path))
+        prep = build.preprocessing(config.model, model)
+    except UserError as error:
+        notes.append(f"The model cannot be loaded: {error}")
+        return None, None
+    try:
+        return (model, prep, config), Gallery(config, prep)
+    except UserError as error:
+        notes.append(f"The images cannot be shown: {error}")
+        return (model, prep, config), None
+
+
+def _judgement(judged: Judged, names: list[str]) -> dict[str, Any]:
+    counts = judged.confusion(len(names))
+    side = 4.8 if len(names) > 5 else 3.6
+    return {
+        "confusion": figures.draw(lambda figure: figures.confusion(figure, counts, names), (side, side)),
+        "reliability": figures.draw(lambda figure: figures.reliability(figure, judged, ECE_BINS), (4.8, 4.2)),
+    }
+
+
+def _by_class(counts: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+    """Accuracy of each class and what it is most often called instead, the worst first."""
+    images, hits = counts.sum(1), counts.diagonal()
+    others = counts - np.diag(hits)
+    rows = [
+        {"name": names[k], "images": int(images[k]), "accuracy": 100 * hits[k] / images[k],
+         "instead": names[others[k].argmax()] if others[k].any() else ""}
+        for k in np.flatnonzero(images)
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: row["accuracy"])
+
+
+def _confused(counts: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+    """The pairs of classes that are taken for each other most often, both ways together."""
+    both = np.triu(counts + counts.T, 1)
+    order = np.argsort(-both, axis=None, kind="stable")[:PAIRS]
+    pairs = [divmod(int(place), len(names)) for place in order]
+    return [
+        {"one": names[i], "other": names[j], "there": int(counts[i, j]), "back": int(counts[j, i])}
+        for i, j in pairs
+        if both[i, j]
+    ]
+
+
+def _mistakes(judged: Judged, names: list[str], gallery: Gallery, count: int) -> list[dict[str, Any]]:
+    if len(gallery) != len(judged.target):
+        return []  # other data than were judged
+    found = []
+    for index in judged.mistakes(count):
+        sample = gallery.sample(index)
+        if sample is not None:
+            found.append({"uri": data_uri(sample.pixels), "small": _is_small(sample), "target": names[judged.target[index]],
+                          "prediction": names[judged.prediction[index]], "confidence": 100 * float(judged.confidence[index]),
+                          "file": gallery.short(judged.files[index])})  # fmt: skip
+    return found
+
+
+def _sfr(run: Run, opened: Any, gallery: Gallery, samples: list[Sample], names: list[str]) -> dict[str, Any]:
+    """What the template shows of SFR: for every shallow tap, images with who teaches what, and the channels."""
+    model, prep, config = opened
+    plan = choose_taps(model, prep.input_size, config.sfr.taps)
+    found = lessons(model, plan, config.sfr, prep.normalize(torch.stack([sample.pixels for sample in samples])))
+    shown = samples[:TAUGHT]
+    pictures = [{"uri": data_uri(one.pixels), "small": _is_small(one), "name": names[one.target]} for one in shown]
+    return {
+        "deep": plan.deep.module, "options": config.sfr, "images": pictures,
+        "taught": [{"lesson": lesson, "stays": lesson.stays, "images": [_cells(lesson, i) for i in range(len(shown))]}
+                   for lesson in found],
+        "by_channel": [
+            _svg(figures.draw(lambda figure, one=lesson: figures.channels(figure, one.channels.numpy(), one.module), (4.8, 2.6)),
+                 f"channels{number}", f"channels of {lesson.module}")
+            for number, lesson in enumerate(found)
+        ],
+    }  # fmt: skip
+
+
+def _cells(lesson: Lesson, image: int) -> dict[str, Any]:
+    """One image of a lesson: the plan's shares in percent of each shallow location, and where its teachers lie on the mean."""
+    plan = lesson.plan[image].numpy()
+    shares = plan / np.maximum(plan.sum(1, keepdims=True), 1e-12)
+    (rows, columns), (deep_rows, deep_columns) = lesson.grid, lesson.deep_grid
+    y, x = np.divmod(np.arange(deep_rows * deep_columns), deep_columns)
+    centres = np.stack([100 * (x + 0.5) / deep_columns, 100 * (y + 0.5) / deep_rows], 1)
+    means = shares @ centres
+    cells = []
+    for index in range(rows * columns):
+        row, column = divmod(index, columns)
+        cells.append({"x": 100 * column / columns, "y": 100 * row / rows, "w": 100 / columns, "h": 100 / rows,
+                      "from_x": means[index, 0], "from_y": means[index, 1]})  # fmt: skip
+    deep = [{"x": 100 * b / deep_columns, "y": 100 * a / deep_rows, "w": 100 / deep_columns, "h": 100 / deep_rows}
+            for a, b in np.ndindex(deep_rows, deep_columns)]  # fmt: skip
+    sparse = [[[int(j), round(100 * float(row[j]), 1)] for j in np.flatnonzero(row >= 0.005)] for row in shares]
+    return {"cells": cells, "deep": deep, "plan": sparse, "distance": float(lesson.distance[image])}
+
+
+def _is_small(sample: Sample) -> bool:
+    return max(sample.pixels.shape[1:]) <= SMALL
+
+
+def _class_names(run: Run) -> list[str]:
+    """The model's class names, or numbers."""
+    count = int(run.options.get("num_classes") or 0)
+    try:
+        names = json.loads((run.path / "model" / CONFIG).read_text()).get("label_names")
+    except (OSError, ValueError):
+        names = None
+    return [str(name) for name in names] if names else [str(k) for k in range(count)]
+
+
+def _fitting(names: list[str], judged: Judged) -> list[str]:
+    """`names`, and numbers for classes beyond them."""
+    most = int(max(judged.target.max(initial=0), judged.prediction.max(initial=0))) + 1
+    return names + [str(k) for k in range(len(names), most)]
+
+
+def _curve(panel: Panel) -> Markup:
+    return _svg(figures.draw(lambda figure: figures.curves(figure, panel)), panel.name, panel.title)
+
+
+def _svg(figure: Any, name: str, label: str) -> Markup:
+    return Markup(figures.svg(figure, name, label))
+
+
+def _template(name: str) -> Any:
+    environment = Environment(
+        loader=PackageLoader("timm_sfr.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(name)
+
+
+def _text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,95 @@
+"""The picture of SFR, as numbers: which deep location teaches which shallow one, and which deep channels which shallow one.
+
+Shape suffixes: B images, N shallow nodes, M deep nodes, S shallow channels, D deep channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from timm_sfr.channels import channel_correlation, group_channels, match_channels
+from timm_sfr.losses import ChannelProjection
+from timm_sfr.sections import SFRConfig
+from timm_sfr.tapped import TappedModel
+from timm_sfr.taps import TapPlan
+from timm_sfr.transport import cost_matrix, cross_marginals, transport_plan, uniform_marginals, unit
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the deep tap teaches one shallow tap on some images.
+
+    Attributes:
+        module: The shallow tap.
+        grid: Its locations (H, W) after pooling, N = H W.
+        deep_grid: Those of the deep tap, M.
+        plan: (B, N, M): the share of the mass that deep location j sends to shallow location i; the rows of an image sum
+            to their locations' weights.
+        distance: (B,): the mean squared distance of the features under the plan, <P, C>, between 0 and 4.
+        channels: (S, D): how much deep channel j teaches shallow channel i; each row sums to 1.
+    """
+
+    module: str
+    grid: tuple[int, int]
+    deep_grid: tuple[int, int]
+    plan: Tensor
+    distance: Tensor
+    channels: Tensor
+
+    @property
+    def stays(self) -> float | None:
+        """Percent of the mass that goes from a location to the same place; None where the grids differ."""
+        if self.grid != self.deep_grid:
+            return None
+        return 100 * float(self.plan.diagonal(dim1=1, dim2=2).sum(1).mean())
+
+
+@torch.no_grad()
+def lessons(
+    model: nn.Module, taps: TapPlan, config: SFRConfig, images: Tensor, projection: ChannelProjection | None = None
+) -> list[Lesson]:
+    """What each shallow tap is taught on `images` (B, 3, H, W), normalised; one `Lesson` a tap.
+
+    The locations' plan is that of `emd_l2` with the options' weights and solver. Training with ``matching="grid"`` holds
+    every location to its own place instead, and with ``"gaussian"`` compares moments, whose distance is at most the plan's.
+
+    Args:
+        model: The plain model, in evaluation mode.
+        taps: Its taps.
+        config: SFR's options.
+        images: A batch.
+        projection: The learned channel maps, where the channels are matched so; without, ``"projection"`` is shown as groups.
+    """
+    grids = taps.node_grids(config.max_nodes, config.common_grid)
+    _, nodes = TappedModel(model, taps, grids)(images)
+    deep, found = nodes[-1].float(), []
+    for index, (tap, grid, shallow) in enumerate(zip(taps.shallow, grids, nodes, strict=False)):
+        shallow = shallow.float()
+        weights, matched = _channels(shallow, deep, config, projection, index)
+        student = projection.maps[index](shallow) if projection is not None else shallow
+        u, v = unit(student), unit(matched)
+        cost = cost_matrix(u, v)
+        a, b = cross_marginals(u, v) if config.weights == "cross" else uniform_marginals(cost)
+        plan = torch.diag_embed(a) if config.matching == "grid" else transport_plan(cost, a, b, config.solver)
+        distance = (plan * cost).sum((1, 2))
+        found.append(Lesson(tap.module, grid, grids[-1], plan.cpu(), distance.cpu(), weights.cpu()))
+    return found
+
+
+def _channels(
+    shallow: Tensor, deep: Tensor, config: SFRConfig, projection: ChannelProjection | None, index: int
+) -> tuple[Tensor, Tensor]:
+    """The weights (S, D) by which deep channels teach shallow ones, and the matched deep features (B, M, S or D)."""
+    count = shallow.shape[-1]
+    if config.channels == "projection" and projection is not None:
+        weights = projection.maps[index].weight.detach().abs().T
+        return weights / weights.sum(1, keepdim=True).clamp_min(1e-12), deep
+    if config.channels == "transport":
+        plan = transport_plan(1 - channel_correlation(shallow, deep)[None])[0]
+        return plan * count, match_channels(deep, count, "transport", shallow=shallow)
+    # The rows of the identity are single deep channels: what the grouping makes of each.
+    weights = group_channels(torch.eye(deep.shape[-1], device=deep.device)[None], count)[0].T
+    return weights, group_channels(deep, count)
