@@ -15,19 +15,20 @@ from markupsafe import Markup
 from torch import nn
 
 from timm_sfr import build
-from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.checkpoint import checkpoints, load_checkpoint, replace_atomically
 from timm_sfr.config import RunConfig
 from timm_sfr.errors import UserError
 from timm_sfr.evaluate import ECE_BINS
 from timm_sfr.export import CONFIG
 from timm_sfr.loader import Preprocessing
+from timm_sfr.losses import ChannelProjection
 from timm_sfr.pretrained import create_model
 from timm_sfr.reporting import figures
 from timm_sfr.reporting.predictions import PREDICTIONS, Judged, read_predictions
 from timm_sfr.reporting.runs import COLOURS, Panel, Run, own_panels, read_finished, shared_panels
 from timm_sfr.reporting.samples import SMALL, Gallery, Sample, data_uri
 from timm_sfr.reporting.teaching import Lesson, lessons
-from timm_sfr.taps import choose_taps
+from timm_sfr.taps import TapPlan, choose_taps
 
 PAGE, PICTURES = "report.html", "pictures"
 TAUGHT, BATCH = 4, 16  # images that the picture of SFR is drawn on, and that channels are correlated over
@@ -186,7 +187,8 @@ def _sfr(run: Run, opened: Any, gallery: Gallery, samples: list[Sample], names: 
     """What the template shows of SFR: for every shallow tap, images with who teaches what, and the channels."""
     model, prep, config = opened
     plan = choose_taps(model, prep.input_size, config.sfr.taps)
-    found = lessons(model, plan, config.sfr, prep.normalize(torch.stack([sample.pixels for sample in samples])))
+    maps = _projection(run, plan) if config.sfr.channels == "projection" else None
+    found = lessons(model, plan, config.sfr, prep.normalize(torch.stack([sample.pixels for sample in samples])), maps)
     shown = samples[:TAUGHT]
     pictures = [{"uri": data_uri(one.pixels), "small": _is_small(one), "name": names[one.target]} for one in shown]
     return {
@@ -199,6 +201,24 @@ def _sfr(run: Run, opened: Any, gallery: Gallery, samples: list[Sample], names: 
             for number, lesson in enumerate(found)
         ],
     }  # fmt: skip
+
+
+def _projection(run: Run, plan: TapPlan) -> ChannelProjection:
+    """The learned channel maps, which are kept in checkpoints alone: those of the best epoch, or of the nearest one after it.
+
+    Raises:
+        UserError: if there is no checkpoint that has them.
+    """
+    maps = ChannelProjection(tuple(tap.channels for tap in plan.shallow), plan.deep.channels)
+    for path in checkpoints(run.path / "checkpoints"):
+        try:
+            state = load_checkpoint(path)
+            if state["epoch"] > run.metrics["best"]["epoch"]:
+                maps.load_state_dict(state["task"]["projection"])
+                return maps
+        except (UserError, KeyError, RuntimeError):
+            continue
+    raise UserError("the learned channel maps are in the checkpoints, and none of the best epoch or after it is left")
 
 
 def _cells(lesson: Lesson, image: int) -> dict[str, Any]:
