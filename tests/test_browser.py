@@ -37,7 +37,7 @@ CUT_OFF = """() => [
   ...[...document.querySelectorAll("main *, header *")].filter(e => !e.closest("svg, .scroll, pre")
     && e.getBoundingClientRect().right > innerWidth + 1),
   ...[...document.querySelectorAll("svg text")].filter(e => { const t = e.getBoundingClientRect(),
-    s = e.closest("svg").getBoundingClientRect(); 
+    s = e.closest("svg").getBoundingClientRect();
     return t.left < s.left - 2 || t.right > s.right + 2 || t.bottom > s.bottom + 2; }),
 ].map(e => e.outerHTML.slice(0, 200))"""
 
