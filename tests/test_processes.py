@@ -7,7 +7,9 @@ import sys
 import pytest
 from conftest import ROOT, run
 
+from timm_sfr.data import Digits
 from timm_sfr.launch import cpu_processes
+from timm_sfr.reporting.predictions import read_predictions
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -57,6 +59,11 @@ def test_accelerate_launch_on_the_cpu_starts_two_processes(tmp_path):
     assert "2 processes" in done.stdout and len(re.findall("^epoch 1/1", done.stdout, re.M)) == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["last"]["images"] == 360 and "2 processes" in metrics["hardware"]
+    # What is kept of every image is in the order of the split, whatever process saw it.
+    judged, digits = read_predictions(tmp_path / "run" / "predictions.csv"), Digits(train=False, mode="RGB")
+    assert judged.target.tolist() == digits.labels.tolist()
+    assert 100 * judged.hits.mean() == pytest.approx(metrics["best"]["val_top1"])
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_two_processes_publish_once(tmp_path, hub):

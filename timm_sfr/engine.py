@@ -48,6 +48,7 @@ class Trainer:
     schedule: build.Schedule
     batches: TrainBatches
     val_loader: DataLoader
+    val_images: Any  # the split's dataset, which knows the files
     prep: Preprocessing
     mixup: Any
     guard: FiniteGuard

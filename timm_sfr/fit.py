@@ -188,6 +188,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
         schedule=schedule,
         batches=batches,
         val_loader=loader,
+        val_images=val.dataset,
         prep=prep,
         mixup=build.create_mixup(config.aug, num_classes),
         guard=FiniteGuard(accelerator, config.engine.on_nonfinite),

@@ -19,7 +19,7 @@ from timm_sfr.card import Facts
 from timm_sfr.checkpoint import save_checkpoint
 from timm_sfr.errors import Interrupted, UserError, brief
 from timm_sfr.reporting.predictions import PREDICTIONS, write_predictions
-from timm_sfr.samples import bad_images, file_name, source
+from timm_sfr.samples import bad_images, file_name
 from timm_sfr.state import collect
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def write_epoch(trainer: Trainer, improved: bool) -> None:
 
 def _keep_predictions(trainer: Trainer) -> None:
     """What the best model said of every validation image; several processes' streams have no order to write it in."""
-    images = source(trainer.val_loader.dataset)
+    images = trainer.val_images
     if not isinstance(images, IterableDataset) or trainer.accelerator.num_processes == 1:
         path = trainer.workspace.run / PREDICTIONS
         write_predictions(path, trainer.seen.rows(), lambda index: file_name(images, index))

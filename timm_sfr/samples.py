@@ -246,13 +246,6 @@ def bad_images(samples: Any) -> BadImages | None:
     return None if samples is None else samples.bad
 
 
-def source(samples: Any) -> Any:
-    """The dataset that `samples` are read from."""
-    while isinstance(samples, (Samples, Mended)):
-        samples = samples.images
-    return samples.dataset if isinstance(samples, Decoded) else samples
-
-
 def file_name(dataset: Any, index: int) -> str:
     """The file of a sample, or its number where the dataset cannot say."""
     try:
