@@ -94,7 +94,7 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
         SOURCES[data.source](cell.weights(output))
     parts = Parts(
         splits=lambda *_: open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout"),
-        task=lambda model, sfr, size, device: make(model, size, device),
+        task=lambda model, sfr, size, device, _: make(model, size, device),
         batches=partial(DeviceBatches, companions=COMPANIONS.get(cell.method.partition(":")[0]), limit=limit),
         val_loader=val_batches,
     )

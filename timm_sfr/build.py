@@ -20,9 +20,11 @@ from torch import nn
 from timm_sfr.errors import HubError, UserError, brief, near_matches
 from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
+from timm_sfr.losses import DynamicLabelSmoothing, SmoothedLoss
 from timm_sfr.pretrained import base_folder, check_dtypes
 from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig
 from timm_sfr.task import SFRTask
+from timm_sfr.teacher import Teacher, distillation_task
 
 DEFAULT_MODEL = "resnet18"
 
@@ -106,12 +108,25 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
 
 
 def create_task(
-    model: nn.Module, sfr: SFRConfig, input_size: tuple[int, int, int], device: torch.device
+    model: nn.Module,
+    sfr: SFRConfig,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    teacher: Teacher | None = None,
 ) -> TrainingTask:
-    """An `SFRTask`, or timm's own `ClassificationTask` where SFR is off."""
+    """An `SFRTask`, over timm's distillation task where there is a teacher; one of timm's own tasks where SFR is off.
+
+    Raises:
+        UserError: if the model cannot be tapped, or cannot be taught as the teacher's options say.
+    """
+    model, base = model.to(device), None
+    if teacher is not None:
+        smoothing = sfr.smoothing, sfr.smoothing_source, sfr.smoothing_schedule
+        dynamic = SmoothedLoss(DynamicLabelSmoothing(int(model.num_classes), *smoothing)) if sfr.enabled else None
+        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.smoothing), device)
     if sfr.enabled:
-        return SFRTask(model.to(device), sfr, input_size=input_size, device=device, verbose=False)
-    return ClassificationTask(model.to(device), PlainLoss(sfr.smoothing), device=device, verbose=False)
+        return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
+    return base or ClassificationTask(model, PlainLoss(sfr.smoothing), device=device, verbose=False)
 
 
 class PlainLoss(nn.Module):

@@ -82,9 +82,10 @@ def metadata(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
                        **shared)
             for k in (1, 5)
         ]  # fmt: skip
+    tags = TAGS if facts.metrics.get("sfr") else [tag for tag in TAGS if tag != "self-distillation"]
     return ModelCardData(
         library_name="timm",
-        tags=TAGS if facts.metrics.get("sfr") else [tag for tag in TAGS if tag != "self-distillation"],
+        tags=[*tags, "knowledge-distillation"] if facts.metrics.get("teacher") else tags,
         license="other" if named else licence,
         license_name=licence if named else None,
         datasets=[known] if (known := dataset_id(options)) else None,
@@ -105,8 +106,11 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
     source = metrics.get("base_model") or PurePath(options.get("initial_checkpoint") or "").name
     source = source or ("another model" if options.get("pretrained") else "")
     start = f"Training started from the weights of {source}." if source else ""
+    taught = _taught(metrics["teacher"], options) if metrics.get("teacher") else ""
     if not metrics["sfr"]:
-        return f"{text}{size_of} Trained on {where}, without Self-Feature Regularization, by timm_sfr. {start}".strip()
+        plain = f"{text}{size_of} Trained on {where}, without Self-Feature Regularization, by timm_sfr."
+        return " ".join(part for part in (plain, taught, start) if part)
+    taught = taught or "There was no teacher."
     sfr = (
         f"while it trained, its deep features taught its shallow ones (matching `{options['sfr_matching']}`, channels "
         f"`{options['sfr_channels']}`, weight {options['sfr_weight']:g}) and its labels were smoothed by "
@@ -114,9 +118,27 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
     )
     return (
         f"{text}{size_of} Trained on {where} by timm_sfr with Self-Feature Regularization, SFR (the idea of "
-        f"[arXiv:2103.07350](https://arxiv.org/abs/2103.07350), a withdrawn paper): {sfr}. There was no teacher. SFR adds "
+        f"[arXiv:2103.07350](https://arxiv.org/abs/2103.07350), a withdrawn paper): {sfr}. {taught} SFR adds "
         f"nothing at inference: these are the weights of the plain network. {start}"
     ).strip()
+
+
+def _taught(teacher: dict[str, Any], options: dict[str, Any]) -> str:
+    """Who taught it besides, how, and under which terms that teacher's weights are."""
+    name = f"`{teacher['name']}`"
+    if teacher["source"]:
+        name = f"[{name}](https://huggingface.co/{teacher['source'].split('@')[0]})"
+    licence = f"under {teacher['license']}" if teacher["license"] else "under a licence that is not known here"
+    kind = options["kd_distill_type"]
+    if kind == "token":
+        kind = f"{options['kd_token_distill_type']} token"
+    heat = "" if kind == "hard token" else f" at temperature {options['kd_temperature']:g}"
+    return (
+        f"A teacher, {'the run ' if teacher['folder'] else ''}{name} ({teacher['architecture']}, "
+        f"{teacher['parameters'] / 1e6:.2f} M parameters, weights {licence}), taught it too, by {kind} distillation{heat}: the "
+        f"loss was {teacher['task_loss_weight']:g} x that of the labels + {teacher['distill_loss_weight']:g} x that of the "
+        f"distillation{' + that of SFR' if options.get('sfr', True) else ''}."
+    )
 
 
 def _usage(config: dict[str, Any], facts: Facts) -> str:
@@ -168,7 +190,9 @@ def _recipe(facts: Facts) -> str:
     metrics, options = facts.metrics, facts.options
     versions = ", ".join(f"{name} {version}" for name, version in metrics["versions"].items())
     where = "beside this card" if facts.source else "in the folder above"
-    data = " (give `--data-dir`, where your copy of the data lies)" if options.get("data_dir") else ""
+    own = ["`--data-dir`, where your copy of the data lies"] if options.get("data_dir") else []
+    own += ["`--kd-model-name`, where its teacher lies"] if (metrics.get("teacher") or {}).get("folder") else []
+    data = f" (give {', and '.join(own)})" if own else ""
     done = [f"{metrics['epochs']} epoch{'s' * (metrics['epochs'] > 1)}"]
     done += [f"{name} {options[name]}" for name in ("opt", "lr", "batch_size") if options.get(name) is not None]
     done += [f"{metrics['mixed_precision']} mixed precision", f"{metrics['seconds']:.0f} s on {metrics['hardware']}"]

@@ -13,6 +13,7 @@ from typing import Any
 
 from timm_sfr.checked import outside_name
 from timm_sfr.errors import UserError, near_matches
+from timm_sfr.kd import KDConfig
 from timm_sfr.sections import AugConfig, DataConfig, EngineConfig, HubConfig, ModelConfig, OptimConfig, SFRConfig
 
 
@@ -25,6 +26,7 @@ class RunConfig:
     aug: AugConfig = field(default_factory=AugConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sfr: SFRConfig = field(default_factory=SFRConfig)
+    teacher: KDConfig = field(default_factory=KDConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     hub: HubConfig = field(default_factory=HubConfig)
 

@@ -25,7 +25,7 @@ from timm_sfr.config import RunConfig
 from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.export import Exporter
-from timm_sfr.guard import ADVICE, TERMS, FiniteGuard, stopped, write_event
+from timm_sfr.guard import ADVICE, FiniteGuard, stopped, write_event
 from timm_sfr.keep import interrupted, keep_checkpoint, refresh_report, say_bad_images, spared, write_epoch
 from timm_sfr.loader import Preprocessing, TrainBatches
 from timm_sfr.reporting.predictions import Predictions
@@ -97,7 +97,8 @@ class Trainer:
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (0 < self.config.aug.mixup_off_epoch <= epoch)
         kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
-        total = torch.zeros(len(TERMS), dtype=kind, device=self.accelerator.device)
+        names = self.guard.names
+        total = torch.zeros(len(names), dtype=kind, device=self.accelerator.device)
         if start > 0 and self.start_total is not None:
             total += self.start_total
         steps, images, came, started = len(self.batches), 0, start, time.perf_counter()
@@ -120,7 +121,7 @@ class Trainer:
             updates_now = (step + 1) % accum == 0 or step + 1 == steps
             with contextlib.nullcontext() if updates_now else self.accelerator.no_sync(self.module):
                 result = self.task(image, target)
-                terms = torch.stack([_term(result, name) for name in TERMS])
+                terms = torch.stack([_term(result, name) for name in names])
                 self.guard.terms.send(terms)
                 self.accelerator.backward(result["loss"] / group)
             if self.guard.check_terms():
@@ -147,7 +148,7 @@ class Trainer:
             end_epoch()
         self._share_batchnorm()
         rate = images * self.accelerator.num_processes / max(elapsed, 1e-9)
-        return {**dict(zip(TERMS, means, strict=True)), "images_per_second": rate}
+        return {**dict(zip(names, means, strict=True)), "images_per_second": rate}
 
     def validate(self) -> dict[str, float]:
         """Scores of what gets exported: the moving average where there is one."""
@@ -290,8 +291,8 @@ class Trainer:
 
 
 def _term(result: dict[str, Tensor], name: str) -> Tensor:
-    """A term of the loss; a task without SFR has its loss alone."""
-    value = result.get(name)
+    """A term of the loss, or of that of SFR's base task; a task without SFR has its loss alone."""
+    value = result.get(name, result.get(f"base_{name}"))
     if value is None:
         value = result["loss"] if name == "task_loss" else result["loss"].new_zeros(())
     return value.detach().float()

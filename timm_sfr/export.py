@@ -35,19 +35,25 @@ def own_config(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in PROVENANCE}
 
 
-def resolve_hub(config: RunConfig, model: nn.Module) -> HubConfig:
+# Weights under these are taken to ask nothing of those that they taught.
+PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "bsd", "cc0-1.0", "cc-by-4.0")
+
+
+def resolve_hub(config: RunConfig, model: nn.Module, teacher: dict[str, Any] | None = None) -> HubConfig:
     """The hub options with tag and licence written out: ``sfr_DATASET``; Apache 2.0 for weights made from scratch.
 
-    Weights that started from others keep those's licence, or have none where it is not known. `args.yaml` keeps what was
-    asked for: another data set or start would make the answer wrong.
+    Weights that started from others keep those's licence, or have none where it is not known; nor have those that a teacher
+    (its facts) under unknown terms, or such as reach further, has taught. `args.yaml` keeps what was asked for: another data
+    set or start would make the answer wrong.
     """
     name = dataset_name({"dataset": config.data.dataset, "data_dir": config.data.data_dir})
     theirs = getattr(model, "pretrained_cfg", {}).get("license") if config.model.pretrained else None
     scratch = not config.model.pretrained and not config.model.initial_checkpoint
+    free = teacher is None or teacher["license"] in PERMISSIVE
     return dataclasses.replace(
         config.hub,
         tag=config.hub.tag or (f"sfr_{name}" if config.sfr.enabled else name),
-        license=config.hub.license or ("apache-2.0" if scratch else theirs),
+        license=config.hub.license or (("apache-2.0" if scratch else theirs) if free else None),
     )
 
 

@@ -23,7 +23,7 @@ from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import Trainer
 from timm_sfr.errors import UserError
 from timm_sfr.export import CONFIG, Exporter, resolve_hub
-from timm_sfr.guard import FiniteGuard
+from timm_sfr.guard import TERMS, FiniteGuard
 from timm_sfr.hub import loading_line, published, push_to_hub
 from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.keep import spared
@@ -33,6 +33,7 @@ from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
+from timm_sfr.teacher import Teacher, changed, headline, load_teacher
 from timm_sfr.workspace import on_main, one_at_a_time, open_workspace, show_log
 
 
@@ -84,6 +85,9 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
             trainer.rows = report.read_summary(run / "summary.csv", trainer.start_epoch)
             within = f", batch {trainer.start_step + 1}" if trainer.start_step else ""
             say(f"resuming {run} at epoch {trainer.start_epoch + 1}{within}")
+            other = changed(run / "metrics.json", trainer.facts)
+            if other is not None:
+                say(other)
         left = trainer.start_epoch < trainer.schedule.epochs
         if not left:
             say(f"nothing is left to train: {trainer.start_epoch} epochs are done; to go on, raise --epochs")
@@ -135,11 +139,12 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     check_mode(img_mode, prep.input_size[0])
     device = accelerator.device
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
-    hub = resolve_hub(config, model)
+    teacher, warning = _teacher(config, num_classes, names, prep, accelerator)
+    hub = resolve_hub(config, model, teacher.facts if teacher is not None else None)
     if reachable:
         on_main(accelerator, lambda: check_card(hub, config.flat()))
     exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
-    task = parts.task(model, config.sfr, prep.input_size, device)
+    task = parts.task(model, config.sfr, prep.input_size, device, teacher)
     batches = parts.batches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
 
     module: nn.Module = task.trainable_module
@@ -171,7 +176,9 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             bad.write_to(workspace.run / "bad_images.txt")
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
-    workspace.say(_headline(resolved, task, accelerator, train, val, parameters))
+    workspace.say(_headline(resolved, task, accelerator, train, val, parameters, teacher))
+    if warning is not None:
+        workspace.say(warning)
     workspace.say(f"the run is written to {workspace.run}")
     dropped = 0 if train.streamed else len(train.dataset) % (config.data.batch_size * accelerator.num_processes)
     if dropped > 0.1 * max(1, 0 if train.streamed else len(train.dataset)):
@@ -191,7 +198,9 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
         val_images=val.dataset,
         prep=prep,
         mixup=build.create_mixup(config.aug, num_classes),
-        guard=FiniteGuard(accelerator, config.engine.on_nonfinite),
+        guard=FiniteGuard(
+            accelerator, config.engine.on_nonfinite, TERMS if teacher is None else TERMS + report.TEACHER_TERMS
+        ),
         signals=Signals(accelerator),
         exporter=exporter,
         facts={
@@ -201,6 +210,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             "base_model": base_model(
                 config.model.pretrained, config.model.model or build.DEFAULT_MODEL, model.pretrained_cfg
             ),
+            **({"teacher": teacher.facts} if teacher is not None else {}),
             "parameters": parameters,
             "seed": config.engine.seed,
             "hardware": report.hardware(device, accelerator.num_processes),
@@ -208,6 +218,17 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             "versions": report.versions(),
         },
     )
+
+
+def _teacher(
+    config: RunConfig, num_classes: int, names: tuple[str, ...] | None, prep: Preprocessing, accelerator: Any
+) -> tuple[Teacher | None, str | None]:
+    """The teacher on the device, if there is to be one, and a warning if there is one to give."""
+    if config.teacher.model_name is None:
+        return None, None
+    teacher, warning = one_at_a_time(accelerator, lambda: load_teacher(config.teacher, num_classes, names, prep))
+    teacher.prepare(accelerator, config.model.channels_last)
+    return teacher, warning
 
 
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
@@ -261,7 +282,13 @@ def _num_classes(config: RunConfig, train: Split) -> int:
 
 
 def _headline(
-    config: RunConfig, task: TrainingTask, accelerator: Any, train: Split, val: Split, parameters: int
+    config: RunConfig,
+    task: TrainingTask,
+    accelerator: Any,
+    train: Split,
+    val: Split,
+    parameters: int,
+    teacher: Teacher | None,
 ) -> str:
     if isinstance(task, SFRTask):
         sfr = task.config
@@ -271,6 +298,7 @@ def _headline(
         method = type(task).__name__
     else:
         method = f"plain training (smoothing {config.sfr.smoothing:g})"
+    method += f", {headline(teacher)}" if teacher is not None else ""
     counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (train, val))
     return (
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "

@@ -14,9 +14,9 @@ from torch.nn.utils import get_total_norm
 from timm_sfr.errors import UserError
 from timm_sfr.report import write_json
 
-# The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss.
+# The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss. A teacher's are further ones.
 TERMS = ("loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing")
-WATCHED = ("task_loss", "sfr_loss", "loss")
+WATCHED = ("cls_loss", "kd_loss", "task_loss", "sfr_loss", "loss")
 MOST_IN_A_ROW = 10  # updates left out one after another: more is no accident
 ADVICE = "try a lower --lr, --clip-grad 1, or --mixed-precision bf16 in place of fp16"
 
@@ -58,11 +58,12 @@ class FiniteGuard:
     Args:
         accelerator: Accelerate's.
         policy: ``"stop"``, or ``"skip"``: leave the update out and put back the statistics that the batch changed.
+        names: The terms of the loss, in the order in which they are sent.
     """
 
-    def __init__(self, accelerator: Any, policy: str = "stop") -> None:
-        self.accelerator, self.policy = accelerator, policy
-        self.terms, self.norm = Watched(accelerator.device, len(TERMS)), Watched(accelerator.device, 1)
+    def __init__(self, accelerator: Any, policy: str = "stop", names: tuple[str, ...] = TERMS) -> None:
+        self.accelerator, self.policy, self.names = accelerator, policy, names
+        self.terms, self.norm = Watched(accelerator.device, len(names)), Watched(accelerator.device, 1)
         self.bad: tuple[str, float] | None = None  # in this group of batches
         self.late: tuple[int, int, int] | None = None  # which epoch, batch and update it was, where that was made since
         self._sent: tuple[int, int, int] | None = None
@@ -86,8 +87,9 @@ class FiniteGuard:
         self.settle()
         if self.late is not None:  # these terms are of weights that it has spoiled
             return False
-        values = dict(zip(TERMS, self.terms.receive() or [0.0] * len(TERMS), strict=True))
-        found = next(((name, values[name]) for name in WATCHED if not math.isfinite(values[name])), None)
+        values = dict(zip(self.names, self.terms.receive() or [0.0] * len(self.names), strict=True))
+        watched = [name for name in WATCHED if name in values]
+        found = next(((name, values[name]) for name in watched if not math.isfinite(values[name])), None)
         if not self.scaled:
             self.bad = self.bad or found
         return found is None

@@ -154,6 +154,8 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
             config["pretrained_cfg"]["license"] = options["hub_license"] = license
     with _whole(run, "metrics.json"):
         metrics = json.loads(needed["metrics.json"].read_text())
+        if (metrics.get("teacher") or {}).get("folder"):
+            options["kd_model_name"] = metrics["teacher"]["name"]
     with _whole(run, "summary.csv"), needed["summary.csv"].open(newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     with _whole(run, f"{CONFIG}, metrics.json or summary.csv"):

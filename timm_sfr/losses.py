@@ -228,3 +228,21 @@ class DynamicLabelSmoothing(nn.Module):
         self.table.copy_(S.update_table(self.table, self.sums, self.counts))
         self.sums.zero_()
         self.counts.zero_()
+
+
+class SmoothedLoss(nn.Module):
+    """Dynamic label smoothing as the criterion of a base task: `SFRTask` over that task then moves it and logs its eps.
+
+    Attributes:
+        smoothing: What smooths.
+        epsilon: The mean eps of the last batch, a scalar.
+    """
+
+    def __init__(self, smoothing: DynamicLabelSmoothing) -> None:
+        super().__init__()
+        self.smoothing, self.epsilon = smoothing, smoothing.epsilon_t
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss alone, a scalar, of logits (B, K) and class indices (B,) or mixtures (B, K)."""
+        loss, self.epsilon = self.smoothing(logits, target)
+        return loss

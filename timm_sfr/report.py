@@ -25,26 +25,43 @@ COLUMNS = (
     "epoch", "lr", "train_loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing", "val_loss", "val_top1", "val_top5",
     "images_per_second",
 )  # fmt: skip
+# Further ones where there is a teacher: task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+TEACHER_TERMS = ("cls_loss", "cls_weight", "kd_loss", "kd_weight")
+TEACHERS = (*COLUMNS[:4], *TEACHER_TERMS, *COLUMNS[4:])
 
 
 def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
-    """A row of summary.csv: train_loss = task_loss + sfr_weight * sfr_loss, each the mean over the epoch's images."""
+    """A row of summary.csv: train_loss = task_loss + sfr_weight * sfr_loss, each the mean over the epoch's images.
+
+    With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+    """
     row = {
         "epoch": epoch,
         "lr": lr,
         "train_loss": train["loss"],
-        **{name: train[name] for name in COLUMNS if name in train},
+        **{name: train[name] for name in TEACHERS if name in train},
     }
     for name in ("loss", "top1", "top5"):
         row[f"val_{name}"] = val[name] if val else ""
-    return {name: row[name] for name in COLUMNS}
+    return {name: row[name] for name in _columns([row])}
+
+
+def _columns(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns of a summary.csv with these rows."""
+    return TEACHERS if any("kd_loss" in row for row in rows) else COLUMNS
 
 
 def log_line(row: dict[str, Any], epochs: int) -> str:
     """One line on an epoch."""
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"lr {row['lr']:.3g}", f"loss {row['train_loss']:.4f}"]
+    terms = []
+    if "kd_loss" in row:
+        terms += [f"{row[f'{name}_weight']:.3g} x {name} {row[f'{name}_loss']:.4f}" for name in ("cls", "kd")]
     if row["sfr_weight"]:
-        parts.append(f"= task {row['task_loss']:.4f} + {row['sfr_weight']:.3g} x sfr {row['sfr_loss']:.4f}")
+        terms = terms or [f"task {row['task_loss']:.4f}"]
+        terms.append(f"{row['sfr_weight']:.3g} x sfr {row['sfr_loss']:.4f}")
+    if terms:
+        parts.append("= " + " + ".join(terms))
     if row["val_top1"] != "":
         parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f} top5 {row['val_top5']:.2f}")
     return " ".join([*parts, f"| {row['images_per_second']:.0f} images/s"])
@@ -55,7 +72,7 @@ def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
 
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, _columns(rows), restval="")
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -78,7 +95,7 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
         raise UserError(
             f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to go on without"
         ) from error
-    if any(set(row) != set(COLUMNS) for row in rows):
+    if any(set(row) not in (set(COLUMNS), set(TEACHERS)) for row in rows):
         raise UserError(
             f"resume: expected the columns {', '.join(COLUMNS)} in {str(path)!r}; move it away to go on without"
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_sfr.errors import UserError
 from timm_sfr.features import count_classes, model_name
-from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss
+from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss, SmoothedLoss
 from timm_sfr.sections import SFRConfig
 from timm_sfr.tapped import TappedModel
 from timm_sfr.taps import TapPlan, choose_taps
@@ -47,7 +47,8 @@ class SFRTask(TrainingTask):
         config: SFR's options; the defaults if None.
         input_size: (C, H, W) of the training images; the model's own if None.
         base: A timm task over the same model that turns images into logits once, such as `LogitDistillationTask`; its
-            loss then takes the place of L_cls, and the smoothing is left to it.
+            loss then takes the place of L_cls, and the smoothing is left to it: with a `SmoothedLoss` as its criterion
+            it is dynamic.
         device: Where the task's tensors live; the model's device if None.
         dtype: As in timm.
         verbose: Logs the chosen taps.
@@ -93,9 +94,14 @@ class SFRTask(TrainingTask):
         self.trainable_module: nn.Module = TappedModel(model, self.plan, grids, projection).to(device)
         self.feature_loss = FeatureLoss(self.config)
         classes = self.plan.num_classes if self.plan is not None else count_classes(model, input_size)
-        self.smoothing = DynamicLabelSmoothing(
-            classes, self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
-        ).to(device)
+        self.criterion = getattr(base, "criterion", None)
+        if isinstance(self.criterion, SmoothedLoss):
+            self.smoothing = self.criterion.smoothing.to(device)
+        else:
+            self.criterion = None
+            self.smoothing = DynamicLabelSmoothing(
+                classes, self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
+            ).to(device)
         self.smoothing.epsilon_t.fill_(self.config.smoothing)
         self.register_buffer("weight", torch.tensor(self.config.weight, device=device), persistent=False)
         self.base = base
@@ -143,7 +149,8 @@ class SFRTask(TrainingTask):
             finally:
                 stand_in.output = None  # nothing of this step's graph is kept
             logits = extra.get("output", logits)
-            task_loss, epsilon = extra["loss"], self.weight.new_zeros(())
+            task_loss = extra["loss"]
+            epsilon = self.weight.new_zeros(()) if self.criterion is None else self.criterion.epsilon
             extra = {f"base_{name}": value for name, value in extra.items() if name not in ("loss", "output")}
         sfr_loss = self.feature_loss(nodes[:-1], nodes[-1]) if nodes else self.weight.new_zeros(())
         return {
