@@ -118,7 +118,7 @@ def state(trainer):
     trainer.train_epoch(0)
     from timm_sfr.state import collect
 
-    return collect(trainer, 0, 4, torch.zeros(8))
+    return collect(trainer, 0, 4, torch.zeros(5))
 
 
 def places(value, at=()):

@@ -17,6 +17,7 @@ from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
+from timm_sfr.distill import distillation_task
 from timm_sfr.errors import HubError, UserError, brief, near_matches
 from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
@@ -24,7 +25,7 @@ from timm_sfr.losses import DynamicLabelSmoothing, SmoothedLoss
 from timm_sfr.pretrained import base_folder, check_dtypes
 from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig
 from timm_sfr.task import SFRTask
-from timm_sfr.teacher import Teacher, distillation_task
+from timm_sfr.teacher import Teacher
 
 DEFAULT_MODEL = "resnet18"
 
@@ -123,7 +124,7 @@ def create_task(
     if teacher is not None:
         smoothing = sfr.smoothing, sfr.smoothing_source, sfr.smoothing_schedule
         dynamic = SmoothedLoss(DynamicLabelSmoothing(int(model.num_classes), *smoothing)) if sfr.enabled else None
-        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.smoothing), device)
+        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.smoothing), input_size, device)
     if sfr.enabled:
         return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
     return base or ClassificationTask(model, PlainLoss(sfr.smoothing), device=device, verbose=False)

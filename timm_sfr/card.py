@@ -132,7 +132,7 @@ def _taught(teacher: dict[str, Any], options: dict[str, Any]) -> str:
     kind = options["kd_distill_type"]
     if kind == "token":
         kind = f"{options['kd_token_distill_type']} token"
-    heat = "" if kind == "hard token" else f" at temperature {options['kd_temperature']:g}"
+    heat = "" if kind in ("hard token", "feature") else f" at temperature {options['kd_temperature']:g}"
     return (
         f"A teacher, {'the run ' if teacher['folder'] else ''}{name} ({teacher['architecture']}, "
         f"{teacher['parameters'] / 1e6:.2f} M parameters, weights {licence}), taught it too, by {kind} distillation{heat}: the "

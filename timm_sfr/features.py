@@ -57,11 +57,16 @@ class Probed:
 
 def forward_taps(model: Any, x: Tensor, indices: Sequence[int]) -> tuple[Any, list[Tensor]]:
     """Logits (B, K) and the features `indices`, each (B, C, H, W), in one pass of a timm model over images (B, C, H, W)."""
+    final, maps = forward_final(model, x, indices)
+    return model.forward_head(final), maps
+
+
+def forward_final(model: Any, x: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """The same with what a timm model's ``forward_head`` takes in the place of the logits."""
     # stop_early and norm off: the final features must be whole, and some heads fail without.
-    final, maps = model.forward_intermediates(
+    return model.forward_intermediates(
         x, indices=list(indices), norm=False, stop_early=False, intermediates_only=False, output_fmt="NCHW"
     )
-    return model.forward_head(final), maps
 
 
 class Hooks:

@@ -33,7 +33,7 @@ from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
-from timm_sfr.teacher import Teacher, changed, headline, load_teacher
+from timm_sfr.teacher import Teacher, changed, headline, open_teacher
 from timm_sfr.workspace import on_main, one_at_a_time, open_workspace, show_log
 
 
@@ -139,7 +139,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     check_mode(img_mode, prep.input_size[0])
     device = accelerator.device
     names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
-    teacher, warning = _teacher(config, num_classes, names, prep, accelerator)
+    teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
     hub = resolve_hub(config, model, teacher.facts if teacher is not None else None)
     if reachable:
         on_main(accelerator, lambda: check_card(hub, config.flat()))
@@ -177,8 +177,8 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
     workspace.say(_headline(resolved, task, accelerator, train, val, parameters, teacher))
-    if warning is not None:
-        workspace.say(warning)
+    if teacher is not None and teacher.warning is not None:
+        workspace.say(teacher.warning)
     workspace.say(f"the run is written to {workspace.run}")
     dropped = 0 if train.streamed else len(train.dataset) % (config.data.batch_size * accelerator.num_processes)
     if dropped > 0.1 * max(1, 0 if train.streamed else len(train.dataset)):
@@ -218,17 +218,6 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             "versions": report.versions(),
         },
     )
-
-
-def _teacher(
-    config: RunConfig, num_classes: int, names: tuple[str, ...] | None, prep: Preprocessing, accelerator: Any
-) -> tuple[Teacher | None, str | None]:
-    """The teacher on the device, if there is to be one, and a warning if there is one to give."""
-    if config.teacher.model_name is None:
-        return None, None
-    teacher, warning = one_at_a_time(accelerator, lambda: load_teacher(config.teacher, num_classes, names, prep))
-    teacher.prepare(accelerator, config.model.channels_last)
-    return teacher, warning
 
 
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:

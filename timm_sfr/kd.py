@@ -21,8 +21,9 @@ class KDConfig(Checked):
     )
     distill_type: str = option(
         "logit",
-        "what is distilled: the logits, or the logits into the distillation head of a student that has one (deit_*_distilled_*)",
-        choices=("logit", "token"),
+        "what is distilled: the logits, the features before the classifier, or the logits into the distillation head of a "
+        "student that has one (deit_*_distilled_*)",
+        choices=("logit", "feature", "token"),
     )
     loss_type: str = option("kl", "loss of logit distillation", choices=("kl",))
     distill_loss_weight: float | None = option(
@@ -40,13 +41,8 @@ class KDConfig(Checked):
         choices=("soft", "hard"),
     )
 
-    def __post_init__(self) -> None:
-        if self.distill_type == "feature":
-            raise UserError(
-                "kd-distill-type: timm's feature distillation is not supported; expected logit, or token for a student with a "
-                "distillation head"
-            )
-        super().__post_init__()
+    student_feature_dim: int | None = option(None, "width of the student's features (default: measured)")
+    teacher_feature_dim: int | None = option(None, "width of the teacher's features (default: measured)")
 
     def check(self) -> None:
         """Nothing without a teacher; weights non-negative, the temperature positive."""
@@ -58,6 +54,7 @@ class KDConfig(Checked):
             )
         if self.model_name is not None and not self.model_name.strip():
             raise UserError("kd-model-name: expected the name or the folder of a teacher; got an empty word")
+        self.at_least(1, "student_feature_dim", "teacher_feature_dim")
         self.at_least(0, "distill_loss_weight", "task_loss_weight")
         if not self.temperature > 0:
             raise UserError(f"kd-temperature: expected more than 0; got {self.temperature}")
@@ -68,3 +65,5 @@ class KDConfig(Checked):
             )
         if self.token_distill_type != "soft" and self.distill_type != "token":
             raise UserError("kd-token-distill-type: it is for --kd-distill-type token")
+        if self.distill_type != "feature" and {self.student_feature_dim, self.teacher_feature_dim} != {None}:
+            raise UserError("kd-student-feature-dim and kd-teacher-feature-dim: they are for --kd-distill-type feature")

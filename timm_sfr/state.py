@@ -160,7 +160,12 @@ def _take_part(trainer: Trainer, parts: list[Part], scale: float) -> None:
         share = 1.0 if rank == 0 else 0.0
         sums = {name: share * sum(part["sums"][name] for part in parts) for name in parts[0]["sums"]}
         part = {"total": totals, "sums": sums, "ema": parts[0]["ema"]}
-    device = trainer.accelerator.device
+    device, terms = trainer.accelerator.device, len(trainer.guard.names)
+    if part["total"]["total"].shape != (terms,):
+        raise ValueError(
+            f"it was kept in mid-epoch, and has {part['total']['total'].numel()} terms of the loss, expected {terms}: a teacher "
+            "came or went"
+        )
     trainer.start_total = part["total"]["total"].to(device) * scale
     if part["sums"] and hasattr(trainer.task, "add_sums"):
         trainer.task.add_sums(part["sums"])

@@ -11,7 +11,7 @@ from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
 from timm_sfr.errors import UserError
-from timm_sfr.features import HOOKS, Hooks, forward_taps, model_name
+from timm_sfr.features import HOOKS, Hooks, forward_final, forward_taps, model_name
 from timm_sfr.taps import TapPlan
 
 
@@ -52,6 +52,8 @@ class TappedModel(nn.Module):
         plan: Its taps; None for logits alone.
         grids: What each tap is pooled to, see `TapPlan.node_grids`.
         projection: `ChannelProjection`, if the channels are matched so.
+        to_teacher: From the features before the classifier, (B, D), to a teacher's, (B, D'); if given, the logits come with
+            what it gives, as in timm's feature distillation. Used in training only.
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class TappedModel(nn.Module):
         plan: TapPlan | None = None,
         grids: list[tuple[int, int]] | None = None,
         projection: nn.Module | None = None,
+        to_teacher: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.projection = projection
+        self.to_teacher = to_teacher
         self.plan = plan
         self.grids = grids or []
         self.hooks = Hooks(model, plan.modules) if plan is not None and plan.mechanism == HOOKS else None
@@ -75,8 +79,10 @@ class TappedModel(nn.Module):
             UserError: if the features are not those of the plan: the images are smaller, or training changes the maps.
         """
         if self.plan is None:
-            return self.model(x), []
-        if self.hooks is None:
+            return self.model(x) if self.to_teacher is None else self._taught(x)[0], []
+        if self.to_teacher is not None:
+            logits, maps = self._taught(x)
+        elif self.hooks is None:
             logits, maps = forward_taps(self.model, x, self.plan.indices)
         else:
             logits, maps = self.hooks.forward(self.model, x)
@@ -85,6 +91,15 @@ class TappedModel(nn.Module):
         if self.projection is not None:
             nodes = [*self.projection(nodes[:-1]), nodes[-1]]
         return logits, nodes
+
+    def _taught(self, x: Tensor) -> tuple[Any, list[Tensor]]:
+        """Logits (B, K) with the features for the teacher (B, D'), and the tapped maps."""
+        if self.plan is None:
+            final, maps = self.model.forward_features(x), []
+        else:
+            final, maps = forward_final(self.model, x, self.plan.indices)
+        features = self.to_teacher(self.model.forward_head(final, pre_logits=True))
+        return (self.model.forward_head(final), features), maps
 
     def no_weight_decay(self) -> set[str]:
         """The model's own list, so that timm's optimizer factory finds it through the wrapper."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from timm.task import TrainingTask
+from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_sfr.errors import UserError
-from timm_sfr.features import count_classes, model_name
+from timm_sfr.features import HOOKS, count_classes, model_name
 from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss, SmoothedLoss
 from timm_sfr.sections import SFRConfig
 from timm_sfr.tapped import TappedModel
@@ -46,9 +47,9 @@ class SFRTask(TrainingTask):
         model: Any timm classifier, or any other module from images to logits (then give `input_size`).
         config: SFR's options; the defaults if None.
         input_size: (C, H, W) of the training images; the model's own if None.
-        base: A timm task over the same model that turns images into logits once, such as `LogitDistillationTask`; its
-            loss then takes the place of L_cls, and the smoothing is left to it: with a `SmoothedLoss` as its criterion
-            it is dynamic.
+        base: A timm task over the same model that turns images into logits once, such as `LogitDistillationTask`, or a
+            `FeatureDistillationTask`. Its loss then takes the place of L_cls, and the smoothing is left to it: with a
+            `SmoothedLoss` as its criterion it is dynamic.
         device: Where the task's tensors live; the model's device if None.
         dtype: As in timm.
         verbose: Logs the chosen taps.
@@ -91,27 +92,37 @@ class SFRTask(TrainingTask):
                 projection = ChannelProjection(shallow, self.plan.deep.channels)
             if verbose:
                 _logger.info("SFR taps:\n%s", self.plan)
-        self.trainable_module: nn.Module = TappedModel(model, self.plan, grids, projection).to(device)
+        to_teacher = None if base is None else self._take_over(base, model)
+        self.trainable_module: nn.Module = TappedModel(model, self.plan, grids, projection, to_teacher).to(device)
         self.feature_loss = FeatureLoss(self.config)
         classes = self.plan.num_classes if self.plan is not None else count_classes(model, input_size)
-        self.criterion = getattr(base, "criterion", None)
-        if isinstance(self.criterion, SmoothedLoss):
-            self.smoothing = self.criterion.smoothing.to(device)
-        else:
-            self.criterion = None
-            self.smoothing = DynamicLabelSmoothing(
-                classes, self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
-            ).to(device)
+        criterion = getattr(base, "criterion", None)
+        self.smoothed = criterion if isinstance(criterion, SmoothedLoss) else None
+        smoothing = self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
+        own = DynamicLabelSmoothing(classes, *smoothing) if self.smoothed is None else self.smoothed.smoothing
+        self.smoothing = own.to(device)
         self.smoothing.epsilon_t.fill_(self.config.smoothing)
         self.register_buffer("weight", torch.tensor(self.config.weight, device=device), persistent=False)
         self.base = base
-        if base is not None and unwrap_model(base.trainable_module) is not model:
+
+    def _take_over(self, base: TrainingTask, model: nn.Module) -> nn.Module | None:
+        """Has `base` take what the one pass gave; what maps features to a teacher's, if it distills features."""
+        trained, to_teacher = unwrap_model(base.trainable_module), None
+        if isinstance(trained, FeatureDistillationTrainableModule):
+            to_teacher = nn.Identity() if trained.projection is None else trained.projection
+            trained = trained.student
+        if trained is not model:
             raise UserError(
                 "base: expected a timm task whose trainable_module is this model (such as LogitDistillationTask); got "
                 f"{type(base).__name__} over {type(base.trainable_module).__name__}"
             )
-        if base is not None:
-            base.trainable_module = _Given()
+        if to_teacher is not None and self.plan is not None and self.plan.mechanism == HOOKS:
+            raise UserError(
+                f"base: {model_name(model)} is tapped by hooks, which leave no features for a teacher; expected a model with "
+                "forward_intermediates, or logit distillation (--kd-distill-type logit)"
+            )
+        base.trainable_module = _Given()
+        return to_teacher
 
     @property
     def plain_model(self) -> nn.Module:
@@ -150,7 +161,7 @@ class SFRTask(TrainingTask):
                 stand_in.output = None  # nothing of this step's graph is kept
             logits = extra.get("output", logits)
             task_loss = extra["loss"]
-            epsilon = self.weight.new_zeros(()) if self.criterion is None else self.criterion.epsilon
+            epsilon = self.weight.new_zeros(()) if self.smoothed is None else self.smoothed.epsilon
             extra = {f"base_{name}": value for name, value in extra.items() if name not in ("loss", "output")}
         sfr_loss = self.feature_loss(nodes[:-1], nodes[-1]) if nodes else self.weight.new_zeros(())
         return {
@@ -213,7 +224,7 @@ class SFRTask(TrainingTask):
         module = unwrap_model(self.trainable_module)
         parameters = list(module.model.parameters())
         parameters = parameters[:-2] if exclude_head else parameters
-        return parameters + ([] if module.projection is None else list(module.projection.parameters()))
+        return parameters + [p for _, extra in self._extras(module) for p in extra.parameters()]
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
         """The plain timm model, or its moving average."""
@@ -221,12 +232,10 @@ class SFRTask(TrainingTask):
         return None if module is None else unwrap_model(module).model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What training needs besides the model's weights: the class table and the projection."""
+        """What training needs besides the model's weights: the class table and the projections."""
         module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
         state = {"smoothing": self.smoothing.state_dict()}
-        if module.projection is not None:
-            state["projection"] = module.projection.state_dict()
-        return state
+        return state | {name: extra.state_dict() for name, extra in self._extras(module)}
 
     def load_task_state(
         self,
@@ -240,12 +249,18 @@ class SFRTask(TrainingTask):
             return
         module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
         self.smoothing.load_state_dict(state["smoothing"], strict=strict)
-        if module.projection is not None:
-            module.projection.load_state_dict(state["projection"], strict=strict)
+        for name, extra in self._extras(module):
+            extra.load_state_dict(state[name], strict=strict)
+
+    @staticmethod
+    def _extras(module: nn.Module) -> list[tuple[str, nn.Module]]:
+        """What is trained besides the model, and thrown away after it."""
+        extras = [(name, getattr(module, name)) for name in ("projection", "to_teacher")]
+        return [(name, extra) for name, extra in extras if extra is not None]
 
 
 class _Given(nn.Module):
-    """Stands in for the model inside a base task: hands out the logits that the one pass already gave."""
+    """Stands in for the model inside a base task: hands out what the one pass already gave."""
 
     output: Any = None
 

@@ -1,10 +1,6 @@
-"""A teacher beside SFR: timm's distillation tasks over a frozen model that is loaded from wherever its name points.
+"""A teacher: a frozen model that is loaded from wherever its name points, and sees each image as it was trained to.
 
-    L_cls  becomes  w_cls L_cls(z, y~) + w_kd L_kd(z, z_teacher)
-
-timm has the losses. Here are the teacher itself, which must see each image as it was trained to, and the terms' names.
-
-Shape suffixes: B batch, K classes, C channels, H x W pixels.
+Shape suffixes: B batch, K classes, C channels, H x W pixels, D features.
 """
 
 from __future__ import annotations
@@ -19,14 +15,15 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_input_data_config
-from timm.task import DistillationTeacher, LogitDistillationTask, TokenDistillationTask, TrainingTask
+from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, first_line
 from timm_sfr.features import MISFITS, described
 from timm_sfr.kd import KDConfig
 from timm_sfr.loader import Preprocessing
 from timm_sfr.pretrained import create_model
+from timm_sfr.workspace import one_at_a_time
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL makes grey images
 
@@ -48,6 +45,7 @@ class Teacher(DistillationTeacher):
 
     Attributes:
         facts: What metrics.json and the model card say of it.
+        warning: What there is to be said of its classes, if anything.
     """
 
     student_mean: Tensor
@@ -78,7 +76,8 @@ class Teacher(DistillationTeacher):
             and torch.equal(self.student_mean, self.mean_kd)
             and torch.equal(self.student_std, self.std_kd)
         )
-        self.facts = _facts(model, config)
+        self.facts, self.warning = _facts(model, config), None
+        self.features: nn.Module = PreLogits(model)
 
     @torch.no_grad()
     def normalize_input(self, input: Tensor, student_mean: Any = None, student_std: Any = None) -> Tensor:
@@ -103,14 +102,76 @@ class Teacher(DistillationTeacher):
         """Puts it on the device, under the run's precision and compiler; never wrapped for gradients."""
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
-        self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+        if self.config.distill_type == "feature":
+            self.features = accelerator.prepare_model(self.features, evaluation_mode=True)
+        else:
+            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
         self.to(accelerator.device)
+
+    def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
+        """Logits (B, K) of the teacher's images, or the features before its classifier, (B, D)."""
+        return self.features(input) if return_features else self.model(input)
+
+
+class PreLogits(nn.Module):
+    """A timm model up to its classifier, as one module: from images to pooled features (B, D)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features of images (B, C, H, W)."""
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+    def width(self, input_size: tuple[int, int, int], whose: str) -> int:
+        """D, measured on the model's device in evaluation mode.
+
+        Raises:
+            UserError: if it gives no such features.
+        """
+        like, training = next(self.model.parameters()), self.model.training
+        try:
+            with torch.no_grad():
+                found: Any = self.eval()(torch.zeros(2, *input_size, device=like.device))
+        except MISFITS as error:
+            raise UserError(
+                f"kd-distill-type: the {whose} gives no features before its classifier: {first_line(error)}; expected logit"
+            ) from error
+        finally:
+            self.train(training)
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            raise UserError(
+                f"kd-distill-type: the {whose} gives {described(found)} before its classifier, expected features (batch, D); "
+                "take logit"
+            )
+        return found.shape[1]
+
+
+def open_teacher(
+    config: KDConfig,
+    num_classes: int,
+    class_names: tuple[str, ...] | None,
+    student: Preprocessing,
+    accelerator: Any,
+    channels_last: bool,
+) -> Teacher | None:
+    """The teacher on the device, or None where the options name none.
+
+    Raises:
+        UserError: as `load_teacher`.
+    """
+    if config.model_name is None:
+        return None
+    teacher = one_at_a_time(accelerator, lambda: load_teacher(config, num_classes, class_names, student))
+    teacher.prepare(accelerator, channels_last)
+    return teacher
 
 
 def load_teacher(
     config: KDConfig, num_classes: int, class_names: tuple[str, ...] | None, student: Preprocessing
-) -> tuple[Teacher, str | None]:
-    """The teacher that the options name, from safetensors alone where it is on the Hub, and a warning if there is one to give.
+) -> Teacher:
+    """The teacher that the options name, from safetensors alone where it is on the Hub.
 
     The random state stays as it is: a student begins with the same weights with a teacher or without.
 
@@ -129,16 +190,18 @@ def load_teacher(
             f"kd-model-name: the teacher {name!r} has {getattr(model, 'num_classes', 0)} classes, expected the data's "
             f"{num_classes}; train one on this data first (--model {architecture} --pretrained), and give its folder"
         )
-    warning = _check_classes(name, model.pretrained_cfg.get("label_names"), class_names)
     teacher = Teacher(model, student, config)
+    teacher.warning = _check_classes(name, model.pretrained_cfg.get("label_names"), class_names)
     try:
         with torch.no_grad():
             logits = model(torch.zeros(2, *teacher.input_size))
     except MISFITS as error:
-        raise UserError(f"kd-model-name: the teacher {name!r} does not take its own images: {error}") from error
+        raise UserError(
+            f"kd-model-name: the teacher {name!r} does not take its own images: {first_line(error)}"
+        ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         raise UserError(f"kd-model-name: expected logits (batch, {num_classes}) of {name!r}; got {described(logits)}")
-    return teacher, warning
+    return teacher
 
 
 def _check_classes(name: str, theirs: Any, ours: tuple[str, ...] | None) -> str | None:
@@ -190,82 +253,15 @@ def _facts(model: nn.Module, config: KDConfig) -> dict[str, Any]:
     }
 
 
-class _Taught(TrainingTask):
-    """What the two tasks below share: their terms' names.
-
-    loss = task_loss = cls_weight * cls_loss + kd_weight * kd_loss
-    """
-
-    cls_weight: Tensor
-    kd_weight: Tensor
-
-    def weigh(self) -> TrainingTask:
-        """Puts the weights that timm's task has resolved on the device, once: a number would have to be sent every step."""
-        for name, value in (("cls_weight", self.task_loss_weight), ("kd_weight", self.distill_loss_weight)):
-            self.register_buffer(name, torch.tensor(float(value), device=self.device), persistent=False)
-        return self
-
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """timm's loss; its terms raw, each with its weight."""
-        result = super().forward(input, target)
-        kd_loss = result["kd_loss"] if "kd_loss" in result else result["distill_loss"]
-        return {
-            "loss": result["loss"],
-            "output": result["output"],
-            "task_loss": result["loss"],
-            "cls_loss": result["task_loss"],
-            "cls_weight": self.cls_weight,
-            "kd_loss": kd_loss,
-            "kd_weight": self.kd_weight,
-        }
-
-
-class LogitTask(_Taught, LogitDistillationTask):
-    """timm's `LogitDistillationTask`, its terms named."""
-
-
-class TokenTask(_Taught, TokenDistillationTask):
-    """timm's `TokenDistillationTask`, its terms named."""
-
-
-def distillation_task(model: nn.Module, teacher: Teacher, criterion: nn.Module, device: torch.device) -> TrainingTask:
-    """timm's distillation task of a student, with `criterion` for the labels.
-
-    Raises:
-        UserError: if the student has no distillation head and one is asked for.
-    """
-    config = teacher.config
-    shared = {
-        "distill_loss_weight": config.distill_loss_weight,
-        "task_loss_weight": config.task_loss_weight,
-        "temperature": config.temperature,
-        "device": device,
-        "verbose": False,
-    }
-    if config.distill_type == "logit":
-        task: Any = LogitTask(model, teacher, criterion, loss_type=config.loss_type, **shared)
-    elif not hasattr(model, "set_distilled_training"):
-        raise UserError(
-            f"kd-distill-type: {model.pretrained_cfg.get('architecture')} has no distillation head; expected a student such as "
-            "deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
-        )
-    else:
-        task = TokenTask(model, teacher, criterion, distill_type=config.token_distill_type, **shared)
-    weighed = task.weigh()
-    teacher.facts |= {"task_loss_weight": task.task_loss_weight, "distill_loss_weight": task.distill_loss_weight}
-    return weighed
-
-
 def headline(teacher: Teacher) -> str:
     """The teacher in a few words."""
     config, facts = teacher.config, teacher.facts
-    kind = config.distill_type if config.distill_type == "logit" else f"{config.token_distill_type} token"
-    heat = "" if kind == "hard token" else f", temperature {config.temperature:g}"
+    kind = f"{config.token_distill_type} token" if config.distill_type == "token" else config.distill_type
+    heat = "" if kind in ("hard token", "feature") else f", temperature {config.temperature:g}"
     size = "x".join(map(str, teacher.input_size))
-    return (
-        f"taught by {facts['name']} ({facts['parameters'] / 1e6:.2f} M parameters, {size}; {kind}{heat}, weights"
-        f" {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g})"
-    )
+    name = f"{'the run ' if facts['folder'] else ''}{facts['name']}"
+    weights = f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}"
+    return f"taught by {name} ({facts['parameters'] / 1e6:.2f} M parameters, {size}; {kind}{heat}, {weights})"
 
 
 def changed(metrics: Path, facts: dict[str, Any]) -> str | None:
