@@ -19,6 +19,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)
 SHARED = (
     ("train_loss", "training loss"), ("val_loss", "validation loss"), ("val_top1", "validation top-1, %"),
     ("val_top5", "validation top-5, %"), ("task_loss", "task term of the training loss"), ("sfr_loss", "feature loss, raw"),
+    ("cls_loss", "loss of the labels beside a teacher's, raw"), ("kd_loss", "distillation loss, raw"),
     ("sfr_weight", "weight λ of the feature loss"), ("smoothing", "smoothing ε"), ("lr", "learning rate"),
     ("images_per_second", "training images/s"),
 )  # fmt: skip
@@ -28,6 +29,7 @@ PANELS = (
     ("loss", "loss", (("train_loss", "training", BLUE), ("val_loss", "validation", ORANGE),
                       ("task_loss", "training, task term", GREY))),
     ("features", "feature loss", (("sfr_loss", "raw", ORANGE), ("weighted", "weighted by λ", GREEN))),
+    ("teacher", "labels and teacher", (("cls_loss", "loss of the labels, raw", BLUE), ("kd_loss", "distillation, raw", GREEN))),
     ("score", "validation score, %", (("val_top1", "top-1", BLUE), ("val_top5", "top-5", GREY))),
     ("lr", "learning rate", (("lr", "learning rate", PURPLE),)),
     ("sfr", "weight λ and smoothing ε", (("sfr_weight", "λ", ORANGE), ("smoothing", "ε", RED))),
