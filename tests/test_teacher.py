@@ -15,13 +15,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_bad_inputs import repository
 from test_processes import updates
+from timm.task import FeatureDistillationTask
 
 import timm_sfr
 from benchmarks.faults import differences
-from timm_sfr import RunConfig, UserError
+from timm_sfr import RunConfig, SFRConfig, SFRTask, UserError
 from timm_sfr.checkpoint import checkpoints, load_checkpoint
 from timm_sfr.compare import read_finished
 from timm_sfr.fit import prepare
+from timm_sfr.hub import run_files
 from timm_sfr.kd import KDConfig
 from timm_sfr.loader import Preprocessing
 from timm_sfr.report import COLUMNS, TEACHERS
@@ -129,6 +131,27 @@ def test_the_terms_by_hand(way, sfr, tmp_path):
     extra = result["sfr_weight"] * result["sfr_loss"] if sfr else 0
     assert torch.allclose(result["loss"], result["task_loss"] + extra)
     assert not sfr or (result["sfr_loss"] > 0 and result["smoothing"].item() == pytest.approx(0.2))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.2])
+def test_timms_own_feature_distillation_as_a_base(weight):
+    student, teacher = (timm.create_model(name, num_classes=10) for name in ("wrn_16_2_cifar", "resnet20_cifar"))
+    base = FeatureDistillationTask(
+        student, teacher, torch.nn.CrossEntropyLoss(), distill_loss_weight=2.0, verbose=False
+    ).eval()
+    images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    expected, learned = base(images, target), base.trainable_module.projection
+    task = SFRTask(student, SFRConfig(weight=weight), base=base, verbose=False).eval()
+    result = task(images, target)
+    assert torch.allclose(result["task_loss"], expected["loss"]) and torch.equal(result["output"], expected["output"])
+    assert torch.allclose(result["base_kd_loss"], expected["kd_loss"])
+    result["loss"].backward()
+    assert learned.weight.grad.abs().sum() > 0 and task.trainable_module.to_teacher is learned
+    state, other = task.get_task_state(), torch.zeros_like(learned.weight)
+    kept = learned.weight.detach().clone()
+    learned.weight.data.copy_(other)
+    task.load_task_state({**state, "to_teacher": {**state["to_teacher"], "weight": kept}})
+    assert torch.equal(learned.weight, kept) and "projection" not in state
 
 
 @pytest.mark.parametrize("kind", ["logit", "feature"])
@@ -282,6 +305,12 @@ def test_a_run_with_a_teacher_goes_on_to_the_same_bits(digits_run, tmp_path):
     about = json.loads((tmp_path / "cut" / "metrics.json").read_text())["teacher"]
     assert (about["name"], about["folder"], about["architecture"]) == ("run", True, "resnet20_cifar")
     assert (about["license"], about["parameters"], about["source"]) == ("apache-2.0", 272474, None)
+    # Where the teacher lies is not published.
+    (tmp_path / "place").mkdir()
+    files = run_files(tmp_path / "cut", "user/name", tmp_path / "place")
+    published = "".join(files[name].read_text() for name in ("args.yaml", "metrics.json", "README.md"))
+    assert "kd_model_name: run\n" in published and str(teacher.parent) not in published
+    assert "`--kd-model-name`, where its teacher lies" in published
     keys = set(load_file(tmp_path / "cut" / "model" / "model.safetensors"))
     assert keys == set(timm.create_model("wrn_16_2_cifar").state_dict())
 

@@ -27,6 +27,8 @@ class _Taught(TrainingTask):
     loss = task_loss = cls_weight * cls_loss + kd_weight * kd_loss
     """
 
+    task_loss_weight: float
+    distill_loss_weight: float
     cls_weight: Tensor
     kd_weight: Tensor
 

@@ -50,6 +50,7 @@ class Teacher(DistillationTeacher):
 
     student_mean: Tensor
     student_std: Tensor
+    luma: Tensor
 
     def __init__(self, model: nn.Module, student: Preprocessing, config: KDConfig) -> None:
         super().__init__(model)
@@ -68,6 +69,7 @@ class Teacher(DistillationTeacher):
             ("std_kd", own["std"], ours),
             ("student_mean", student.mean, theirs),
             ("student_std", student.std, theirs),
+            ("luma", LUMA, 3),
         ):
             of_each = torch.tensor(values).expand(channels) if len(values) == 1 else torch.tensor(values)
             self.register_buffer(name, of_each.view(1, -1, 1, 1), persistent=False)
@@ -91,7 +93,7 @@ class Teacher(DistillationTeacher):
         images = input.float() * self.student_std + self.student_mean
         channels, *size = self.input_size
         if images.shape[1] == 3 and channels == 1:
-            images = (images * images.new_tensor(LUMA).view(1, -1, 1, 1)).sum(1, keepdim=True)
+            images = (images * self.luma).sum(1, keepdim=True)
         elif images.shape[1] == 1 and channels == 3:
             images = images.expand(-1, 3, -1, -1)
         if list(images.shape[2:]) != size:
