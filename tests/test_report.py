@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from timm_sfr.errors import UserError
 from timm_sfr.losses import FeatureLoss
 from timm_sfr.main import main
 from timm_sfr.reporting.page import score_pictures, write_report
-from timm_sfr.reporting.predictions import read_predictions, write_predictions
+from timm_sfr.reporting.predictions import Judged, read_predictions, write_predictions
 from timm_sfr.reporting.runs import own_panels, read_finished
 from timm_sfr.reporting.samples import Gallery
 from timm_sfr.reporting.teaching import lessons
@@ -73,8 +74,8 @@ def test_predictions_say_what_the_metrics_say(reported):
     best = json.loads((place / "metrics.json").read_text())["best"]
     assert len(judged.files) == best["images"]
     assert 100 * judged.hits.mean() == pytest.approx(best["val_top1"], abs=1e-9)
-    counts = judged.confusion(10)
-    assert counts.sum() == best["images"] and counts.trace() == judged.hits.sum()
+    counts, share = judged.confusion(10)
+    assert share == 1 and counts.sum() == best["images"] and counts.trace() == judged.hits.sum()
     count, confidence, accuracy = judged.calibration(15)
     gap = np.nansum(count * np.abs(accuracy - confidence)) / count.sum()
     assert gap == pytest.approx(best["ece"], abs=1e-6)
@@ -159,16 +160,19 @@ def test_projection_is_pictured_by_its_maps():
 
 def test_a_page_takes_any_names(tmp_path, finished):
     """Names of classes and files are text, whatever they hold: markup, mathematics, scripts that no font here has."""
-    names = ["<script>alert(1)</script>", "a & b", "$x^2", "_hidden", "猫", '"', "7", "8", "9", "é" * 60]
+    names = ["<script>alert(1)</script>", "a & #010203", "$x^2", "_url(#q", "猫", '"', "7", "8", "9", "é" * 60]
     config = json.loads((finished / "model" / "config.json").read_text())
     config["label_names"] = names
     (finished / "model" / "config.json").write_text(json.dumps(config))
     judged = read_predictions(finished / "predictions.csv")
     rows = np.stack([judged.target, judged.prediction, judged.confidence], 1)
-    write_predictions(finished / "predictions.csv", rows, lambda index: f"</script>,\n'{index}")
     text = write_report(finished).read_text()
     assert "<script>alert" not in text and text.count("<script>") == 1
-    assert "猫" in "".join(Page(text).text)
+    words = "".join(Page(text).text)
+    assert all(name in words for name in names)
+    write_predictions(finished / "predictions.csv", rows, lambda index: f"</script>,\n'{index}")
+    text = write_report(finished).read_text()
+    assert "the data are not those of" in "".join(Page(text).text)
     assert read_predictions(finished / "predictions.csv").files[3] == "</script>,\n'3"
 
 
@@ -183,10 +187,66 @@ def test_a_report_without_its_data_or_predictions_says_so(finished, capsys):
     assert "curves" in page.ids and "sfr" not in page.ids
 
 
-def test_damaged_predictions_are_one_line(finished, capsys):
-    (finished / "predictions.csv").write_text("index,file\n1,a\n")
-    assert main(["report", str(finished)]) == 2
-    assert capsys.readouterr().err.startswith("error: run: ") and not (finished / "report.html").exists()
+def test_damaged_predictions_are_left_out_and_the_page_says_so(finished, capsys):
+    whole = (finished / "predictions.csv").read_text().splitlines()
+    other = [whole[0], *(line.replace(",0,0,", ",0,1,") for line in whole[1:])]
+    for lines in (
+        ["index,file", "1,a"],
+        whole[:1],
+        whole[:100],
+        other,
+        [*whole[:-1], "9,a,3,99999999999999999999,0.5"],
+    ):
+        (finished / "predictions.csv").write_text("\n".join(lines))
+        assert main(["report", str(finished)]) == 0
+        page = Page((finished / "report.html").read_text())
+        assert "Scores by class are left out" in "".join(page.text) and "confusion" not in page.ids
+        assert set(score_pictures(read_finished(finished))) == {"curves"}  # those of the card
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("metrics.json", "{}"),
+        ("metrics.json", '{"best": {}, "last": {"val_top1": 1}}'),
+        ("metrics.json", "[1]"),
+        ("summary.csv", "epoch,lr\n0,a\n"),
+        ("args.yaml", "num_classes: abc"),
+        ("model/config.json", "[]"),
+        ("model/config.json", '{"label_names": 5}'),
+    ],
+)
+def test_damaged_files_are_one_line(finished, capsys, name, text):
+    (finished / name).write_text(text)
+    status = main(["report", str(finished)])
+    said = capsys.readouterr().err
+    if name.startswith("model/"):  # the page goes without the model
+        assert status == 0 and "The model cannot be loaded" in (finished / "report.html").read_text()
+    else:
+        assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_data_that_have_changed_are_not_shown(folder, tmp_path):
+    data = shutil.copytree(folder, tmp_path / "data")
+    words = ("--model", "resnet20_cifar", "--data-dir", data, "--epochs", 1, "-b", 20, "-j", 0, "--output", tmp_path)
+    assert run(*TRAIN, *words, "--experiment", "run").returncode == 0
+    next((data / "val" / "class0").iterdir()).rename(data / "val" / "class0" / "zzz.png")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert "the data are not those of predictions.csv" in "".join(page.text) and "mistakes" not in page.ids
+    shutil.rmtree(data / "val" / "class2")
+    assert main(["report", str(tmp_path / "run")]) == 0
+
+
+def test_a_run_named_as_a_model_is_the_run(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.move(finished, tmp_path / "resnet20_cifar.sfr_digits")
+    write_report(tmp_path / "resnet20_cifar.sfr_digits")
+    page = (tmp_path / "resnet20_cifar.sfr_digits" / "report.html").read_text()
+    write_report(Path("resnet20_cifar.sfr_digits"))
+    again = (tmp_path / "resnet20_cifar.sfr_digits" / "report.html").read_text()
+    distances = [re.findall(r"under the plan ([\d.]+)", text) for text in (page, again)]
+    assert distances[0] and distances[0] == distances[1]
 
 
 def test_the_report_is_written_while_it_trains_and_changes_no_bit(folder, tmp_path):
@@ -198,7 +258,7 @@ def test_the_report_is_written_while_it_trains_and_changes_no_bit(folder, tmp_pa
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert weights[0] == weights[1] and not (tmp_path / "without" / "report.html").exists()
     text = (tmp_path / "with" / "report.html").read_text()
-    assert "still training" not in text and "class1" in text and "sfr" in Page(text).ids
+    assert "loads itself anew" not in text and "class1" in text and "sfr" in Page(text).ids
     judged = read_predictions(tmp_path / "with" / "predictions.csv")
     assert all(name.startswith(str(folder / "val" / "class")) for name in judged.files)
 
@@ -216,17 +276,20 @@ def test_a_report_that_fails_stops_no_training(folder, tmp_path):
 
 
 def test_many_classes_and_an_empty_one():
-    """A thousand classes are drawn, and one without images divides by nothing."""
+    """More classes than pixels are counted together, so that none is lost; a class without images divides by nothing."""
+    target = np.arange(1, 10_000)
+    judged = Judged([""] * len(target), target, target, np.full(len(target), 0.9, np.float32))
+    counts, share = judged.confusion(10_000)
+    assert counts.shape == (200, 200) and share == 50
+    assert counts.diagonal().tolist() == [49] + [50] * 199 and counts.sum() == len(target)
+    images, hits = judged.by_class(10_000)
+    assert images[0] == hits[0] == 0 and images.sum() == hits.sum() == len(target) and judged.wrong() == []
     rng = np.random.default_rng(0)
-    from timm_sfr.reporting.page import _by_class, _confused, _judgement
-    from timm_sfr.reporting.predictions import Judged
-
-    target, prediction = rng.integers(1, 1000, 5000), rng.integers(1, 1000, 5000)
+    target, prediction = rng.integers(0, 30, 5000), rng.integers(0, 30, 5000)
     judged = Judged([""] * 5000, target, prediction, rng.random(5000, dtype=np.float32))
-    names = [f"class {k}" for k in range(1000)]
-    counts = judged.confusion(1000)
-    assert len(_by_class(counts, names)) == len(np.unique(target)) and _confused(counts, names)
-    assert set(_judgement(judged, names)) == {"confusion", "reliability"}
+    dense, wrong = judged.confusion(30)[0], judged.wrong()
+    assert {(i, j): n for i, j, n in wrong} == {(i, j): n for (i, j), n in np.ndenumerate(dense) if i != j and n}
+    assert [n for _, _, n in wrong] == sorted((n for _, _, n in wrong), reverse=True)
 
 
 def test_samples_are_spread_over_the_classes(digits_run):

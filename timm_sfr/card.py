@@ -31,7 +31,7 @@ class Facts:
         options: The run's resolved options, as its args.yaml.
         rows: The rows of its summary.csv.
         source: ``USER/NAME[@REVISION]`` that the card is for, None for the folder on the disk.
-        pictures: Names of the PNG files that lie beside the card.
+        pictures: PNG files that go with the card, as seen from it.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)

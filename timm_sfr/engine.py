@@ -67,6 +67,7 @@ class Trainer:
     lr: float = 0.0  # the rate that this epoch began with
     started: float = field(default_factory=time.perf_counter)
     reported: float = field(default_factory=time.perf_counter)  # when the last report was written
+    report_seconds: float = 3.0  # and what it took
 
     @property
     def module(self) -> Any:

@@ -19,7 +19,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from timm_sfr.card import Facts, imports, render
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, brief
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
 from timm_sfr.hub_check import refuse_public, validate_card
 from timm_sfr.hub_client import bounded_xet, check_token, retried, told
@@ -32,7 +32,7 @@ _logger = logging.getLogger("timm_sfr")
 # Where the run was kept and published is nothing to repeat.
 NOT_OTHERS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment")
 RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
-CARD_PICTURES = ("curves.png", "confusion.png", "reliability.png")
+CARD_PICTURES = ("pictures/curves.png", "pictures/confusion.png", "pictures/reliability.png")
 PICKLES = ("pytorch_model.bin",)
 
 
@@ -168,7 +168,7 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         )
     files = needed | {name: place / name for name in (CARD, CONFIG, "args.yaml")}
     for name, picture in drawn.items():
-        files[name] = place / name
+        files[name] = place / PurePath(name).name
         files[name].write_bytes(picture)
     files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
     files[CARD].write_text(card, encoding="utf-8")
@@ -178,12 +178,12 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
 
 def _pictures(run: Path) -> dict[str, bytes]:
     """The card's pictures, by file name: of figures alone, since the images of the data may not be ours to publish."""
-    from timm_sfr.reporting.page import score_pictures  # only here: matplotlib takes a while
-
     try:
-        return {f"{name}.png": picture for name, picture in score_pictures(read_finished(run)).items()}
-    except UserError as error:
-        _logger.warning(f"warning: the card gets no pictures: {error}")
+        from timm_sfr.reporting.page import score_pictures  # only here: matplotlib takes a while
+
+        return {f"pictures/{name}.png": picture for name, picture in score_pictures(read_finished(run)).items()}
+    except Exception as error:  # a picture is not worth a publication
+        _logger.warning(f"warning: the card gets no pictures: {brief(error)}")
         return {}
 
 

@@ -25,7 +25,7 @@ from timm_sfr.state import collect
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer
 
-REPORT_COST, REPORT_SHARE = 3.0, 0.02  # seconds that a report takes, about; its share of the time
+REPORT_SHARE = 0.02  # of the time
 
 _logger = logging.getLogger("timm_sfr")
 
@@ -48,30 +48,38 @@ def write_epoch(trainer: Trainer, improved: bool) -> None:
 
 def _keep_predictions(trainer: Trainer) -> None:
     """What the best model said of every validation image; several processes' streams have no order to write it in."""
-    images = trainer.val_images
-    if not isinstance(images, IterableDataset) or trainer.accelerator.num_processes == 1:
-        path = trainer.workspace.run / PREDICTIONS
-        write_predictions(path, trainer.seen.rows(), lambda index: file_name(images, index))
+    path, images = trainer.workspace.run / PREDICTIONS, trainer.val_images
+    path.unlink(missing_ok=True)  # of other weights, whatever becomes of the new one
+    streamed = isinstance(images, IterableDataset)
+    if streamed and trainer.accelerator.num_processes > 1:
+        return
+    rows = trainer.seen.rows()
+    named = not streamed and len(rows) == len(images)
+    write_predictions(path, rows, lambda index: file_name(images if named else None, index))
 
 
 def refresh_report(trainer: Trainer, last: bool) -> None:
     """Writes the report where it is due, on the main process; whatever becomes of it, the training goes on."""
-    interval, now = trainer.config.engine.report_interval, time.perf_counter()
+    interval, started = trainer.config.engine.report_interval, time.perf_counter()
     if interval == 0 or not trainer.best or not trainer.accelerator.is_main_process:
         return
-    # By default it is due when all that it takes is this share of the time since the last one.
-    due = now - trainer.reported > REPORT_COST / REPORT_SHARE if interval is None else len(trainer.rows) % interval == 0
+    if interval is None:  # when what the last one took is this share of the time since
+        due = started - trainer.reported > trainer.report_seconds / REPORT_SHARE
+    else:
+        due = len(trainer.rows) % interval == 0
     if not (due or last):
         return
     try:
         from timm_sfr.reporting.page import write_report  # only here: matplotlib takes a while
 
-        page = write_report(trainer.workspace.run, training=not last)
+        page = write_report(trainer.workspace.run, dataset=trainer.val_images, training=not last)
         if last:
             trainer.workspace.say(f"the report is {page}")
     except Exception as error:  # a picture is not worth a run
         trainer.workspace.say(f"warning: the report could not be written: {brief(error)}")
     trainer.reported = time.perf_counter()
+    trainer.report_seconds = trainer.reported - started
+    trainer.started += trainer.report_seconds  # no part of the training's time
 
 
 def keep_checkpoint(trainer: Trainer, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:

@@ -249,6 +249,7 @@ def bad_images(samples: Any) -> BadImages | None:
 def file_name(dataset: Any, index: int) -> str:
     """The file of a sample, or its number where the dataset cannot say."""
     try:
-        return str(dataset.filename(index, absolute=True))
-    except (AttributeError, AssertionError, NotImplementedError, TypeError):
-        return f"number {index}"
+        name = dataset.filename(index, absolute=True)
+    except Exception:  # datasets of any make: to name a file is not worth a run
+        name = None
+    return f"number {index}" if name is None else str(name)

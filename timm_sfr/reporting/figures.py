@@ -6,6 +6,7 @@ Shape suffixes: K classes, S shallow channels, D deep channels.
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import re
 import warnings
@@ -68,14 +69,15 @@ def _curves(axes: Any, panel: Panel) -> None:
         axes.legend(fontsize=8)
 
 
-def confusion(figure: Figure, counts: np.ndarray, names: Sequence[str]) -> None:
-    """Paints the confusion matrix, counts (K, K), rows as shares of their class."""
+def confusion(figure: Figure, counts: np.ndarray, share: int, names: Sequence[str]) -> None:
+    """Paints the confusion matrix, counts (K / n, K / n), rows as shares of their class; n = `share` classes are one row."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes, size = figure.add_subplot(), len(counts)
     axes.imshow(shares, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
     axes.grid(False)
-    axes.set(xlabel="predicted", ylabel="class")
-    if size <= NAMED:
+    together = f" ({share} neighbours together)" if share > 1 else ""
+    axes.set(xlabel=f"predicted{together}", ylabel=f"class{together}")
+    if size <= NAMED and share == 1:
         labels = [_plain(_short(name, 14)) for name in names]
         axes.set_xticks(range(size), labels, rotation=60 if max(map(len, labels)) > 2 else 0, fontsize=7)
         axes.set_yticks(range(size), labels, fontsize=7)
@@ -121,10 +123,15 @@ def svg(figure: Figure, name: str, label: str) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r' (width|height)="[\d.]+pt"', "", text, count=2)
-    text = text.replace(INK, "currentColor")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", text)
-    text = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{name}-", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+    # In the tags alone: what stands between them may be the name of a class.
+    text = re.sub(r"<[^>]*>", lambda tag: _fitted(tag[0], name), text)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(label)}"', 1)
+
+
+def _fitted(tag: str, name: str) -> str:
+    """A tag with the page's ink and font, and with ids of its own."""
+    tag = re.sub(r"font: ([\d.]+px) [^;\"]+", r"font: \1 system-ui, sans-serif", tag.replace(INK, "currentColor"))
+    return re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{name}-", tag)
 
 
 def png(figure: Figure, dpi: int = 120) -> bytes:

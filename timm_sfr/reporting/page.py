@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,11 @@ from timm_sfr.reporting.teaching import Lesson, lessons
 from timm_sfr.taps import TapPlan, choose_taps
 
 PAGE, PICTURES = "report.html", "pictures"
-TAUGHT, BATCH = 4, 16  # images that the picture of SFR is drawn on, and that channels are correlated over
+TAUGHT, BATCH = 4, 16  # images that SFR is pictured on, and that channels are correlated over
 PAIRS = 12
 
 
-def write_report(path: Path, mistakes: int = 24, training: bool = False) -> Path:
+def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: bool = False) -> Path:
     """Writes ``report.html`` and ``pictures/*.png`` of a run from its files, its best model and its data; returns the page.
 
     What cannot be had (the data are elsewhere, say) is left out, and the page says so.
@@ -43,21 +45,24 @@ def write_report(path: Path, mistakes: int = 24, training: bool = False) -> Path
     Args:
         path: The run's folder.
         mistakes: How many of the surest mistakes to show.
+        dataset: The validation split, where it is open already.
         training: Whether the run still trains: the page then loads itself anew.
 
     Raises:
         UserError: if the folder is no run, or its files are damaged.
         OSError: if it cannot be written.
     """
-    run = read_finished(path)
-    drawn, page = _contents(run, mistakes)
-    text = _template("page.html").render(**page, training=training)
+    run, notes = read_finished(path), []
+    judged = _predictions(run, notes)
+    drawn = _drawn(run, judged)
+    page = _contents(run, judged, drawn, notes, mistakes, dataset)
+    text = _template("page.html").render(**page, training=training, written=time.strftime("%Y-%m-%d %H:%M"))
     replace_atomically(path / PAGE, lambda fresh: _text(fresh, text))
 
     def write(fresh: Path) -> None:
         fresh.mkdir()
-        for name, picture in drawn.items():
-            (fresh / f"{name}.png").write_bytes(picture)
+        for name, figure in drawn.items():
+            (fresh / f"{name}.png").write_bytes(figures.png(figure))
 
     replace_atomically(path / PICTURES, write)
     return path / PAGE
@@ -65,12 +70,7 @@ def write_report(path: Path, mistakes: int = 24, training: bool = False) -> Path
 
 def score_pictures(run: Run) -> dict[str, bytes]:
     """What a model card shows of a run, as PNG files by name: ``curves``, ``confusion``, ``reliability``."""
-    names = _class_names(run)
-    found = {"curves": figures.draw(lambda figure: figures.sheet(figure, own_panels(run)), (12, 5.4))}
-    if (run.path / PREDICTIONS).is_file():
-        judged = read_predictions(run.path / PREDICTIONS)
-        found |= _judgement(judged, _fitting(names, judged))
-    return {name: figures.png(figure) for name, figure in found.items()}
+    return {name: figures.png(figure) for name, figure in _drawn(run, _predictions(run, [])).items()}
 
 
 def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) -> None:
@@ -87,105 +87,131 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) ->
     replace_atomically(path, lambda fresh: _text(fresh, text))
 
 
-def _contents(run: Run, mistakes: int) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """The PNG files, and what the page's template takes."""
-    notes: list[str] = []
-    names = _class_names(run)
-    judged = read_predictions(run.path / PREDICTIONS) if (run.path / PREDICTIONS).is_file() else None
+def _predictions(run: Run, notes: list[str]) -> Judged | None:
+    """What the best model said of every image, if it is kept and of that model."""
+    path, best = run.path / PREDICTIONS, run.metrics["best"]
+    if not path.is_file():
+        notes.append(f"There is no {PREDICTIONS}: the run was validated as a stream by several processes, or by a version "
+                     "that did not keep what the model said of every image.")  # fmt: skip
+        return None
+    try:
+        judged = read_predictions(path, int(run.options.get("num_classes") or 10**7))
+    except UserError as error:
+        notes.append(f"Scores by class are left out: {error}")
+        return None
+    if len(judged.files) != best["images"] or abs(100 * judged.hits.mean() - best["val_top1"]) > 1e-3:
+        notes.append(f"Scores by class are left out: {PREDICTIONS} is not of the best epoch's model.")
+        return None
+    return judged
+
+
+def _drawn(run: Run, judged: Judged | None) -> dict[str, Any]:
+    """The figures of a run's scores by name: ``curves``, ``confusion``, ``reliability``."""
+    found = {"curves": figures.draw(lambda figure: figures.sheet(figure, own_panels(run)), (12, 5.4))}
+    if judged is None:
+        return found
+    names = _fitting(_class_names(run), judged)
+    counts, share = judged.confusion(len(names))
+    side = 4.8 if len(names) > 5 else 3.6
+    found["confusion"] = figures.draw(lambda figure: figures.confusion(figure, counts, share, names), (side, side))
+    found["reliability"] = figures.draw(lambda figure: figures.reliability(figure, judged, ECE_BINS), (4.8, 4.2))
+    return found
+
+
+def _contents(
+    run: Run, judged: Judged | None, drawn: dict[str, Any], notes: list[str], mistakes: int, dataset: Any
+) -> dict[str, Any]:
+    """What the page's template takes."""
     page: dict[str, Any] = {
-        "run": run, "name": run.path.absolute().name, "notes": notes, "judged": judged, "names": names,
+        "run": run, "name": run.path.absolute().name, "notes": notes, "judged": judged,
         "best": run.metrics["best"], "last": run.metrics["last"], "epochs": len(run.rows),
+        "again": f"python train_sfr.py --config {shlex.quote(str(run.path / 'args.yaml'))}",
         "recipe": yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True),
         "classes": [], "pairs": [], "mistakes": [], "taught": [], "by_channel": [],
     }  # fmt: skip
     page["curves"] = [_curve(panel) for panel in own_panels(run)]
-    model, gallery = _opened(run, notes)
-    if judged is not None and len(judged.target):
-        page["names"] = names = _fitting(names, judged)
-        for name, figure in _judgement(judged, names).items():
-            page[name] = _svg(figure, name, name)
-        counts = judged.confusion(len(names))
-        page["classes"], page["pairs"] = _by_class(counts, names), _confused(counts, names)
+    page |= {name: _svg(figure, name, name) for name, figure in drawn.items() if name != "curves"}
+    model, gallery = _opened(run, notes, dataset)
+    names = _class_names(run) or list((gallery and gallery.class_names) or [])
+    if judged is not None:
+        names = _fitting(names, judged)
+        page["classes"], page["pairs"] = _by_class(judged, names), _confused(judged, names)
+        if gallery is not None and not gallery.judged(judged):
+            notes.append(f"The images cannot be shown: the data are not those of {PREDICTIONS}.")
+            gallery = None
         page["mistakes"] = _mistakes(judged, names, gallery, mistakes) if gallery is not None else []
-    else:
-        notes.append(f"There is no {PREDICTIONS}: the run was validated as a stream by several processes, or by a version "
-                     "that did not keep what the model said of every image.")  # fmt: skip
     if model is not None and gallery is not None and run.metrics.get("sfr") and run.options.get("sfr_weight", 1):
         try:
-            samples = gallery.spread(judged.target if judged is not None else None, BATCH)
-            page |= _sfr(run, model, gallery, samples, names)
+            page |= _sfr(run, model, gallery, judged, names)
         except UserError as error:
             notes.append(f"SFR cannot be pictured: {error}")
-    return score_pictures(run), page
+    return page
 
 
-def _opened(run: Run, notes: list[str]) -> tuple[tuple[nn.Module, Preprocessing, RunConfig] | None, Gallery | None]:
+def _opened(
+    run: Run, notes: list[str], dataset: Any
+) -> tuple[tuple[nn.Module, Preprocessing, RunConfig] | None, Gallery | None]:
     """The run's best model with its preprocessing and options, and the images of its validation split."""
     try:
         config = RunConfig.from_flat({**run.options, "experiment": None}, where=run.path / "args.yaml")
         # Making a model draws random numbers, which are not this page's to take.
         with torch.random.fork_rng(devices=[]):
-            model = create_model(str(run.path))
+            model = create_model(f"local-dir:{run.path.absolute() / 'model'}")
         prep = build.preprocessing(config.model, model)
     except UserError as error:
         notes.append(f"The model cannot be loaded: {error}")
         return None, None
     try:
-        return (model, prep, config), Gallery(config, prep)
+        return (model, prep, config), Gallery(config, prep, dataset)
     except UserError as error:
         notes.append(f"The images cannot be shown: {error}")
         return (model, prep, config), None
 
 
-def _judgement(judged: Judged, names: list[str]) -> dict[str, Any]:
-    counts = judged.confusion(len(names))
-    side = 4.8 if len(names) > 5 else 3.6
-    return {
-        "confusion": figures.draw(lambda figure: figures.confusion(figure, counts, names), (side, side)),
-        "reliability": figures.draw(lambda figure: figures.reliability(figure, judged, ECE_BINS), (4.8, 4.2)),
-    }
-
-
-def _by_class(counts: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+def _by_class(judged: Judged, names: list[str]) -> list[dict[str, Any]]:
     """Accuracy of each class and what it is most often called instead, the worst first."""
-    images, hits = counts.sum(1), counts.diagonal()
-    others = counts - np.diag(hits)
+    images, hits = judged.by_class(len(names))
+    instead: dict[int, int] = {}
+    for one, other, _ in judged.wrong():
+        instead.setdefault(one, other)
     rows = [
         {"name": names[k], "images": int(images[k]), "accuracy": 100 * hits[k] / images[k],
-         "instead": names[others[k].argmax()] if others[k].any() else ""}
-        for k in np.flatnonzero(images)
+         "instead": names[instead[k]] if k in instead else ""}
+        for k in np.flatnonzero(images).tolist()
     ]  # fmt: skip
     return sorted(rows, key=lambda row: row["accuracy"])
 
 
-def _confused(counts: np.ndarray, names: list[str]) -> list[dict[str, Any]]:
+def _confused(judged: Judged, names: list[str]) -> list[dict[str, Any]]:
     """The pairs of classes that are taken for each other most often, both ways together."""
-    both = np.triu(counts + counts.T, 1)
-    order = np.argsort(-both, axis=None, kind="stable")[:PAIRS]
-    pairs = [divmod(int(place), len(names)) for place in order]
-    return [
-        {"one": names[i], "other": names[j], "there": int(counts[i, j]), "back": int(counts[j, i])}
-        for i, j in pairs
-        if both[i, j]
-    ]
+    found: dict[tuple[int, int], list[int]] = {}
+    for one, other, count in judged.wrong():
+        pair = found.setdefault((min(one, other), max(one, other)), [0, 0])
+        pair[int(one > other)] += count
+    most = sorted(found.items(), key=lambda item: -sum(item[1]))[:PAIRS]
+    return [{"one": names[i], "other": names[j], "there": a, "back": b} for (i, j), (a, b) in most]
 
 
 def _mistakes(judged: Judged, names: list[str], gallery: Gallery, count: int) -> list[dict[str, Any]]:
-    if len(gallery) != len(judged.target):
-        return []  # other data than were judged
     found = []
     for index in judged.mistakes(count):
         sample = gallery.sample(index)
-        if sample is not None:
+        if sample is not None and sample.target == judged.target[index]:
             found.append({"uri": data_uri(sample.pixels), "small": _is_small(sample), "target": names[judged.target[index]],
                           "prediction": names[judged.prediction[index]], "confidence": 100 * float(judged.confidence[index]),
                           "file": gallery.short(judged.files[index])})  # fmt: skip
     return found
 
 
-def _sfr(run: Run, opened: Any, gallery: Gallery, samples: list[Sample], names: list[str]) -> dict[str, Any]:
+def _sfr(run: Run, opened: Any, gallery: Gallery, judged: Judged | None, names: list[str]) -> dict[str, Any]:
     """What the template shows of SFR: for every shallow tap, images with who teaches what, and the channels."""
     model, prep, config = opened
+    samples = gallery.spread(
+        judged.target if judged is not None else None, BATCH if config.sfr.channels == "transport" else TAUGHT
+    )
+    if not samples:
+        raise UserError("no image of the validation split decodes")
+    names = names + [str(k) for k in range(len(names), 1 + max(one.target for one in samples))]
     plan = choose_taps(model, prep.input_size, config.sfr.taps)
     maps = _projection(run, plan) if config.sfr.channels == "projection" else None
     found = lessons(model, plan, config.sfr, prep.normalize(torch.stack([sample.pixels for sample in samples])), maps)
@@ -193,6 +219,7 @@ def _sfr(run: Run, opened: Any, gallery: Gallery, samples: list[Sample], names: 
     pictures = [{"uri": data_uri(one.pixels), "small": _is_small(one), "name": names[one.target]} for one in shown]
     return {
         "deep": plan.deep.module, "options": config.sfr, "images": pictures,
+        "height": 100 * prep.input_size[1] / prep.input_size[2],
         "taught": [{"lesson": lesson, "stays": lesson.stays, "images": [_cells(lesson, i) for i in range(len(shown))]}
                    for lesson in found],
         "by_channel": [
@@ -209,7 +236,8 @@ def _projection(run: Run, plan: TapPlan) -> ChannelProjection:
     Raises:
         UserError: if there is no checkpoint that has them.
     """
-    maps = ChannelProjection(tuple(tap.channels for tap in plan.shallow), plan.deep.channels)
+    with torch.random.fork_rng(devices=[]):
+        maps = ChannelProjection(tuple(tap.channels for tap in plan.shallow), plan.deep.channels)
     for path in checkpoints(run.path / "checkpoints"):
         try:
             state = load_checkpoint(path)
@@ -222,7 +250,7 @@ def _projection(run: Run, plan: TapPlan) -> ChannelProjection:
 
 
 def _cells(lesson: Lesson, image: int) -> dict[str, Any]:
-    """One image of a lesson: the plan's shares in percent of each shallow location, and where its teachers lie on the mean."""
+    """One image of a lesson: the plan in thousandths of the mass, and where each location's teachers lie on the mean."""
     plan = lesson.plan[image].numpy()
     shares = plan / np.maximum(plan.sum(1, keepdims=True), 1e-12)
     (rows, columns), (deep_rows, deep_columns) = lesson.grid, lesson.deep_grid
@@ -236,7 +264,8 @@ def _cells(lesson: Lesson, image: int) -> dict[str, Any]:
                       "from_x": means[index, 0], "from_y": means[index, 1]})  # fmt: skip
     deep = [{"x": 100 * b / deep_columns, "y": 100 * a / deep_rows, "w": 100 / deep_columns, "h": 100 / deep_rows}
             for a, b in np.ndindex(deep_rows, deep_columns)]  # fmt: skip
-    sparse = [[[int(j), round(100 * float(row[j]), 1)] for j in np.flatnonzero(row >= 0.005)] for row in shares]
+    sparse = [[[int(j), round(1000 * float(plan[i, j]), 2)] for j in np.flatnonzero(row >= 0.005)]
+              for i, row in enumerate(shares)]  # fmt: skip
     return {"cells": cells, "deep": deep, "plan": sparse, "distance": float(lesson.distance[image])}
 
 
@@ -245,13 +274,12 @@ def _is_small(sample: Sample) -> bool:
 
 
 def _class_names(run: Run) -> list[str]:
-    """The model's class names, or numbers."""
-    count = int(run.options.get("num_classes") or 0)
+    """The model's class names; none where it has none."""
     try:
-        names = json.loads((run.path / "model" / CONFIG).read_text()).get("label_names")
-    except (OSError, ValueError):
-        names = None
-    return [str(name) for name in names] if names else [str(k) for k in range(count)]
+        names = json.loads((run.path / "model" / CONFIG).read_text())["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _fitting(names: list[str], judged: Judged) -> list[str]:
@@ -269,11 +297,9 @@ def _svg(figure: Any, name: str, label: str) -> Markup:
 
 
 def _template(name: str) -> Any:
-    environment = Environment(
-        loader=PackageLoader("timm_sfr.reporting", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template(name)
+    folder = PackageLoader("timm_sfr.reporting", ".")
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+    return Environment(loader=folder, autoescape=True, **options).get_template(name)
 
 
 def _text(path: Path, text: str) -> None:

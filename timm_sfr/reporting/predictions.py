@@ -62,9 +62,26 @@ class Judged:
         """Whether each image's class was predicted, (n,)."""
         return self.target == self.prediction
 
-    def confusion(self, classes: int) -> np.ndarray:
-        """Counts (K, K): images of class i that were called j."""
-        return np.bincount(self.target * classes + self.prediction, minlength=classes**2).reshape(classes, classes)
+    def confusion(self, classes: int, most: int = 200) -> tuple[np.ndarray, int]:
+        """Counts of images of class i that were called j, and how many classes share a row and column: 1 up to `most`.
+
+        With more classes neighbours are counted together, n at a time: (K / n, K / n).
+        """
+        share = -(-classes // most)
+        size = -(-classes // share)
+        codes = self.target // share * size + self.prediction // share
+        return np.bincount(codes, minlength=size**2).reshape(size, size), share
+
+    def by_class(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images of each class, and how many of them were right, both (K,)."""
+        return tuple(np.bincount(chosen, minlength=classes) for chosen in (self.target, self.target[self.hits]))
+
+    def wrong(self) -> list[tuple[int, int, int]]:
+        """Which class was called which other one, and how often, the most frequent first."""
+        wrong = np.stack([self.target, self.prediction], 1)[~self.hits]
+        pairs, counts = np.unique(wrong, axis=0, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        return [(int(i), int(j), int(n)) for (i, j), n in zip(pairs[order], counts[order], strict=True)]
 
     def calibration(self, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Images, mean confidence and accuracy of every bin of equal width, each (bins,); nan where a bin is empty."""
@@ -93,8 +110,8 @@ def write_predictions(path: Path, rows: np.ndarray, name: Callable[[int], str]) 
     replace_atomically(path, write)
 
 
-def read_predictions(path: Path) -> Judged:
-    """What `write_predictions` wrote.
+def read_predictions(path: Path, classes: int = 10**7) -> Judged:
+    """What `write_predictions` wrote, of `classes` classes at most.
 
     Raises:
         UserError: if it is not that.
@@ -106,10 +123,10 @@ def read_predictions(path: Path) -> Judged:
         target, prediction = (np.array([int(row[name]) for row in rows], dtype=int) for name in COLUMNS[2:4])
         # A model that has diverged has no probabilities: nan.
         confidence = np.nan_to_num(np.array([float(row["confidence"]) for row in rows], dtype=np.float32))
-        if (target < 0).any() or (prediction < 0).any() or not ((confidence >= 0) & (confidence <= 1)).all():
-            raise ValueError("classes below 0, or probabilities out of [0, 1]")
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise UserError(
-            f"run: {str(path)!r} is not what a run wrote: {error!r}; delete it, and the report validates the model again"
-        ) from error
+        if min(target.min(), prediction.min()) < 0 or max(target.max(), prediction.max()) >= classes:
+            raise ValueError(f"expected classes from 0 to {classes - 1}")
+        if not ((confidence >= 0) & (confidence <= 1)).all():
+            raise ValueError("expected probabilities")
+    except (OSError, KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
+        raise UserError(f"{path.name} is not what a run wrote: {error}") from error
     return Judged(files, target, prediction, confidence)

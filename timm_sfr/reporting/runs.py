@@ -117,12 +117,28 @@ def read_finished(path: Path) -> Run:
     try:
         metrics = json.loads((path / "metrics.json").read_text())
         run = Run(path, read_yaml(path / "args.yaml"), metrics, report.read_summary(path / "summary.csv", 10**9))
-        run.score("val_top1")
+        _check(run)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"run: the files of {str(path)!r} are damaged: {error!r}") from error
     return run
+
+
+def _check(run: Run) -> None:
+    """Raises an error of Python's where the run's files lack what is read from them, or hold something else."""
+    for when in ("best", "last"):
+        for name in ("epoch", "images", "ece", "val_top1", "val_top5", "val_loss"):
+            float(run.metrics[when][name])
+    for name in ("epochs", "parameters", "seconds", "seed"):
+        float(run.metrics[name])
+    for name in ("model", "dataset", "hardware", "mixed_precision", "eval_metric"):
+        str(run.metrics[name])
+    run.metrics["versions"].items()
+    int(run.options.get("num_classes") or 0)
+    for row in run.rows:
+        for value in row.values():
+            float(value or 0)
 
 
 def own_panels(run: Run) -> list[Panel]:

@@ -14,10 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from timm_sfr.config import RunConfig
-from timm_sfr.data import open_split
+from timm_sfr.data import Split, open_split
 from timm_sfr.errors import UserError
 from timm_sfr.loader import Preprocessing
-from timm_sfr.samples import BadImage, Decoded
+from timm_sfr.reporting.predictions import Judged
+from timm_sfr.samples import BadImage, Decoded, file_name
 
 SMALL, LARGE = 64, 224  # up to the first, pixels are kept and shown as squares; nothing is wider than the second
 
@@ -43,21 +44,23 @@ class Gallery:
     Args:
         config: The run's options.
         prep: Its preprocessing.
+        dataset: The split's dataset, where it is open already.
 
     Raises:
         UserError: if the split cannot be opened, or is a stream.
     """
 
-    def __init__(self, config: RunConfig, prep: Preprocessing) -> None:
+    def __init__(self, config: RunConfig, prep: Preprocessing, dataset: Any = None) -> None:
         mode = config.data.input_img_mode or prep.img_mode
-        split = open_split(config.data, False, mode, config.engine.seed)
+        split = open_split(config.data, False, mode, config.engine.seed) if dataset is None else Split(dataset, None)
         if split.streamed:
-            raise UserError("data: a stream's images cannot be had by their place")
+            raise UserError("a stream's images cannot be had by their place")
         self.images, self.transform, self.root = (
             Decoded(split.dataset, mode),
             prep.eval_transform(),
             config.data.data_dir,
         )
+        self.class_names = split.class_names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -69,6 +72,13 @@ class Gallery:
         except BadImage:
             return None
         return Sample(index, target, torch.as_tensor(np.asarray(self.transform(image))))
+
+    def judged(self, judged: Judged) -> bool:
+        """Whether these are the images of which `judged` speaks, as far as their number and a few names tell."""
+        if len(self) != len(judged.files):
+            return False
+        looked = np.linspace(0, len(self) - 1, min(len(self), 50)).astype(int).tolist()
+        return all(file_name(self.images.dataset, i) == judged.files[i] for i in looked)
 
     def spread(self, targets: np.ndarray | None, count: int) -> list[Sample]:
         """The first images of evenly spaced classes, one of each in turn, `count` in all; without `targets`, spaced images."""
@@ -88,7 +98,7 @@ class Gallery:
 
     def short(self, file: str) -> str:
         """A file's name as seen from the data's folder."""
-        path = PurePath(file)
+        path = PurePath(file if file.startswith("number ") else Path(file).absolute())
         root = Path(self.root).absolute() if self.root else None
         return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else path.name or file
 
