@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -19,7 +20,10 @@ from timm_sfr.build import DEFAULT_MODEL
 from timm_sfr.config import SECTIONS, RunConfig, options
 from timm_sfr.errors import UserError, near_matches, one_line
 from timm_sfr.launch import launch_id, restarts
+from timm_sfr.progress import show_log
 from timm_sfr.workspace import newest_run, read_run, read_yaml
+
+_logger = logging.getLogger("timm_sfr")
 
 # Exit statuses beside 0 and 2: the run is done and whole, but not published; a signal stopped it, --resume goes on.
 PUSH_FAILED, INTERRUPTED = 3, 75
@@ -107,7 +111,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | Non
         found = newest_run(wanted.engine.output, wanted.engine.experiment, model, same, launch)
         if found is None:
             if os.environ.get("RANK", "0") == "0":
-                print("no run of these options has a checkpoint to go on with: beginning one")
+                show_log(wanted.engine.json_logs)
+                _logger.info("no run of these options has a checkpoint to go on with: beginning one")
             return wanted, None
         config, resume = None, str(found)
     if resume is not None:

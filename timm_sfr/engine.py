@@ -18,7 +18,6 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from timm_sfr import build, report
 from timm_sfr.config import RunConfig
@@ -28,6 +27,7 @@ from timm_sfr.export import Exporter
 from timm_sfr.guard import ADVICE, FiniteGuard, stopped, write_event
 from timm_sfr.keep import interrupted, keep_checkpoint, refresh_report, say_bad_images, spared, write_epoch
 from timm_sfr.loader import Preprocessing, TrainBatches
+from timm_sfr.progress import Progress, count, fields
 from timm_sfr.reporting.predictions import Predictions
 from timm_sfr.samples import reseed
 from timm_sfr.signals import Signals
@@ -68,6 +68,12 @@ class Trainer:
     started: float = field(default_factory=time.perf_counter)
     reported: float = field(default_factory=time.perf_counter)  # when the last report was written
     report_seconds: float = 3.0  # and what it took
+    progress: Progress = field(init=False)
+
+    def __post_init__(self) -> None:
+        engine, main = self.config.engine, self.accelerator.is_main_process
+        steps = len(self.batches), count(self.val_loader)
+        self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
 
     @property
     def module(self) -> Any:
@@ -103,8 +109,7 @@ class Trainer:
         if start > 0 and self.start_total is not None:
             total += self.start_total
         steps, images, came, started = len(self.batches), 0, start, time.perf_counter()
-        quiet = None if self.accelerator.is_main_process else True  # None: no bar where there is no terminal
-        bar = tqdm(total=steps, initial=start, desc=f"epoch {epoch + 1}", leave=False, disable=quiet)
+        self.progress.begin(epoch, start)
         for step, (image, target) in enumerate(self.batches.epoch(epoch, start), start):
             images, came = images + len(target), step + 1
             # All that is drawn for a batch depends on these numbers alone, so that a run can go on from any batch.
@@ -133,10 +138,7 @@ class Trainer:
                 self._update(optim, epoch, step)
                 if step + 1 < steps:
                     self._between_updates(epoch, step + 1, total)
-            if (step + 1) % self.config.engine.log_interval == 0 and not bar.disable:
-                bar.set_postfix(loss=f"{(total[0] / (step + 1)).item():.4f}", refresh=False)
-            bar.update()
-        bar.close()
+            self.progress.batch(len(target) * self.accelerator.num_processes, self.guard.loss)
         if came != steps:
             raise UserError(f"data: expected {steps} batches in epoch {epoch + 1}; {came} came: a stream held fewer samples "
                             "than --train-num-samples says, or its shards do not divide evenly among the processes and "
@@ -153,8 +155,8 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         """Scores of what gets exported: the moving average where there is one."""
-        self.seen = Predictions()
-        return evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen)
+        self.seen, watch = Predictions(), self.progress.validating
+        return evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen, watch)
 
     def exported_model(self) -> Any:
         """The plain timm model behind all wrappers."""
@@ -167,7 +169,7 @@ class Trainer:
             Interrupted: if a signal stopped the run, after a checkpoint.
             UserError: for a non-finite loss, or where the disk is full.
         """
-        with self.signals:
+        with self.signals, self.progress:
             self._fit()
 
     def _fit(self) -> None:
@@ -187,7 +189,8 @@ class Trainer:
             improved = val is not None and self._record(epoch, val)
             bad = say_bad_images(self, bad)
             if self.accelerator.is_main_process:
-                _logger.info(report.log_line(row, epochs))
+                self.progress.scored(val["top1"] if val else None)
+                _logger.info(report.log_line(row, epochs), extra=fields("epoch", **row))
                 write_epoch(self, improved)
             keep_checkpoint(self, epoch + 1, 0, None, improved)
             refresh_report(self, epoch + 1 == epochs)

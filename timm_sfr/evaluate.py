@@ -5,6 +5,7 @@ Shape suffixes: B batch, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -60,18 +61,24 @@ class Scores:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: DataLoader, prep: Preprocessing, accelerator: Any, seen: Predictions | None = None
+    model: nn.Module,
+    loader: DataLoader,
+    prep: Preprocessing,
+    accelerator: Any,
+    seen: Predictions | None = None,
+    watch: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, float]:
     """Scores of `model` over the whole split, the same on every process; `seen` takes what was said of each image.
 
     An indexed split's `loader` was prepared by Accelerate: each process takes its part, and `gather_for_metrics` drops
     what was repeated to make the parts even. A stream is split by timm's reader, and only the sums are added up: of
-    several processes, each has seen its own part of the images.
+    several processes, each has seen its own part of the images. `watch` is handed the loader and gives its batches on,
+    to count them.
     """
     streamed = isinstance(loader.dataset, torch.utils.data.IterableDataset)
     scores = Scores(accelerator.device)
     model.eval()
-    for images, target in loader:
+    for images, target in watch(loader):
         images, target = images.to(accelerator.device), target.to(accelerator.device)
         with accelerator.autocast():
             logits = model(prep.normalize(images))

@@ -29,12 +29,13 @@ from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.keep import spared
 from timm_sfr.loader import Preprocessing, TrainBatches, check_mode, eval_loader
 from timm_sfr.machine import explained, keep_freed_blocks, make_accelerator
+from timm_sfr.progress import show_log, told
 from timm_sfr.samples import bad_images
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
 from timm_sfr.teacher import Teacher, changed, headline, open_teacher
-from timm_sfr.workspace import on_main, one_at_a_time, open_workspace, show_log
+from timm_sfr.workspace import on_main, one_at_a_time, open_workspace
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,11 @@ def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = Non
     Raises:
         UserError: for anything in the options, the data or the model that fits no run, and for a non-finite loss.
     """
+    with told(config.engine.json_logs):
+        return _fit(config, resume, parts)
+
+
+def _fit(config: RunConfig, resume: Path | None, parts: Parts | None) -> Path:
     begun: list[Trainer] = []
     try:
         begun.append(prepare(config, resume, parts))
@@ -103,18 +109,20 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     if not best:
         raise UserError(f"epochs: {trainer.start_epoch} epochs of {run} are done, none was validated, and none is left to train; "
                         "raise --epochs")  # fmt: skip
-    say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}")
+    say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}", "best",
+        best=best, last=last)  # fmt: skip
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
         raise UserError(
             f"resume: {str(run)!r} has no model/ any more, and it is written when an epoch is the best; raise --epochs"
         )
     say(f"the model is in {run / 'model'}")
-    say(f"load it with: {loading_line(run, 'local-dir:' + str(run / 'model'))}")
+    line = loading_line(run, f"local-dir:{run / 'model'}")
+    say(f"load it with: {line}", "done", run=str(run), model=str(run / "model"), load=line)
     hub = trainer.config.hub
     if hub.push_to_hub is not None and trainer.workspace.main:
         # The other processes are done, and their launcher waits for this one.
         url = push_to_hub(run, hub.push_to_hub, private=hub.private, revision=hub.revision)
-        say(published(run, url, hub.push_to_hub, hub.revision))
+        say(published(run, url, hub.push_to_hub, hub.revision), "published", url=url)
     return run
 
 
@@ -125,7 +133,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
         UserError: as `fit`.
     """
     parts = parts or Parts()
-    show_log()
+    show_log(config.engine.json_logs)
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_blocks()
@@ -176,7 +184,8 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             bad.write_to(workspace.run / "bad_images.txt")
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
-    workspace.say(_headline(resolved, task, accelerator, train, val, parameters, teacher))
+    workspace.say(_headline(resolved, task, accelerator, train, val, parameters, teacher), "start", run=str(workspace.run),
+                  model=resolved.model.model, parameters=parameters, epochs=schedule.epochs)  # fmt: skip
     if teacher is not None and teacher.warning is not None:
         workspace.say(teacher.warning)
     workspace.say(f"the run is written to {workspace.run}")

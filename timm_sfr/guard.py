@@ -68,6 +68,7 @@ class FiniteGuard:
         self.late: tuple[int, int, int] | None = None  # which epoch, batch and update it was, where that was made since
         self._sent: tuple[int, int, int] | None = None
         self.in_a_row = self.skipped = 0
+        self.loss = math.nan  # of the batch looked at last
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     @property
@@ -88,6 +89,7 @@ class FiniteGuard:
         if self.late is not None:  # these terms are of weights that it has spoiled
             return False
         values = dict(zip(self.names, self.terms.receive() or [0.0] * len(self.names), strict=True))
+        self.loss = values["loss"]
         watched = [name for name in WATCHED if name in values]
         found = next(((name, values[name]) for name in watched if not math.isfinite(values[name])), None)
         if not self.scaled:

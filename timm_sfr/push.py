@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Runs the command; 0, or 3 where the Hub is in the way."""
     from timm_sfr.hub import published, push_to_hub
-    from timm_sfr.workspace import show_log
+    from timm_sfr.progress import show_log
 
     show_log()
     try:

@@ -236,7 +236,10 @@ class EngineConfig(Checked):
         "what to do with BatchNorm statistics of several processes after an epoch",
         choices=("reduce", "broadcast", "none"),
     )
-    log_interval: int = option(50, "batches between updates of the progress bar")
+    log_interval: int = option(
+        50, "batches between looks at whether a line on a long epoch is due, where there is no terminal for bars"
+    )
+    json_logs: bool = option(False, "every line on standard output is one JSON object (docs/logs.md)")
     val_interval: int = option(1, "epochs between validations")
     report_interval: int | None = option(
         None,

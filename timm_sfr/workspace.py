@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import logging
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from timm.models import safe_model_name
 from timm_sfr.checkpoint import checkpoints
 from timm_sfr.errors import UserError
 from timm_sfr.launch import launch_id
+from timm_sfr.progress import fields, show_log
 
 _logger = logging.getLogger("timm_sfr")
 Result = TypeVar("Result")
@@ -41,10 +41,10 @@ class Workspace:
         if self.lock is not None:
             self.lock.release()
 
-    def say(self, text: str) -> None:
-        """Prints a line, from the main process alone."""
+    def say(self, text: str, event: str | None = None, **values: Any) -> None:
+        """Prints a line, from the main process alone; `event` and `values` are what it says to programs (--json-logs)."""
         if self.main:
-            _logger.info(text)
+            _logger.info(text, extra=fields(event, **values) if event else None)
 
     def kept(self) -> str:
         """What is safe on the disk, in words."""
@@ -151,16 +151,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"config: expected {str(path)!r} to hold OPTION: VALUE lines; got {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
-
-
-def show_log() -> None:
-    """Sends the package's log lines to standard output, once."""
-    if not _logger.handlers:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        _logger.addHandler(handler)
-        _logger.setLevel(logging.INFO)
-        _logger.propagate = False
 
 
 def _make(output: Path, experiment: str | None, model: str) -> Path:
