@@ -60,7 +60,7 @@ def screen(written):
 
 @pytest.mark.parametrize("columns", [80, 40])
 def test_bars_in_a_terminal(columns, tmp_path):
-    words = ("--epochs", 2, "--output", tmp_path, "--experiment", "run")
+    words = ("--epochs", 2, "-b", 64 if columns == 80 else 128, "--output", tmp_path, "--experiment", "run")
     written = in_terminal(columns, *TRAIN, *words)
     drawn = [part for part in re.split(r"\x1b\[A|\r|\n", written) if re.search(r" \d+%", part)]
     assert max(map(len, drawn)) <= columns, "a bar that is wider than the terminal wraps"

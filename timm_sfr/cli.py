@@ -144,7 +144,8 @@ def _add(group: Any, section: str, name: str, item: dataclasses.Field) -> None:
         group.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=text)
         return
     if item.default is not None and item.default != ():
-        text += f" (default: {item.default})"
+        default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        text += f" (default: {default})"
     flags = [flag, *([item.metadata["short"]] if item.metadata["short"] else [])]
     extra: dict[str, Any] = {"metavar": "|".join(item.metadata["choices"]) or "VALUE"}
     if kind is dict:

@@ -20,7 +20,7 @@ from timm_sfr.text import aligned
 WHAT = "Put runs side by side: what differs in their options, their scores, and the differences, paired by seed."
 # What does not make two runs different experiments.
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
-              "hub_dataset", "workers", "log_interval", "report_interval", "checkpoint_hist",
+              "hub_dataset", "workers", "log_interval", "report_interval", "report_to", "json_logs", "checkpoint_hist",
               "checkpoint_interval")  # fmt: skip
 FEWEST = 3  # seeds that an interval is given for: that of two is several times their distance
 

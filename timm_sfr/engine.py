@@ -7,7 +7,6 @@ schedule -> moving average. Accelerate holds devices, processes and precision; t
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -27,13 +26,12 @@ from timm_sfr.export import Exporter
 from timm_sfr.guard import ADVICE, FiniteGuard, stopped, write_event
 from timm_sfr.keep import interrupted, keep_checkpoint, refresh_report, say_bad_images, spared, write_epoch
 from timm_sfr.loader import Preprocessing, TrainBatches
-from timm_sfr.progress import Progress, count, fields
+from timm_sfr.progress import Progress, progress_of
 from timm_sfr.reporting.predictions import Predictions
 from timm_sfr.samples import reseed
 from timm_sfr.signals import Signals
+from timm_sfr.trackers import Trackers
 from timm_sfr.workspace import Workspace
-
-_logger = logging.getLogger("timm_sfr")
 
 
 @dataclass
@@ -69,11 +67,10 @@ class Trainer:
     reported: float = field(default_factory=time.perf_counter)  # when the last report was written
     report_seconds: float = 3.0  # and what it took
     progress: Progress = field(init=False)
+    trackers: Trackers = field(init=False)
 
     def __post_init__(self) -> None:
-        engine, main = self.config.engine, self.accelerator.is_main_process
-        steps = len(self.batches), count(self.val_loader)
-        self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
+        self.progress, self.trackers = progress_of(self), Trackers(self.accelerator, self.workspace.run)
 
     @property
     def module(self) -> Any:
@@ -189,9 +186,9 @@ class Trainer:
             improved = val is not None and self._record(epoch, val)
             bad = say_bad_images(self, bad)
             if self.accelerator.is_main_process:
-                self.progress.scored(val["top1"] if val else None)
-                _logger.info(report.log_line(row, epochs), extra=fields("epoch", **row))
+                self.progress.end(row)
                 write_epoch(self, improved)
+                self.trackers.log(self.rows)
             keep_checkpoint(self, epoch + 1, 0, None, improved)
             refresh_report(self, epoch + 1 == epochs)
             self.accelerator.wait_for_everyone()

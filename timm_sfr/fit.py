@@ -101,8 +101,12 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
             # Only now: options that do not fit the run to resume must not replace its own.
             with spared(trainer, "args.yaml"):
                 report.write_args(run / "args.yaml", trainer.config.flat())
+        if left:
+            options, resumed = trainer.config.flat(), resume is not None
+            on_main(trainer.accelerator, lambda: trainer.trackers.start(options, trainer.start_epoch, resumed))
         trainer.fit()
     finally:
+        trainer.trackers.finish()
         trainer.workspace.release()
         trainer.accelerator.end_training()
     best, last = trainer.best, trainer.last

@@ -8,10 +8,12 @@ import time
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 
 from timm_sfr.config import RunConfig
 from timm_sfr.errors import UserError, first_line
 from timm_sfr.launch import join_restarted_cpu_processes
+from timm_sfr.trackers import chosen
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names, <malloc.h>
 _MOST = 2**31 - 1  # mallopt takes an int
@@ -73,9 +75,9 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """Accelerate's devices, processes and precision.
 
     Raises:
-        UserError: if the device cannot compute in the asked precision.
+        UserError: if the device cannot compute in the asked precision, or a tracker is not installed.
     """
-    engine = config.engine
+    engine, trackers = config.engine, chosen(config.engine.report_to)
     # Without this word Accelerate would take each of torchrun's processes on a machine without a GPU for the only one.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = engine.device == "cpu" or (several and not torch.accelerator.is_available())
@@ -86,6 +88,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             cpu=cpu,
             mixed_precision=engine.mixed_precision,
             dynamo_backend=engine.torchcompile,
+            log_with=trackers or None,
+            project_config=ProjectConfiguration(logging_dir="."),  # `Trackers` gives the run's folder, once it is known
         )
     except (ValueError, ImportError) as error:
         if "already been initialized" in str(error):

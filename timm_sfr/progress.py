@@ -15,12 +15,16 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
+from timm_sfr import report
 from timm_sfr.errors import Interrupted, UserError, one_line
+
+if TYPE_CHECKING:
+    from timm_sfr.engine import Trainer
 
 _logger = logging.getLogger("timm_sfr")
 Batch = TypeVar("Batch")
@@ -50,6 +54,9 @@ class Lines(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         """Writes the line at once."""
         if getattr(record, "fields", {}).get("json_only") and not self.as_json:
+            return
+        if get_worker_info() is not None:  # its copy of the bars' lock may be one that nobody gives back
+            super().emit(record)
             return
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
@@ -87,9 +94,9 @@ def told(as_json: bool) -> Iterator[None]:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 yield
-        except Interrupted as stop:
+        except (Interrupted, KeyboardInterrupt) as stop:
             if main:
-                _logger.info(str(stop), extra=fields("interrupted"))
+                _logger.info(str(stop) or "interrupted", extra=fields("interrupted"))
             raise
         except Exception as error:
             if main:
@@ -184,12 +191,13 @@ class Progress:
             elif self.main and count % self.log_interval == 0:
                 self._line(f"validation {count}/{self.val_steps}", validation=count)
 
-    def scored(self, top1: float | None) -> None:
-        """An epoch is over; its top-1 accuracy, if it was validated."""
-        if top1 is not None:
-            self.score = f"top-1 {top1:.2f} (epoch {self.epoch + 1}), "
+    def end(self, row: dict[str, Any]) -> None:
+        """An epoch is over: says its row of summary.csv in a line."""
+        if row["val_top1"] != "":
+            self.score = f"top-1 {row['val_top1']:.2f} (epoch {self.epoch + 1}), "
         self._end_bar()
         self._draw()
+        _logger.info(report.log_line(row, self.epochs), extra=fields("epoch", **row))
 
     @property
     def mean_loss(self) -> float:
@@ -239,8 +247,20 @@ class Progress:
         _logger.info(f"epoch {self.epoch + 1}/{self.epochs}: {text}; {clock(left)} left of the run", extra=what)
 
 
-def count(loader: Any) -> int:
-    """The batches of a loader, 0 for a stream: what it says of itself is no promise."""
+def progress_of(trainer: Trainer) -> Progress:
+    """That of a trainer; the length of a stream to validate on, which is no promise, does not count."""
+    engine, main = trainer.config.engine, trainer.accelerator.is_main_process
+    steps = len(trainer.batches), _count(trainer.val_loader)
+    return Progress(trainer.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
+
+
+def watched(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, with a bar where there is a terminal."""
+    main = os.environ.get("RANK", "0") == "0"
+    yield from tqdm(loader, "validation", _count(loader) or None, leave=False, disable=None if main else True)
+
+
+def _count(loader: Any) -> int:
     return 0 if isinstance(getattr(loader, "dataset", None), IterableDataset) else len(loader)
 
 

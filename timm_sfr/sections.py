@@ -10,8 +10,9 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from timm_sfr.channels import CHANNEL_METHODS
 from timm_sfr.checked import Checked, option
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, near_matches
 from timm_sfr.smoothing import SCHEDULES, SOURCES
+from timm_sfr.trackers import TRACKERS
 from timm_sfr.transport import MARGINALS, SOLVERS
 
 
@@ -240,6 +241,9 @@ class EngineConfig(Checked):
         50, "batches between looks at whether a line on a long epoch is due, where there is no terminal for bars"
     )
     json_logs: bool = option(False, "every line on standard output is one JSON object (docs/logs.md)")
+    report_to: tuple[str, ...] = option(
+        ("none",), "where an epoch's figures go too: none, or any of tensorboard, wandb and trackio"
+    )
     val_interval: int = option(1, "epochs between validations")
     report_interval: int | None = option(
         None,
@@ -256,7 +260,11 @@ class EngineConfig(Checked):
     eval_metric: str = option("top1", "what the best model is chosen by", choices=("top1", "top5", "loss"))
 
     def check(self) -> None:
-        """Intervals positive."""
+        """Intervals positive, trackers known."""
+        for name in self.report_to:
+            if name not in (*TRACKERS, "none"):
+                hint = near_matches(name, TRACKERS)
+                raise UserError(f"report_to: expected none, {', '.join(TRACKERS)}; got {name!r}{hint}")
         self.at_least(1, "log_interval", "val_interval", "checkpoint_hist", "checkpoint_interval")
         self.at_least(0, "report_interval")
         self.within(0, 2**32 - 1, "seed")  # what NumPy takes

@@ -19,6 +19,7 @@ from timm_sfr.evaluate import evaluate
 from timm_sfr.loader import check_mode, eval_loader
 from timm_sfr.machine import make_accelerator
 from timm_sfr.pretrained import create_model
+from timm_sfr.progress import watched
 from timm_sfr.report import hardware
 from timm_sfr.workspace import read_yaml
 
@@ -69,7 +70,7 @@ def validate(model: nn.Module, config: RunConfig) -> dict[str, Any]:
         loader = accelerator.prepare(loader)
     model = model.to(accelerator.device)
     started = time.perf_counter()
-    scores: dict[str, Any] = evaluate(model, loader, prep, accelerator)
+    scores: dict[str, Any] = evaluate(model, loader, prep, accelerator, watch=watched)
     scores["images_per_second"] = scores["images"] / (time.perf_counter() - started)
     main = accelerator.is_main_process
     where = hardware(accelerator.device, accelerator.num_processes)
