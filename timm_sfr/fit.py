@@ -22,6 +22,7 @@ from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import Trainer
 from timm_sfr.errors import UserError
+from timm_sfr.estimate import foresee
 from timm_sfr.export import CONFIG, Exporter, resolve_hub
 from timm_sfr.guard import TERMS, FiniteGuard
 from timm_sfr.hub import loading_line, published, push_to_hub
@@ -104,6 +105,7 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
         if left:
             options, resumed = trainer.config.flat(), resume is not None
             on_main(trainer.accelerator, lambda: trainer.trackers.start(options, trainer.start_epoch, resumed))
+            foresee(trainer)
         trainer.fit()
     finally:
         trainer.trackers.finish()
