@@ -19,7 +19,17 @@ from timm_sfr.sections import AugConfig, DataConfig, EngineConfig, HubConfig, Mo
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: one section per concern."""
+    """A whole run: one section per concern.
+
+    Attributes:
+        data: What is trained on.
+        model: Which model, at which input.
+        aug: Training augmentation.
+        optim: Optimizer, schedule, length and averaging.
+        sfr: Self-Feature Regularization.
+        engine: How the run is carried out and where it is written.
+        hub: Publishing on the Hugging Face Hub.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)

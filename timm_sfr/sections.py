@@ -21,7 +21,7 @@ class DataConfig(Checked):
     """What is trained on."""
 
     data_dir: str | None = option(
-        None, "path to the dataset: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, a tar, ..."
+        None, "path to the dataset: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with tars or shards, ..."
     )
     dataset: str | None = option(
         None,

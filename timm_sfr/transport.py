@@ -74,7 +74,7 @@ def cross_marginals(u: Tensor, v: Tensor, floor: float = 1e-3) -> tuple[Tensor, 
 
 
 def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, solver: str = "sinkhorn") -> Tensor:
-    """The plan that moves mass a onto mass b at the least cost: P* = argmin_{P in U(a, b)} <P, C>, (B, N, M).
+    """The plan that moves mass a onto mass b at the least cost: `P* = argmin_{P in U(a, b)} <P, C>`, (B, N, M).
 
     U(a, b) holds the non-negative matrices with row sums a and column sums b. The plan is a constant (no gradient),
     computed outside autocast: ``"sinkhorn"`` in float32 (close to the optimum, batched, compiles), ``"exact"`` in

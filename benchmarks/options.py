@@ -1,0 +1,54 @@
+"""Writes docs/options.md, the list of all options: ``python -m benchmarks.options``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from timm_sfr.cli import make_parser
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+HEAD = """# All options
+
+Of `train_sfr.py` and `timm-sfr train`; names are those of timm's `train.py` where it has one. In a file of options
+([train.md](train.md#a-recipe-in-a-file)) `-` is `_`, `--no-sfr` is `sfr: false`, and so with the other `--no-` options. This page
+is made from what the command checks, by `python -m benchmarks.options`.
+"""
+
+
+def cell(text: str) -> str:
+    """Text as a cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+
+
+def flag(action: argparse.Action) -> str:
+    """How an option is written: its flags and what it takes."""
+    flags = ", ".join(f"`{word}`" for word in reversed(action.option_strings))
+    if action.nargs == 0 or action.metavar in (None, "VALUE"):
+        return flags
+    return f"{flags} {cell(str(action.metavar))}"
+
+
+def render() -> str:
+    """The page."""
+    parts = [HEAD]
+    for group in make_parser()._action_groups[1:]:
+        rows = [action for action in group._group_actions if "-h" not in action.option_strings]
+        if rows:
+            title = "the run" if group.title in ("options", "optional arguments") else str(group.title)
+            about = (group.description or "").replace("docs/method.md", "[method.md](method.md)")
+            lines = [f"## {title}", "", *([about, ""] if about else []), "| option | what |", "|---|---|"]
+            lines += [f"| {flag(action)} | {cell((action.help or '').replace('%%', '%'))} |" for action in rows]
+            parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Writes the page; 0."""
+    DOCUMENT.write_text(render(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
