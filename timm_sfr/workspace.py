@@ -126,7 +126,7 @@ def newest_run(
     A run without a checkpoint does not count, nor one of another `launch` where that is given.
     """
     root, given = Path(output), {**{name: value for name, value in given.items() if name != "output"}, "model": model}
-    found = [root / experiment] if experiment is not None else sorted(root.glob(f"*-{safe_model_name(model)}*"))
+    found = [root / experiment] if experiment is not None else sorted(root.glob(f"*-{_stem(model)}*"))
     for run in reversed(found):
         if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
             continue
@@ -153,9 +153,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
+def _stem(model: str) -> str:
+    """A model's part of the folder's name: of one that is a folder itself the folder's."""
+    return safe_model_name(model) if ":" in model else safe_model_name(Path(model).name or "model")
+
+
 def _make(output: Path, experiment: str | None, model: str) -> Path:
     """A new run's folder: made by us alone, or that of the experiment."""
-    run = output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_model_name(model)}")
+    run = output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{_stem(model)}")
     while True:
         try:
             run.mkdir(parents=True, exist_ok=experiment is not None)
