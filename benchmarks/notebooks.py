@@ -25,7 +25,8 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     client.create_kernel_manager()
     with TemporaryDirectory(prefix="nb-") as place:  # sockets in a folder of a short name, in place of open ports
         client.km.transport, client.km.ip = "ipc", f"{place}/kernel"
-        client.execute(env={**os.environ, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
+        client.km.connection_file = f"{place}/kernel.json"
+        client.execute(env={**os.environ, "IPYTHONDIR": place, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
     return notebook
 
 
