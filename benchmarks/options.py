@@ -24,7 +24,7 @@ def cell(text: str) -> str:
 
 def flag(action: argparse.Action) -> str:
     """How an option is written: its flags and what it takes."""
-    flags = ", ".join(f"`{word}`" for word in reversed(action.option_strings))
+    flags = ", ".join(f"`{word}`" for word in sorted(action.option_strings, key=len))
     if action.nargs == 0 or action.metavar in (None, "VALUE"):
         return flags
     return f"{flags} {cell(str(action.metavar))}"

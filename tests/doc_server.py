@@ -31,8 +31,8 @@ with socket.socket(socket.AF_UNIX) as link:
 sys.exit(status[0] if status else 134)
 """
 # Of an option given twice the last one counts: so these cut a training short, and nothing is edited.
-DIGITS = ("--epochs", "1", "-j", "0", "--img-size", "8", "--device", "cpu")
-IMAGES = ("--epochs", "1", "-j", "0", "--img-size", "64", "--device", "cpu", "-b", "32")
+DIGITS = ("--epochs", "1", "--report-interval", "0", "-j", "0", "--img-size", "8", "--device", "cpu")
+IMAGES = ("--epochs", "1", "--report-interval", "0", "-j", "0", "--img-size", "64", "--device", "cpu", "-b", "32")
 NETWORK = ("--dataset-download",)
 
 
