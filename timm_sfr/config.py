@@ -27,6 +27,7 @@ class RunConfig:
         aug: Training augmentation.
         optim: Optimizer, schedule, length and averaging.
         sfr: Self-Feature Regularization.
+        teacher: A teacher beside it.
         engine: How the run is carried out and where it is written.
         hub: Publishing on the Hugging Face Hub.
     """
