@@ -6,7 +6,8 @@ import time
 from conftest import run
 from hub_server import WRITE
 
-FILES = {"config.json", "model.safetensors", "README.md", "args.yaml", "summary.csv", "metrics.json"}
+PICTURES = {"pictures/curves.png", "pictures/confusion.png", "pictures/reliability.png"}
+FILES = {"config.json", "model.safetensors", "README.md", "args.yaml", "summary.csv", "metrics.json"} | PICTURES
 STARTING = 10  # seconds that Python and the imports may take on two busy cores
 PUSH = [sys.executable, "-m", "timm_sfr.push"]
 PREDICT = [sys.executable, "-m", "timm_sfr.predict"]

@@ -142,8 +142,11 @@ def fake_run(place, top1, **options):
     place.mkdir()
     (place / "args.yaml").write_text(yaml.safe_dump({"model": "m", "lr": 0.1, "output": str(place), **options}))
     write_summary(place / "summary.csv", [dict.fromkeys(COLUMNS, 0)])
-    scores = {"val_top1": top1, "val_top5": 90.0, "val_loss": 1.0, "ece": 0.1}
-    (place / "metrics.json").write_text(json.dumps({"last": scores, "best": scores, "seconds": 60}))
+    scores = {"val_top1": top1, "val_top5": 90.0, "val_loss": 1.0, "ece": 0.1, "epoch": 0, "images": 100}
+    texts = dict.fromkeys(("model", "dataset", "hardware", "mixed_precision", "eval_metric"), "m")
+    numbers = {"seconds": 60, "epochs": 1, "parameters": 1, "seed": options.get("seed", 0)}
+    metrics = {"last": scores, "best": scores, "versions": {}, **texts, **numbers}
+    (place / "metrics.json").write_text(json.dumps(metrics))
     return place
 
 

@@ -245,6 +245,7 @@ def fail_or_die(piece, status):
     return piece.upper()
 
 
+@pytest.mark.slow
 def test_one_that_fails_or_is_killed_does_not_end_the_others(capfd):
     found = dict(side_by_side(fail_or_die, ["a", "raise", "die", "refuse", "b"], 2, 7))
     assert found == {

@@ -153,6 +153,7 @@ def test_a_finished_run_stays_as_it_is(digits_run, tmp_path):
     assert done.returncode == 2 and "has no model/ any more" in done.stderr
 
 
+@pytest.mark.slow
 def test_plateau_goes_on_with_its_patience(tmp_path):
     words = (
         "--sched",

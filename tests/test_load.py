@@ -113,7 +113,8 @@ except timm_sfr.UserError as error:
     ("pickle", "they are not both there, and a pickle is not loaded"), ("truncated", "are damaged"),
     ("unknown architecture", "'resnet_of_mine', which neither timm"), ("keys", "do not fit"),
     ("config", "is damaged or not timm's"),
-    ("missing", "no such repository, or it is private"), ("no server", "cannot reach http://127.0.0.1"),
+    ("missing", "no such repository, or it is private"),
+    pytest.param("no server", "cannot reach http://127.0.0.1", marks=pytest.mark.slow),
     ("revision", "it has no such revision"), ("offline", "HF_HUB_OFFLINE is set"),
 ])  # fmt: skip
 def test_a_repository_that_does_not_load(name, said, hub, digits_run, tmp_path):

@@ -337,6 +337,7 @@ def test_options_train(words, tmp_path):
     assert adds_up(row) and float(row["kd_loss"]) > 0
 
 
+@pytest.mark.slow
 def test_one_process_and_two_agree(tmp_path):
     options = {"kd_model_name": NAME, "kd_distill_type": "feature", "model_ema": True, "img_size": 32, "epochs": 1}
     one, two = (updates(tmp_path, processes, **options) for processes in (1, 2))

@@ -144,6 +144,7 @@ def test_the_model_that_comes_with_the_package(name, monkeypatch):
     assert timm.create_model(name, pretrained=True, num_classes=3)(torch.randn(1, 3, 16, 16)).shape == (1, 3)
 
 
+@pytest.mark.slow
 def test_a_recipe_is_measured(tmp_path, monkeypatch, capsys):
     """Over its seeds; what is done is taken, a run of another recipe is not."""
     entry = zoo()[NAME]

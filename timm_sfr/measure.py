@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -167,34 +168,40 @@ def _update(trainer: Trainer) -> float:
 
 
 def _loading(trainer: Trainer) -> float | None:
-    """Seconds of loading a sample, where samples have numbers; a loading process tries it where training has such."""
+    """Seconds of loading a sample, where samples have numbers and none fails."""
+    with contextlib.suppress(Exception):  # the training will meet it, and say what it is
+        return _timed_loading(trainer)
+    # The error's frames hold the loading process in a cycle; the training's own would inherit it, and complain at its end.
+    gc.collect()
+    return None
+
+
+def _timed_loading(trainer: Trainer) -> float | None:
+    """Seconds of loading a sample; a loading process tries it where training has such."""
     batches, data = trainer.batches, trainer.config.data
     samples, sampler = getattr(batches, "samples", None), getattr(batches, "sampler", None)
     if samples is None or sampler is None:
         return None
     keys = sampler.keys(trainer.start_epoch)[:SAMPLES]
-    try:
-        if data.workers == 0:
-            samples[keys[0]]
-            began, done = time.perf_counter(), 0
-            while done < len(keys) and (done < 2 or time.perf_counter() - began < LOADING):
-                samples.__getitems__(keys[done : done + 4])
-                done += 4
-            return (time.perf_counter() - began) / done
-        # In a process of its own, as later: what a reader opens here, its children would share.
-        loader = DataLoader(samples, 4, sampler=keys, num_workers=1, prefetch_factor=1, collate_fn=len,
-                            worker_init_fn=trainer.batches.loader.worker_init_fn, generator=torch.Generator())  # fmt: skip
-        loaded = iter(loader)
-        next(loaded)
+    if data.workers == 0:
+        samples[keys[0]]
         began, done = time.perf_counter(), 0
-        for count in loaded:
-            done += count
-            if time.perf_counter() - began > LOADING:
-                break
-        # One batch may have been on its way when the clock started.
-        return (time.perf_counter() - began) / max(1, done) if done else None
-    except Exception:  # the training will meet it, and say what it is
-        return None
+        while done < len(keys) and (done < 2 or time.perf_counter() - began < LOADING):
+            samples.__getitems__(keys[done : done + 4])
+            done += 4
+        return (time.perf_counter() - began) / done
+    # In a process of its own, as later: what a reader opens here, its children would share.
+    loader = DataLoader(samples, 4, sampler=keys, num_workers=1, prefetch_factor=1, collate_fn=len,
+                        worker_init_fn=trainer.batches.loader.worker_init_fn, generator=torch.Generator())  # fmt: skip
+    loaded = iter(loader)
+    next(loaded)
+    began, done = time.perf_counter(), 0
+    for count in loaded:
+        done += count
+        if time.perf_counter() - began > LOADING:
+            break
+    # One batch may have been on its way when the clock started.
+    return (time.perf_counter() - began) / max(1, done) if done else None
 
 
 def _peak(trainer: Trainer, held: float, kept: float, largest: float, count: int) -> float:
