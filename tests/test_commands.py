@@ -217,3 +217,19 @@ def test_export_refuses_what_differs(tmp_path, monkeypatch):
 def test_the_readme_names_every_verb():
     text = (ROOT / "README.md").read_text()
     assert all(f"timm-sfr {name}" in text for name in VERBS)
+
+
+def test_mistyped_paths_are_met_with_those_that_are_there(finished, folder, capsys):
+    wrong, images = f"{finished}x", f"{folder}r"
+    for words, name in (
+        (("report", wrong), finished.name),
+        (("validate", wrong), finished.name),
+        (("compare", wrong, finished), finished.name),
+        (("train", "--resume", wrong), finished.name),
+        (("train", "--data-dir", images), folder.name),
+        (("predict", NAME, images), folder.name),
+    ):
+        assert main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert f"did you mean '{finished.parent if name == finished.name else folder.parent}/{name}'" in error, error
+        assert error.count("\n") == 1

@@ -18,7 +18,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from timm_sfr.distill import distillation_task
-from timm_sfr.errors import HubError, UserError, brief, near_matches
+from timm_sfr.errors import HubError, UserError, brief, near_matches, near_paths
 from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
 from timm_sfr.losses import DynamicLabelSmoothing, SmoothedLoss
@@ -79,7 +79,7 @@ def _load(model: nn.Module, path: str) -> None:
         UserError: if it is missing or holds anything else.
     """
     if not Path(path).is_file():
-        raise UserError(f"initial-checkpoint: no such file: {path!r}")
+        raise UserError(f"initial-checkpoint: no such file: {path!r}{near_paths(path)}")
     try:
         load_checkpoint(model, path)
     except Exception as error:

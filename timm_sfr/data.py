@@ -11,7 +11,7 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sfr.errors import UserError, first_line, near_matches
+from timm_sfr.errors import UserError, first_line, near_matches, near_paths
 from timm_sfr.sections import DataConfig
 
 SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
@@ -127,7 +127,8 @@ def _check_folder(data_dir: str | None, split: str) -> None:
     layout = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
     root = Path(data_dir or "")
     if data_dir is None or not root.exists():
-        raise UserError(f"data-dir: no such file or directory: {data_dir!r}; expected {layout}")
+        hint = "" if data_dir is None else near_paths(root)
+        raise UserError(f"data-dir: no such file or directory: {data_dir!r}{hint}; expected {layout}")
     if root.is_file():
         raise UserError(f"data-dir: {data_dir!r} is a file; give the folder and name its splits with --train-split and "
                         "--val-split (train.tar, say)")  # fmt: skip

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -31,6 +33,18 @@ def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:
     """``", did you mean 'a' or 'b'?"`` for the `names` closest to `name`, or an empty string if none is close."""
     found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(match) for match in found)}?" if found else ""
+
+
+def near_paths(path: str | Path, count: int = 3) -> str:
+    """`near_matches` of a path that is not there among what lies beside it."""
+    path = Path(os.path.expanduser(path))
+    try:
+        names = [one.name for one in path.parent.iterdir()]
+    except (OSError, ValueError):
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=count, cutoff=0.6)
+    found = [str(path.parent / name) for name in close if name != path.name]
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
 
 
 def first_line(error: BaseException) -> str:

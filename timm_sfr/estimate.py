@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.task import ClassificationTask
+from torch import nn
 
 from timm_sfr.advice import advice, circumstances
+from timm_sfr.distill import FeatureTask, LogitTask, TokenTask
 from timm_sfr.measure import cores, measure, states
 from timm_sfr.progress import VALIDATION, clock
 from timm_sfr.task import SFRTask
@@ -23,6 +25,7 @@ from timm_sfr.task import SFRTask
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer
 
+KNOWN = (SFRTask, ClassificationTask, LogitTask, TokenTask, FeatureTask)
 WRITTEN = 150e6  # bytes a second in which checkpoints are written, flushed and hashed
 
 
@@ -64,10 +67,7 @@ class Estimate:
 def estimate(trainer: Trainer) -> Estimate:
     """What is left of a run: counts, and time and memory where they can be measured without changing the training.
 
-    All processes come here and none waits for another. Memory that gives out here would in training too.
-
-    Raises:
-        torch.OutOfMemoryError: if not even a part of a batch fits.
+    All processes come here and none waits for another. Where something fails here, the training will say what.
     """
     config, steps = trainer.config, len(trainer.batches)
     epochs = trainer.schedule.epochs - trainer.start_epoch
@@ -75,15 +75,19 @@ def estimate(trainer: Trainer) -> Estimate:
     parameters = sum(parameter.numel() for parameter in trainer.exported_model().parameters())
     counts = Estimate(parameters, steps * trainer.global_batch, updates, epochs)
     several = trainer.accelerator.num_processes > 1
-    # Tasks that are not ours may hold more than their buffers; synchronised BatchNorm would wait for the others.
-    if type(trainer.task) not in (SFRTask, ClassificationTask) or (config.engine.sync_bn and several):
+    # Tasks that are not ours may hold more than their buffers; synchronised BatchNorm would wait for the others; and a
+    # compiled teacher would be compiled for these shapes too.
+    waits = several and any(isinstance(module, nn.SyncBatchNorm) for module in trainer.task.modules())
+    compiled = config.teacher.model_name is not None and config.engine.torchcompile is not None
+    if type(trainer.task) not in KNOWN or waits or compiled:
         return counts
     batches = epochs * steps - trainer.start_step
     try:
         found = measure(trainer, batches)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, OSError):  # the training will say what it is, in its own words
+    except (RuntimeError, ValueError, OSError) as error:  # the training will say what it is, in its own words
+        if isinstance(error, torch.OutOfMemoryError):  # compiled, a step may take less than this one did
+            error.__traceback__ = None  # whose frames hold what was computed
+            torch.cuda.empty_cache()
         return counts
     size, workers = config.data.batch_size, config.data.workers
     cpu = trainer.accelerator.device.type == "cpu"

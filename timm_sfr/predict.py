@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_sfr.cli import Parser, add_model, call, fail
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, near_paths
 
 WHAT = "Name the most probable classes of images, by a model of the zoo, the Hub, a folder, or timm."
 
@@ -40,7 +40,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         elif path.exists():
             found.append(path)
         else:
-            raise UserError(f"image: no such file or directory: {str(path)!r}")
+            raise UserError(f"image: no such file or directory: {str(path)!r}{near_paths(path)}")
     if not found:
         raise UserError(f"image: no image in {', '.join(map(str, paths))} (looked for {' '.join(sorted(SUFFIXES))})")
     return found

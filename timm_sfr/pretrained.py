@@ -17,7 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from timm_sfr.errors import HubError, UserError, near_matches
+from timm_sfr.errors import HubError, UserError, near_matches, near_paths
 from timm_sfr.export import CONFIG, WEIGHTS
 from timm_sfr.hub_client import check_token, reason, told
 from timm_sfr.sections import check_repo_id
@@ -90,7 +90,8 @@ def _local(name: str) -> Path | None:
             return folder
     if name.startswith("local-dir:") or given.startswith((".", "/", "~")):
         raise UserError(
-            f"model: {given!r} holds no {CONFIG} and no model/{CONFIG}; give the folder that the training printed"
+            f"model: {given!r} holds no {CONFIG} and no model/{CONFIG}{near_paths(given)}; give the folder that the training "
+            "printed"
         )
     return None
 
@@ -99,7 +100,7 @@ def _from_hub(name: str, where: dict[str, Any], weights: bool) -> Path:
     """The folder in the cache of ``[hf-hub:]USER/NAME[@REVISION]``."""
     repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
     if repo_id.count("/") != 1 and name == repo_id:
-        raise UserError(f"model: {name!r} is no folder here, and no USER/NAME on the Hub")
+        raise UserError(f"model: {name!r} is no folder here{near_paths(name)}, and no USER/NAME on the Hub")
     check_repo_id(repo_id, "model")
     return _download(repo_id, where | {"revision": where["revision"] or at or None}, weights)
 

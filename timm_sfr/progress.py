@@ -133,7 +133,7 @@ class Progress:
         self.main, self.bars = main, main and sys.stderr.isatty()
         self.run_bar: _Bar | None = None
         self.epoch_bar: _Bar | None = None
-        self.epoch, self.first, self.step, self.images, self.loss = 0, 0, 0, 0, 0.0
+        self.epoch, self.first, self.step, self.images, self.loss, self.finite = 0, 0, 0, 0, 0.0, 0
         self.score = ""
         self.done = self.before = 0.0  # in units of a training batch; before: what this process did not do itself
         self.began = self.epoch_began = self.spoke = time.perf_counter()
@@ -158,7 +158,7 @@ class Progress:
         now = time.perf_counter()
         if self.done == 0:
             self.before, self.began = self.work(epoch) + start, now
-        self.epoch, self.first, self.step, self.images, self.loss = epoch, start, start, 0, 0.0
+        self.epoch, self.first, self.step, self.images, self.loss, self.finite = epoch, start, start, 0, 0.0, 0
         self.done, self.epoch_began = self.work(epoch) + start, now
         if self.bars:
             self.run_bar = self.run_bar or _Bar("run", self.work(self.epochs), 0)
@@ -167,7 +167,9 @@ class Progress:
 
     def batch(self, images: int, loss: float) -> None:
         """A batch is done: how many images that were on all processes, and its loss."""
-        self.step, self.images, self.loss = self.step + 1, self.images + images, self.loss + loss
+        self.step, self.images = self.step + 1, self.images + images
+        if math.isfinite(loss):  # one that is not is told by itself, and left out
+            self.loss, self.finite = self.loss + loss, self.finite + 1
         self.done += 1
         if not self.main:
             return
@@ -201,8 +203,8 @@ class Progress:
 
     @property
     def mean_loss(self) -> float:
-        """The mean over the epoch's batches so far."""
-        return self.loss / max(1, self.step - self.first)
+        """The mean over the epoch's batches so far, of those that are finite."""
+        return self.loss / max(1, self.finite)
 
     @property
     def rate(self) -> float:

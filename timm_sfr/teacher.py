@@ -18,7 +18,7 @@ from timm.data import resolve_input_data_config
 from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
-from timm_sfr.errors import UserError, first_line
+from timm_sfr.errors import UserError, first_line, near_paths
 from timm_sfr.features import MISFITS, described
 from timm_sfr.kd import KDConfig
 from timm_sfr.loader import Preprocessing
@@ -181,6 +181,10 @@ def load_teacher(
         UserError: if there is none, it is of other classes, or it cannot see the student's images.
     """
     name = str(config.model_name)
+    if "/" in name and ":" not in name and not Path(os.path.expanduser(name)).is_dir():
+        # create_model would ask the Hub for it: a run's folder that is gone must not become a stranger's weights.
+        raise UserError(f"kd-model-name: there is no folder {name!r}{near_paths(name)}; for a repository on the Hub, give "
+                        f"hf-hub:{name}")  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         try:
             model = create_model(name)
@@ -212,7 +216,7 @@ def _check_classes(name: str, theirs: Any, ours: tuple[str, ...] | None) -> str 
     Raises:
         UserError: if a class of the data is another one's number in the teacher.
     """
-    if not theirs or ours is None:
+    if not theirs or ours is None or list(map(str, theirs)) == list(ours):
         return None
     place = {str(label): index for index, label in enumerate(theirs)}
     for index, label in enumerate(ours):
@@ -262,7 +266,10 @@ def headline(teacher: Teacher) -> str:
     heat = "" if kind in ("hard token", "feature") else f", temperature {config.temperature:g}"
     size = "x".join(map(str, teacher.input_size))
     name = f"{'the run ' if facts['folder'] else ''}{facts['name']}"
-    weights = f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}"
+    known = facts.get("task_loss_weight") is not None  # a caller's own task may weigh them in its own way
+    weights = (
+        f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}" if known else "its own weights"
+    )
     return f"taught by {name} ({facts['parameters'] / 1e6:.2f} M parameters, {size}; {kind}{heat}, {weights})"
 
 

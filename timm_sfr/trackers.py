@@ -25,7 +25,10 @@ from timm_sfr.errors import UserError, brief
 _logger = logging.getLogger("timm_sfr")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT, STATE = "timm_sfr", "trackers.json"
-SECRET = re.compile(r"token|secret|passw|authorization|signature|api.?key", re.IGNORECASE)
+SECRET = re.compile(
+    r"token|secret|passw|authorization|signature|credential|[?&]sig=|(api|access|private).?key", re.IGNORECASE
+)
+NO_SECRET = ("kd_distill_type", "kd_token_distill_type")  # distillation through a token
 
 
 def chosen(names: Iterable[str]) -> list[str]:
@@ -63,7 +66,7 @@ def hyperparameters(options: dict[str, Any]) -> dict[str, bool | int | float | s
             if entry is None:
                 continue
             plain = entry if isinstance(entry, (bool, int, float)) else _text(entry)
-            secret = SECRET.search(key) or (isinstance(plain, str) and SECRET.search(plain))
+            secret = isinstance(plain, str) and name not in NO_SECRET and (SECRET.search(key) or SECRET.search(plain))
             found[key] = "(left out)" if secret else plain
     return found
 
@@ -112,6 +115,7 @@ class Trackers:
                     raise UserError(f"report-to: {name} does not start: {brief(error)}; {advice}") from error
                 _logger.warning(f"warning: report-to: {name} does not start: {brief(error)}; going on without it")
         self.accelerator.log_with, self.accelerator.trackers = self.asked, live
+        self._keep()
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         """Sends what is new in the rows of summary.csv; a tracker that fails is told and left, and the training goes on."""
@@ -123,12 +127,24 @@ class Trackers:
                     if step > state["logged"]:
                         tracker.log(metrics(row), step=step)
                         state["logged"] = step
-                report.write_json(self.run / STATE, self.state)
             except Exception as error:
                 self.accelerator.trackers.remove(tracker)
                 _logger.warning(
                     f"warning: report-to: {tracker.name} fails: {brief(error)}; the training goes on without it"
                 )
+
+        self._keep()
+
+    def _keep(self) -> None:
+        """Writes down which tracker runs these are, and how far."""
+        if not self.asked:
+            return
+        try:
+            report.write_json(self.run / STATE, self.state)
+        except OSError as error:
+            _logger.warning(
+                f"warning: {STATE} cannot be written: {brief(error)}; resumed, the run may begin new tracker runs"
+            )
 
     def finish(self) -> None:
         """Closes them."""

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from timm.models import safe_model_name
 
 from timm_sfr.checkpoint import checkpoints
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, near_paths
 from timm_sfr.launch import launch_id
 from timm_sfr.progress import fields, show_log
 
@@ -113,8 +113,11 @@ def read_run(run: Path) -> dict[str, Any]:
         UserError: if `run` is no run.
     """
     if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
+        hint = "" if run.exists() else near_paths(run)
         lacks = "args.yaml" if not (run / "args.yaml").is_file() else "checkpoints/epoch-*"
-        raise UserError(f"resume: {str(run)!r} is no run: it has no {lacks}; give the folder that the run printed")
+        raise UserError(
+            f"resume: {str(run)!r} is no run: it has no {lacks}{hint}; give the folder that the run printed"
+        )
     return read_yaml(run / "args.yaml")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_sfr import report
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, near_paths
 from timm_sfr.workspace import read_yaml
 
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b82c4", "#e07b39", "#3f9c66", "#9467bd", "#d1495b", "#8a8f98"
@@ -112,6 +112,10 @@ def read_finished(path: Path) -> Run:
         UserError: if it is none, or has not been validated yet.
     """
     missing = [name for name in ("args.yaml", "summary.csv", "metrics.json") if not (path / name).is_file()]
+    if not path.exists():
+        raise UserError(
+            f"run: there is no folder {str(path)!r}{near_paths(path)}; give the folder that the training printed"
+        )
     if missing:
         raise UserError(f"run: {str(path)!r} has no {missing[0]}; give the folder that the training printed")
     try:
