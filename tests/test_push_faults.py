@@ -40,7 +40,12 @@ FAULTS = {
 }
 
 
-SLOW = ("503 on PUT", "412 on commit", "500 on create")  # of one kind with others, and twenty seconds of waiting each
+SLOW = (
+    "server gone in an upload",
+    "503 on PUT",
+    "412 on commit",
+    "500 on create",
+)  # of one kind with others, and twenty seconds of waiting each
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAULTS])
@@ -149,6 +154,7 @@ def test_a_hub_that_is_away_before_training(hub, tmp_path):
     assert set(hub.repos["user/x"].commits[-1][2]) - {".gitattributes"} == FILES
 
 
+@pytest.mark.slow
 def test_a_xet_server_that_is_busy(hub, finished, tmp_path):
     """hf_xet by itself tries for minutes."""
     pytest.importorskip("hf_xet")

@@ -14,7 +14,7 @@ from timm_sfr import build
 from timm_sfr.cli import add_model, add_options, given
 from timm_sfr.config import RunConfig
 from timm_sfr.data import open_split
-from timm_sfr.errors import UserError
+from timm_sfr.errors import UserError, near_paths
 from timm_sfr.evaluate import evaluate
 from timm_sfr.loader import check_mode, eval_loader
 from timm_sfr.machine import make_accelerator
@@ -42,7 +42,8 @@ def run(args: Namespace) -> int:
     """Runs the command; 0."""
     options = {**_recorded(args.model), **given(args, (*DATA, *INPUT, *MACHINE))}
     if not options.get("data_dir") and not options.get("dataset"):
-        raise UserError("data-dir: expected --data-dir DIR, or --dataset NAME; only a run knows its own data")
+        near = "" if Path(args.model).exists() else near_paths(args.model)
+        raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run knows its own data{near}")
     config = RunConfig.from_flat(options)
     scores = validate(create_model(args.model, revision=args.revision), config)
     if scores.pop("main"):
