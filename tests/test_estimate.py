@@ -59,6 +59,7 @@ def test_measuring_leaves_all_as_it_was(sfr, tmp_path):
     assert len(changed) > 20
 
 
+@pytest.mark.slow
 def test_a_run_ends_in_the_same_weights_with_and_without_it(tmp_path):
     words = ["--epochs", "1", "--drop", "0.1", "--mixup", "0.2", "--model-ema", "--sfr-smoothing-source", "classes", "-b", "128",
              "--output", str(tmp_path), "--experiment"]  # fmt: skip
@@ -70,6 +71,7 @@ def test_a_run_ends_in_the_same_weights_with_and_without_it(tmp_path):
     assert differences(tmp_path / "without", tmp_path / "with") == []
 
 
+@pytest.mark.slow
 def test_two_processes_measure_without_waiting_for_each_other(tmp_path):
     done = run(*TORCHRUN, TRAIN[1], "--epochs", 1, "--sfr-smoothing-source", "classes", "--output", tmp_path, "--experiment",
                "run", OMP_NUM_THREADS="1")  # fmt: skip

@@ -82,6 +82,7 @@ def calibrated(model, images):
         norm.momentum = momentum
 
 
+@pytest.mark.slow
 def test_taps_of_any_model():
     """Shapes alone, on the meta device, of thirty models that no test names."""
     for name in random.Random(5).sample(EVERY, 30):

@@ -105,6 +105,7 @@ def test_resuming_in_mid_epoch_ends_with_the_same_bits(whole, tmp_path, keep):
     assert differences(whole, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(tmp_path):
     words = ("--epochs", "500", "--output", str(tmp_path), "--experiment", "run")
     first = subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE)
@@ -262,6 +263,7 @@ def pair(tmp_path_factory):
     return output / "run"
 
 
+@pytest.mark.slow
 def test_two_processes_resume_in_mid_epoch_with_the_same_bits(pair, tmp_path):
     assert len(cut(pair, tmp_path / "run", 5)["parts"]) == 2
     done = run(*TORCHRUN, ROOT / "train_sfr.py", "--resume", tmp_path / "run", OMP_NUM_THREADS="1")
@@ -269,6 +271,7 @@ def test_two_processes_resume_in_mid_epoch_with_the_same_bits(pair, tmp_path):
     assert differences(pair, tmp_path / "run") == []
 
 
+@pytest.mark.slow
 def test_one_process_takes_up_what_two_left_and_the_other_way_round(pair, whole, tmp_path):
     for source, name, launcher, batch in ((pair, "one", [sys.executable], 64), (whole, "two", TORCHRUN, 32)):
         state = cut(source, tmp_path / name, 5)

@@ -171,6 +171,7 @@ except timm_sfr.UserError as error:
     assert done.stdout == "10\n", done.stderr
 
 
+@pytest.mark.slow
 def test_other_arguments_of_create_model(hub, finished, tmp_path):
     assert push(finished, "user/x", hub, tmp_path / "home", "--private").returncode == 0
     assert hub.repos["user/x"].private

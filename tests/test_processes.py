@@ -45,6 +45,7 @@ def test_one_process_and_two_agree(tmp_path):
     assert one["table"] != [[0.1] * 10] * 10
 
 
+@pytest.mark.slow
 def test_batchnorm_statistics_are_shared(tmp_path):
     one, two = (updates(tmp_path, n, model="resnet20_cifar", img_size=16) for n in (1, 2))
     assert two["identical"]
@@ -66,6 +67,7 @@ def test_accelerate_launch_on_the_cpu_starts_two_processes(tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_publish_once(tmp_path, hub):
     words = ("--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--push-to-hub", "user/two")
     env = {**hub.env(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
@@ -85,6 +87,7 @@ def test_two_processes_fail_to_publish_with_one_line(tmp_path, hub):
     assert len(hub.repos["user/two"].commits) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_launch_says_why_and_fails(tmp_path):
     done = run(*LAUNCH, ROOT / "train_sfr.py", "--model", "resnet81", "--output", tmp_path)
     assert done.returncode != 0 and "did you mean 'resnet18'" in done.stderr

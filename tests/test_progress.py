@@ -118,6 +118,7 @@ def test_json_lines(tmp_path):
     assert done.stdout == "10\n", done.stderr
 
 
+@pytest.mark.slow
 def test_json_says_why_a_run_has_ended(tmp_path):
     words = ("--json-logs", "--output", str(tmp_path), "--experiment")
     done = run(*TRAIN, *words, "lr", "--epochs", 2, "--lr", 1e30)

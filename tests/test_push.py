@@ -65,6 +65,7 @@ def test_a_timm_model_is_published_without_timms_provenance(hub, tmp_path):
     assert "expected a model of timm's" in done.stderr
 
 
+@pytest.mark.slow
 def test_second_push_and_revisions(hub, finished, tmp_path):
     home = tmp_path / "home"
     assert push(finished, "user/two", hub, home).returncode == 0

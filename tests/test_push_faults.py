@@ -106,6 +106,7 @@ def test_a_push_after_training_that_fails(hub, tmp_path):
     assert WRITE not in done.stdout + done.stderr + again.stdout + again.stderr
 
 
+@pytest.mark.slow
 def test_a_token_that_cannot_write_stops_before_training(hub, tmp_path):
     words = ("--epochs", 1, "--output", tmp_path, "--experiment", "run", "--push-to-hub")
     for token, said in (

@@ -44,6 +44,7 @@ def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
+@pytest.mark.slow
 def test_ctrl_c_on_two_processes_keeps_a_checkpoint(launcher, tmp_path):
     """A terminal sends SIGINT to the launcher and to all that it started; torchrun then hands it on once more."""
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]

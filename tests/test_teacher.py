@@ -347,6 +347,7 @@ def test_one_process_and_two_agree(tmp_path):
     assert two["table_error"] < 1e-6
 
 
+@pytest.mark.slow
 def test_a_teacher_from_the_hub(hub, digits_run, tmp_path):
     files = repository(digits_run)
     hub.add("user/pickled", {"config.json": files["config.json"], "pytorch_model.bin": files["model.safetensors"]})
