@@ -1,3 +1,4 @@
+import csv
 import os
 import shutil
 import subprocess
@@ -41,6 +42,26 @@ def run(*words, timeout=600, **env):
     )
 
 
+def train(*words, ok=True, **env):
+    """The training script on these words, which ends well, or with an error of ours."""
+    done = run(*TRAIN, *words, **env)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def finished_run(output, *words, **env):
+    """The folder of a run that has ended, and what it printed."""
+    done = train(*words, "--output", output, "--experiment", "run", **env)
+    return output / "run", done.stdout
+
+
+def summary(run_dir):
+    """The rows of a run's summary.csv."""
+    with (run_dir / "summary.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     torch.manual_seed(0)
@@ -60,10 +81,7 @@ def hub():
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
     """A finished run on the digits: all defaults but four epochs."""
-    output = tmp_path_factory.mktemp("digits")
-    done = run(*TRAIN, "--epochs", 4, "--output", output, "--experiment", "run")
-    assert done.returncode == 0, done.stderr
-    return output / "run", done.stdout
+    return finished_run(tmp_path_factory.mktemp("digits"), "--epochs", 4)
 
 
 @pytest.fixture
@@ -112,12 +130,8 @@ assert timm_sfr.__version__
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A run with everything on that draws random numbers, and all of its checkpoints."""
-    output = tmp_path_factory.mktemp("whole")
-    done = run(
-        *TRAIN, *EVERYTHING, "--checkpoint-hist", 99, "--output", output, "--experiment", "run", OMP_NUM_THREADS="1"
-    )
-    assert done.returncode == 0, done.stderr
-    return output / "run"
+    words = (*EVERYTHING, "--checkpoint-hist", 99)
+    return finished_run(tmp_path_factory.mktemp("whole"), *words, OMP_NUM_THREADS="1")[0]
 
 
 def cut(whole, place, keep):

@@ -13,8 +13,8 @@ from timm_sfr import SFRTask, UserError
 from timm_sfr.card import Facts
 from timm_sfr.export import Exporter
 from timm_sfr.features import forward_taps
+from timm_sfr.hub_options import HubConfig
 from timm_sfr.models import SMALL_IMAGE_MODELS
-from timm_sfr.sections import HubConfig
 
 NAMES = classifiers()
 EVERY = sorted(set(timm.list_models()) - set(SMALL_IMAGE_MODELS))

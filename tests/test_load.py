@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TRAIN, run
+from conftest import ROOT, TRAIN, finished_run, run
 from hub_tools import FILES, PREDICT, STARTING, push, python
 
 LOGITS = """
@@ -25,12 +25,8 @@ WITHOUT = "sys.modules['timm_sfr'] = None"
 @pytest.fixture(scope="session")
 def resnet_run(tmp_path_factory):
     """A finished run of an architecture that timm itself has."""
-    output = tmp_path_factory.mktemp("resnet")
-    done = run(
-        *TRAIN, "--model", "test_resnet", "--img-size", 64, "--epochs", 1, "--output", output, "--experiment", "run"
-    )
-    assert done.returncode == 0, done.stderr
-    return output / "run"
+    words = ("--model", "test_resnet", "--img-size", 64, "--epochs", 1)
+    return finished_run(tmp_path_factory.mktemp("resnet"), *words)[0]
 
 
 def logits_by(create, images, out, env, imports="import timm_sfr"):

@@ -1,6 +1,5 @@
 """A teacher beside SFR: its terms by hand, what it sees, what it must stay out of, and the script end to end."""
 
-import csv
 import json
 import shutil
 
@@ -10,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import TRAIN, run
+from conftest import summary, train
 from PIL import Image
 from safetensors.torch import load_file
 from test_bad_inputs import repository
@@ -34,18 +33,6 @@ from train_sfr import main
 NAME = "resnet20_cifar.sfr_digits"
 QUICK = ("--kd-model-name", NAME, "--epochs", 1, "-b", 128)
 DEIT = {"model": "deit_tiny_distilled_patch16_224", "img_size": 16, "model_kwargs": {"depth": 2, "patch_size": 4}}
-
-
-def train(*words, ok=True, **env):
-    done = run(*TRAIN, *words, **env)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def summary(run_dir):
-    with (run_dir / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def adds_up(row):

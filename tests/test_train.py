@@ -1,6 +1,5 @@
 """The real script, end to end, as a user runs it."""
 
-import csv
 import json
 import shutil
 
@@ -9,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import TRAIN, run
+from conftest import TRAIN, run, summary, train
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -18,18 +17,6 @@ from benchmarks.faults import differences
 from timm_sfr import RunConfig
 from timm_sfr.checkpoint import checkpoints, load_checkpoint
 from timm_sfr.fit import prepare
-
-
-def train(*words, ok=True, **env):
-    done = run(*TRAIN, *words, **env)
-    assert (done.returncode == 0) == ok, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def summary(run_dir):
-    with (run_dir / "summary.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_what_a_run_writes(digits_run):

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from timm_sfr.kd import in_words
 from timm_sfr.loader import img_mode
 from timm_sfr.models import SMALL_IMAGE_MODELS
 
@@ -129,10 +130,8 @@ def _taught(teacher: dict[str, Any], options: dict[str, Any]) -> str:
     if teacher["source"]:
         name = f"[{name}](https://huggingface.co/{teacher['source'].split('@')[0]})"
     licence = f"under {teacher['license']}" if teacher["license"] else "under a licence that is not known here"
-    kind = options["kd_distill_type"]
-    if kind == "token":
-        kind = f"{options['kd_token_distill_type']} token"
-    heat = "" if kind in ("hard token", "feature") else f" at temperature {options['kd_temperature']:g}"
+    kind, heated = in_words(options["kd_distill_type"], options["kd_token_distill_type"])
+    heat = f" at temperature {options['kd_temperature']:g}" if heated else ""
     return (
         f"A teacher, {'the run ' if teacher['folder'] else ''}{name} ({teacher['architecture']}, "
         f"{teacher['parameters'] / 1e6:.2f} M parameters, weights {licence}), taught it too, by {kind} distillation{heat}: the "

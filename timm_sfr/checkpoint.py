@@ -33,7 +33,7 @@ class Damaged(UserError):
     """A checkpoint that is not what was written."""
 
 
-def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Has `write` make a file or folder beside `path`, then puts it in `path`'s place; a failure leaves `path` as it was."""
     fresh = path.with_name(f".{path.name}.new")
     old = path.with_name(f".{path.name}.old")
@@ -50,6 +50,11 @@ def replace_atomically(path: Path, write: Callable[[Path], None]) -> None:
         _remove(fresh)
         raise
     _remove(old)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, UTF-8, in the place of what was there; a failure leaves that as it was."""
+    replace_atomically(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) -> Path:

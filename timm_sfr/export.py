@@ -15,10 +15,10 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_sfr.card import Facts, dataset_name, render
-from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.checkpoint import replace_atomically, write_whole
 from timm_sfr.config import RunConfig
+from timm_sfr.hub_options import HubConfig
 from timm_sfr.loader import Preprocessing
-from timm_sfr.sections import HubConfig
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
@@ -98,7 +98,7 @@ class Exporter:
     def describe(folder: Path, facts: Facts) -> None:
         """Replaces the card of the model in `folder`."""
         text = render(json.loads((folder / CONFIG).read_text()), facts)
-        replace_atomically(folder / CARD, lambda fresh: fresh.write_text(text, encoding="utf-8"))
+        write_whole(folder / CARD, text)
 
     def _model_config(self) -> dict[str, Any]:
         says = {"tag": self.hub.tag, "license": self.hub.license}

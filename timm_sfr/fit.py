@@ -74,10 +74,10 @@ def _fit(config: RunConfig, resume: Path | None, parts: Parts | None) -> Path:
     except UserError:
         raise
     except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
-        told = explained(error, begun[0].workspace.kept() if begun else "nothing was begun")
-        if told is None:
+        explanation = explained(error, begun[0].workspace.kept() if begun else "nothing was begun")
+        if explanation is None:
             raise
-        raise told from error
+        raise explanation from error
 
 
 def _run(trainer: Trainer, resume: Path | None) -> Path:

@@ -23,8 +23,8 @@ from timm_sfr.errors import UserError, brief
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
 from timm_sfr.hub_check import refuse_public, validate_card
 from timm_sfr.hub_client import bounded_xet, check_token, retried, told
+from timm_sfr.hub_options import HubConfig, check_branch, check_repo_id
 from timm_sfr.reporting.runs import read_finished
-from timm_sfr.sections import HubConfig, check_branch, check_repo_id
 from timm_sfr.version import __version__
 from timm_sfr.workspace import read_yaml
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from timm_sfr.card import Facts, metadata
 from timm_sfr.errors import HubError, UserError
 from timm_sfr.hub_client import told, transient
-from timm_sfr.sections import HubConfig
+from timm_sfr.hub_options import HubConfig
 
 _logger = logging.getLogger("timm_sfr")
 

@@ -10,6 +10,12 @@ from timm_sfr.checked import Checked, option, outside_name
 from timm_sfr.errors import UserError
 
 
+def in_words(distill_type: str, token_distill_type: str) -> tuple[str, bool]:
+    """A kind of distillation in words, and whether it has a temperature."""
+    kind = f"{token_distill_type} token" if distill_type == "token" else distill_type
+    return kind, kind not in ("hard token", "feature")
+
+
 @dataclass(frozen=True)
 class KDConfig(Checked):
     """A teacher beside SFR (with --no-sfr: alone), as timm's knowledge distillation has it."""

@@ -35,15 +35,16 @@ def write_epoch(trainer: Trainer, improved: bool) -> None:
     run, exporter = trainer.workspace.run, trainer.exporter
     with spared(trainer, "the epoch's files"):
         report.write_summary(run / "summary.csv", trainer.rows)
+        metrics = trainer.metrics()
         if exporter is not None and trainer.best:
-            facts = Facts(trainer.metrics(), trainer.config.flat(), trainer.rows)
+            facts = Facts(metrics, trainer.config.flat(), trainer.rows)
             if improved:
                 exporter.write(run / "model", trainer.exported_model().state_dict(), facts)
                 _keep_predictions(trainer)
             elif (run / "model").is_dir():
                 exporter.describe(run / "model", facts)
         if trainer.best:
-            report.write_json(run / "metrics.json", trainer.metrics())
+            report.write_json(run / "metrics.json", metrics)
 
 
 def _keep_predictions(trainer: Trainer) -> None:

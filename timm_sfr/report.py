@@ -17,7 +17,7 @@ import timm
 import torch
 import yaml
 
-from timm_sfr.checkpoint import replace_atomically
+from timm_sfr.checkpoint import replace_atomically, write_whole
 from timm_sfr.errors import UserError
 from timm_sfr.version import __version__
 
@@ -104,12 +104,12 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
 
 def write_args(path: Path, values: dict[str, Any]) -> None:
     """Writes args.yaml, which ``--config`` reads back."""
-    replace_atomically(path, lambda fresh: _text(fresh, yaml.safe_dump(values, sort_keys=False)))
+    write_whole(path, yaml.safe_dump(values, sort_keys=False))
 
 
 def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
     """Writes a JSON file whole."""
-    replace_atomically(path, lambda fresh: _text(fresh, json.dumps(values, indent=2) + "\n"))
+    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:
@@ -125,7 +125,3 @@ def hardware(device: torch.device, processes: int) -> str:
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     return f"{device.type}, {os.cpu_count()} cores, {processes} process{'es' if processes > 1 else ''}"
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from timm_sfr.errors import UserError, first_line, near_paths
 from timm_sfr.features import MISFITS, described
-from timm_sfr.kd import KDConfig
+from timm_sfr.kd import KDConfig, in_words
 from timm_sfr.loader import Preprocessing
 from timm_sfr.pretrained import create_model
 from timm_sfr.workspace import one_at_a_time
@@ -262,8 +262,8 @@ def _facts(model: nn.Module, config: KDConfig) -> dict[str, Any]:
 def headline(teacher: Teacher) -> str:
     """The teacher in a few words."""
     config, facts = teacher.config, teacher.facts
-    kind = f"{config.token_distill_type} token" if config.distill_type == "token" else config.distill_type
-    heat = "" if kind in ("hard token", "feature") else f", temperature {config.temperature:g}"
+    kind, heated = in_words(config.distill_type, config.token_distill_type)
+    heat = f", temperature {config.temperature:g}" if heated else ""
     size = "x".join(map(str, teacher.input_size))
     name = f"{'the run ' if facts['folder'] else ''}{facts['name']}"
     known = facts.get("task_loss_weight") is not None  # a caller's own task may weigh them in its own way

@@ -23,7 +23,6 @@ from timm_sfr import report
 from timm_sfr.errors import UserError, brief
 
 _logger = logging.getLogger("timm_sfr")
-TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT, STATE = "timm_sfr", "trackers.json"
 SECRET = re.compile(
     r"token|secret|passw|authorization|signature|credential|[?&]sig=|(api|access|private).?key", re.IGNORECASE

@@ -22,7 +22,7 @@ from timm_sfr.checked import Checked, option
 from timm_sfr.errors import HubError, UserError
 from timm_sfr.export import own_config
 from timm_sfr.hub_client import told
-from timm_sfr.sections import check_repo_id
+from timm_sfr.hub_options import check_repo_id
 from timm_sfr.text import aligned
 from timm_sfr.workspace import read_yaml
 

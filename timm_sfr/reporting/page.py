@@ -17,7 +17,7 @@ from markupsafe import Markup
 from torch import nn
 
 from timm_sfr import build
-from timm_sfr.checkpoint import checkpoints, load_checkpoint, replace_atomically
+from timm_sfr.checkpoint import checkpoints, load_checkpoint, replace_atomically, write_whole
 from timm_sfr.config import RunConfig
 from timm_sfr.errors import UserError
 from timm_sfr.evaluate import ECE_BINS
@@ -57,7 +57,7 @@ def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: 
     drawn = _drawn(run, judged)
     page = _contents(run, judged, drawn, notes, mistakes, dataset)
     text = _template("page.html").render(**page, training=training, written=time.strftime("%Y-%m-%d %H:%M"))
-    replace_atomically(path / PAGE, lambda fresh: _text(fresh, text))
+    write_whole(path / PAGE, text)
 
     def write(fresh: Path) -> None:
         fresh.mkdir()
@@ -84,7 +84,7 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) ->
     panels = shared_panels([(label, colours[label], run) for label, run in runs])
     text = _template("comparison.html").render(curves=[_curve(panel) for panel in panels], lines=lines,
                                                runs=[(label, run.path.absolute().name) for label, run in runs])  # fmt: skip
-    replace_atomically(path, lambda fresh: _text(fresh, text))
+    write_whole(path, text)
 
 
 def _predictions(run: Run, notes: list[str]) -> Judged | None:
@@ -135,7 +135,8 @@ def _contents(
     names = _class_names(run) or list((gallery and gallery.class_names) or [])
     if judged is not None:
         names = _fitting(names, judged)
-        page["classes"], page["pairs"] = _by_class(judged, names), _confused(judged, names)
+        wrong = judged.wrong()
+        page["classes"], page["pairs"] = _by_class(judged, wrong, names), _confused(wrong, names)
         if gallery is not None and not gallery.judged(judged):
             notes.append(f"The images cannot be shown: the data are not those of {PREDICTIONS}.")
             gallery = None
@@ -168,11 +169,11 @@ def _opened(
         return (model, prep, config), None
 
 
-def _by_class(judged: Judged, names: list[str]) -> list[dict[str, Any]]:
+def _by_class(judged: Judged, wrong: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, Any]]:
     """Accuracy of each class and what it is most often called instead, the worst first."""
     images, hits = judged.by_class(len(names))
     instead: dict[int, int] = {}
-    for one, other, _ in judged.wrong():
+    for one, other, _ in wrong:
         instead.setdefault(one, other)
     rows = [
         {"name": names[k], "images": int(images[k]), "accuracy": 100 * hits[k] / images[k],
@@ -182,10 +183,10 @@ def _by_class(judged: Judged, names: list[str]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["accuracy"])
 
 
-def _confused(judged: Judged, names: list[str]) -> list[dict[str, Any]]:
+def _confused(wrong: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, Any]]:
     """The pairs of classes that are taken for each other most often, both ways together."""
     found: dict[tuple[int, int], list[int]] = {}
-    for one, other, count in judged.wrong():
+    for one, other, count in wrong:
         pair = found.setdefault((min(one, other), max(one, other)), [0, 0])
         pair[int(one > other)] += count
     most = sorted(found.items(), key=lambda item: -sum(item[1]))[:PAIRS]
@@ -253,20 +254,19 @@ def _cells(lesson: Lesson, image: int) -> dict[str, Any]:
     """One image of a lesson: the plan in thousandths of the mass, and where each location's teachers lie on the mean."""
     plan = lesson.plan[image].numpy()
     shares = plan / np.maximum(plan.sum(1, keepdims=True), 1e-12)
-    (rows, columns), (deep_rows, deep_columns) = lesson.grid, lesson.deep_grid
-    y, x = np.divmod(np.arange(deep_rows * deep_columns), deep_columns)
-    centres = np.stack([100 * (x + 0.5) / deep_columns, 100 * (y + 0.5) / deep_rows], 1)
-    means = shares @ centres
-    cells = []
-    for index in range(rows * columns):
-        row, column = divmod(index, columns)
-        cells.append({"x": 100 * column / columns, "y": 100 * row / rows, "w": 100 / columns, "h": 100 / rows,
-                      "from_x": means[index, 0], "from_y": means[index, 1]})  # fmt: skip
-    deep = [{"x": 100 * b / deep_columns, "y": 100 * a / deep_rows, "w": 100 / deep_columns, "h": 100 / deep_rows}
-            for a, b in np.ndindex(deep_rows, deep_columns)]  # fmt: skip
+    deep = _locations(lesson.deep_grid)
+    means = shares @ np.array([(one["x"] + one["w"] / 2, one["y"] + one["h"] / 2) for one in deep])
+    cells = [{**one, "from_x": x, "from_y": y} for one, (x, y) in zip(_locations(lesson.grid), means, strict=True)]
     sparse = [[[int(j), round(1000 * float(plan[i, j]), 2)] for j in np.flatnonzero(row >= 0.005)]
               for i, row in enumerate(shares)]  # fmt: skip
     return {"cells": cells, "deep": deep, "plan": sparse, "distance": float(lesson.distance[image])}
+
+
+def _locations(grid: tuple[int, int]) -> list[dict[str, float]]:
+    """The locations of a grid as rectangles, in percent of the image, row by row."""
+    rows, columns = grid
+    return [{"x": 100 * column / columns, "y": 100 * row / rows, "w": 100 / columns, "h": 100 / rows}
+            for row, column in np.ndindex(rows, columns)]  # fmt: skip
 
 
 def _is_small(sample: Sample) -> bool:
@@ -300,7 +300,3 @@ def _template(name: str) -> Any:
     folder = PackageLoader("timm_sfr.reporting", ".")
     options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
     return Environment(loader=folder, autoescape=True, **options).get_template(name)
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
