@@ -13,6 +13,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState
 from hub_server import Hub
+from warm import HUB, SLOW, Warm, can_start
 
 import timm_sfr
 from benchmarks.faults import EVERYTHING
@@ -28,18 +29,24 @@ ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "train_sfr.py"), "--report-interval", "0"]  # test_report.py has reports
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
+STARTED = dict(os.environ)
+WARM, WARM_WITH_HUB = Warm(SLOW, STARTED), Warm((*SLOW, *HUB), STARTED)
 
 
 def run(*words, timeout=600, **env):
     """Runs a command as a user would; its exit status, and what it printed on standard output and error."""
-    return subprocess.run(
-        [str(word) for word in words],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, **env},
-        cwd=ROOT,
-    )
+    words, env = [str(word) for word in words], {**os.environ, **env}
+    if "COLD" not in os.environ and can_start(words, env, STARTED):  # COLD=1: all in new processes
+        same = all(env.get(name) == STARTED.get(name) for name in {*env, *STARTED} if name.startswith("HF_"))
+        return (WARM_WITH_HUB if same else WARM).run(words[1:], env, ROOT, timeout)
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cold():
+    yield
+    for server in (WARM, WARM_WITH_HUB):
+        server.close()
 
 
 def train(*words, ok=True, **env):

@@ -64,9 +64,13 @@ class Cached(Dataset):
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
+        array, target = self.array(index)
+        return Image.fromarray(array) if self.pictures else array, target
+
+    def array(self, index: int) -> tuple[np.ndarray, int]:
+        """The image's pixels, (H, W) or (H, W, C) of a PIL image, and its class."""
         shape = [size for size in self.shapes[index] if size]
-        array = self.bytes[self.starts[index] : self.starts[index + 1]].reshape(shape)
-        return Image.fromarray(array) if self.pictures else array, int(self.targets[index])
+        return self.bytes[self.starts[index] : self.starts[index + 1]].reshape(shape), int(self.targets[index])
 
     @property
     def size(self) -> int:

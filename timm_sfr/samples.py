@@ -19,6 +19,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, get_worker_info
 
+from timm_sfr.batched import BatchTransform
 from timm_sfr.cache import Cached
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
@@ -162,13 +163,16 @@ class Samples(Dataset):
         images: Gives (image, class index) by index.
         transform: From an image to uint8; None if the images are that already.
         seed: None for a transform that draws no random numbers.
+        batched: Does the same as `transform` on a batch of the cached images that `images` are.
     """
 
-    def __init__(self, images: Dataset, transform: Callable | None, seed: int | None) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(
+        self, images: Any, transform: Callable | None, seed: int | None, batched: BatchTransform | None = None
+    ) -> None:
+        self.images, self.transform, self.seed, self.batched = images, transform, seed, batched
 
     def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
+        return len(self.images)
 
     def __getitem__(self, key: int) -> tuple[Any, int]:
         return self.__getitems__([key])[0]
@@ -179,7 +183,16 @@ class Samples(Dataset):
         if self.seed is None:
             return [self._sample(key) for key in keys]
         with random_state_kept():
-            return [self._sample(key) for key in keys]
+            return [self._sample(key) for key in keys] if self.batched is None else self._samples(keys)
+
+    def _samples(self, keys: list[int]) -> list[tuple[Any, int]]:
+        arrays, targets, draws = [], [], []
+        for key in keys:
+            epoch, index = divmod(key, len(self))
+            array, target = self.images.array(index)
+            seed_cpu(self.seed, epoch, index)
+            arrays.append(array), targets.append(target), draws.append(self.batched.draw(*array.shape[:2]))
+        return list(zip(self.batched(arrays, draws), targets, strict=True))
 
     def _sample(self, key: int) -> tuple[Any, int]:
         epoch, index = divmod(key, len(self))
@@ -202,7 +215,21 @@ def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode
         return Samples(images, transform, seed)
     if seed is None:
         return Samples(Cached(Samples(images, transform, None)), None, None)
-    return Samples(Cached(images), transform, seed)
+    cached = Cached(images)
+    return Samples(cached, transform, seed, _batched(transform, cached))
+
+
+def _batched(transform: Callable, cached: Cached) -> BatchTransform | None:
+    """`transform` on batches, where it can be and a sample of the images shows the same bits with this Pillow."""
+    batched = BatchTransform.of(transform)
+    sample = [cached.array(index)[0] for index in range(0, len(cached), max(1, len(cached) // 32))]
+    if batched is None or not cached.pictures or any(image.ndim != 3 or image.shape[2] != 3 for image in sample):
+        return None
+    with random_state_kept():
+        if batched.agrees(transform, sample, seed_cpu):
+            return batched
+    _logger.debug("timm's transforms differ from the batched ones in this environment; images are transformed one by one")
+    return None
 
 
 @contextlib.contextmanager

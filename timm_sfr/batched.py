@@ -1,0 +1,156 @@
+"""timm's training transform on a batch of small images at once: the same numbers drawn, the same bits, in less time.
+
+Most of what a 32-pixel image costs there is the way into a PIL image and out of it at every step. Here Pillow resizes, and
+all else is arithmetic on the batch.
+
+Shape suffixes: B batch, C = 3 channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
+from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomVerticalFlip
+
+_FILTERS = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
+_LARGEST = 128 * 128  # pixels of a transformed image; from about there on Pillow's own operations are as fast
+_STEPS = (RandomResizedCropAndInterpolation, RandomHorizontalFlip, RandomVerticalFlip, ColorJitter, MaybePILToTensor)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What timm's transform draws for one image.
+
+    Attributes:
+        crop: Top, left, height, width.
+        resample: Pillow's filter.
+        mirrored: From left to right.
+        upended: From top to bottom.
+        colours: (place in the order, operation, factor) of each change of colours; operations are indices of `_CHANGES`.
+    """
+
+    crop: tuple[int, int, int, int]
+    resample: int
+    mirrored: bool
+    upended: bool
+    colours: tuple[tuple[int, int, float], ...]
+
+
+class BatchTransform:
+    """A random resized crop, flips and a colour jitter without hue, as timm composes them (`of`)."""
+
+    def __init__(self, steps: dict[type, Any]) -> None:
+        self.crop = steps[RandomResizedCropAndInterpolation]
+        self.jitter: ColorJitter | None = steps.get(ColorJitter)
+        self.flips = [getattr(steps.get(kind), "p", None) for kind in (RandomHorizontalFlip, RandomVerticalFlip)]
+
+    @classmethod
+    def of(cls, transform: Callable) -> BatchTransform | None:
+        """The same as `transform`; None if that has other steps than these, in another order, or gives larger images."""
+        if type(transform) is not Compose:
+            return None
+        steps = {type(step): step for step in transform.transforms}
+        order = [_STEPS.index(kind) if kind in _STEPS else -1 for kind in map(type, transform.transforms)]
+        if order != sorted(set(order)) or not {0, len(_STEPS) - 1} <= set(order) or -1 in order:
+            return None
+        made, hue = cls(steps), getattr(steps.get(ColorJitter), "hue", None)
+        known = hue is None and set(made._filters()) <= set(_FILTERS)
+        return made if known and math.prod(made.crop.size) <= _LARGEST else None
+
+    def agrees(self, transform: Callable, images: Sequence[np.ndarray], seed: Callable[[int], None]) -> bool:
+        """Whether `transform` gives the same bits of these images (H, W, C), each after a call of `seed` with its number."""
+        draws, expected = [], []
+        for number, image in enumerate(images):
+            seed(number)
+            draws.append(self.draw(*image.shape[:2]))
+            seed(number)
+            expected.append(transform(Image.fromarray(image)).numpy())
+        return np.array_equal(self(images, draws), np.stack(expected))
+
+    def draw(self, height: int, width: int) -> Draw:
+        """Draws for an image of this size, by the functions that timm's transform calls, and in their order."""
+        crop = self.crop.get_params(_blank(height, width), self.crop.scale, self.crop.ratio)
+        filters = self._filters()
+        resample = _FILTERS[filters[0] if isinstance(self.crop.interpolation, InterpolationMode) else random.choice(filters)]
+        mirrored, upended = (p is not None and torch.rand(1).item() < p for p in self.flips)
+        return Draw(crop, resample, mirrored, upended, self._draw_colours())
+
+    def __call__(self, images: Sequence[np.ndarray], draws: Sequence[Draw]) -> np.ndarray:
+        """uint8 images (H, W, C) of any sizes, changed as drawn, (B, C, H, W)."""
+        height, width = self.crop.size
+        batch_BCHW = np.empty((len(images), 3, height, width), np.uint8)
+        for out, image, draw in zip(batch_BCHW, images, draws, strict=True):
+            top, left, h, w = draw.crop
+            part = Image.fromarray(image[top : top + h, left : left + w])
+            resized = np.asarray(part.resize((width, height), draw.resample))
+            out[:] = resized[:: -1 if draw.upended else 1, :: -1 if draw.mirrored else 1].transpose(2, 0, 1)
+        for place in range(4):
+            for operation, change in enumerate(_CHANGES):
+                chosen = [(row, factor) for row, draw in enumerate(draws) for at, kind, factor in draw.colours
+                          if (at, kind) == (place, operation)]  # fmt: skip
+                if chosen:
+                    rows, factors = zip(*chosen, strict=True)
+                    rows = list(rows)
+                    batch_BCHW[rows] = change(batch_BCHW[rows], np.array(factors, np.float32).reshape(-1, 1, 1, 1))
+        return batch_BCHW
+
+    def _filters(self) -> tuple[InterpolationMode, ...]:
+        filters = self.crop.interpolation
+        return (filters,) if isinstance(filters, InterpolationMode) else tuple(filters)
+
+    def _draw_colours(self) -> tuple[tuple[int, int, float], ...]:
+        if self.jitter is None:
+            return ()
+        jitter = self.jitter
+        order, *factors, _ = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        return tuple(
+            (place, kind, factors[kind])
+            for place, kind in enumerate(order.tolist())
+            if kind < len(factors) and factors[kind] is not None
+        )
+
+
+@lru_cache(maxsize=64)
+def _blank(height: int, width: int) -> Image.Image:
+    return Image.new("L", (width, height))
+
+
+def _blend(base: np.ndarray, images_BCHW: np.ndarray, factors_B111: np.ndarray) -> np.ndarray:
+    """Pillow's ``blend``: base + factor * (image - base) in float32, cut to 0..255, the fraction cut off."""
+    base = base.astype(np.float32)
+    blended = images_BCHW.astype(np.float32)
+    blended -= base
+    blended *= factors_B111
+    blended += base
+    return np.clip(blended, 0, 255, out=blended).astype(np.uint8)
+
+
+def _grey(images_BCHW: np.ndarray) -> np.ndarray:
+    """Pillow's conversion to grey, (B, 1, H, W): weights in units of 2^-16, rounded."""
+    red, green, blue = (images_BCHW[:, channel : channel + 1].astype(np.int32) for channel in range(3))
+    return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+
+
+def _brightness(images_BCHW: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    return _blend(np.zeros((1, 1, 1, 1)), images_BCHW, factors)
+
+
+def _contrast(images_BCHW: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    mean = _grey(images_BCHW).mean((1, 2, 3), keepdims=True)
+    return _blend(np.floor(mean + 0.5), images_BCHW, factors)
+
+
+def _saturation(images_BCHW: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    return _blend(_grey(images_BCHW), images_BCHW, factors)
+
+
+_CHANGES = (_brightness, _contrast, _saturation)
