@@ -12,7 +12,7 @@ import ot
 import torch
 from torch import Tensor
 
-from timm_sfr.transport import exact, sinkhorn, uniform_marginals
+from timm_sfr.transport import exact, sinkhorn, transport_plan, uniform_marginals
 
 Solve = Callable[[Tensor], Tensor]
 OURS, LOOP, EXACT = "timm_sfr sinkhorn", "loop of ot.emd", "timm_sfr exact"
@@ -88,6 +88,8 @@ def candidates() -> dict[str, dict[str, Solve]]:
         EXACT: {"": lambda cost: exact(cost, *uniform_marginals(cost))},
         "loop of SciPy's assignment": {"": assignment_loop},
     }
+    if torch.cuda.is_available():
+        found["timm_sfr triton"] = {"": partial(transport_plan, solver="triton")}
     # POT's third method, `proximal`, is left out: in 0.9.7 it ends at the independent plan whatever its settings are.
     for method in ("log_sinkhorn", "sinkhorn"):
         found[f"ot.batch {method}"] = {

@@ -33,6 +33,7 @@ class Setting:
         compiled: By torch.compile.
         target: The ratio that it should not pass.
         matching: How features are matched.
+        solver: What solves the transport problems of `emd`.
     """
 
     model: str
@@ -42,17 +43,19 @@ class Setting:
     compiled: bool = False
     target: float = 1.02
     matching: str = "gaussian"
+    solver: str = "sinkhorn"
 
     @property
     def label(self) -> str:
         """What a table calls it."""
         more = ", bf16" * self.bf16 + ", compiled" * self.compiled + ", --sfr-matching emd" * (self.matching == "emd")
+        more += f" --sfr-solver {self.solver}" * (self.solver != "sinkhorn")
         return f"{self.model}, {self.size} px, batch {self.batch}{more}"
 
     @property
     def sfr(self) -> SFRConfig:
         """The method's options: the defaults, or those of `emd` where that is the matching."""
-        return SFRConfig() if self.matching == "gaussian" else SFRConfig(matching=self.matching, weight=1.0)
+        return SFRConfig() if self.matching == "gaussian" else SFRConfig(matching=self.matching, weight=1.0, solver=self.solver)
 
 
 CPU = (
@@ -65,6 +68,8 @@ GPU = (
     Setting("vit_small_patch16_224", 224, 256, bf16=True),
     Setting("resnet18_cifar", 32, 128, bf16=True),
     Setting("resnet20_cifar", 32, 128, bf16=True, target=1.08),
+    Setting("resnet20_cifar", 32, 128, bf16=True, target=1.08, matching="emd"),
+    Setting("resnet20_cifar", 32, 128, bf16=True, target=1.08, matching="emd", solver="triton"),
 )
 
 

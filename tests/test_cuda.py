@@ -34,6 +34,18 @@ def test_the_plan_is_that_of_the_cpu():
     assert torch.allclose((ours * cost).sum((1, 2)), (theirs * cost).sum((1, 2)), rtol=1e-3)
 
 
+@pytest.mark.parametrize("nodes", [(49, 49), (16, 49), (196, 49)])
+def test_the_triton_program_is_the_eager_solver(nodes):
+    u, v = (unit(torch.randn(8, n, 64, device="cuda")) for n in nodes)
+    found = []
+    for solver in ("sinkhorn", "triton"):
+        shallow = u.clone().requires_grad_()
+        loss = emd_l2(shallow, v, solver=solver)
+        loss.backward()
+        found.append((transport_plan(cost_matrix(u, v), solver=solver), loss.detach(), shallow.grad))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_losses_are_float32_under_autocast(dtype):
     x = (torch.randn(4, 16, 32, device="cuda") * 1e4).to(dtype).requires_grad_()

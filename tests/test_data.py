@@ -79,7 +79,10 @@ def test_images_do_not_depend_on_workers_or_batches():
     assert not torch.equal(batches(config, 2)[0][0], alone[0][0])
 
 
-@pytest.mark.parametrize("aug", [AugConfig(aa="rand-m9"), AugConfig(no_aug=True)], ids=["augmented", "plain"])
+AUGMENTATIONS = {"defaults": AugConfig(), "augmented": AugConfig(aa="rand-m9"), "plain": AugConfig(no_aug=True)}
+
+
+@pytest.mark.parametrize("aug", AUGMENTATIONS.values(), ids=AUGMENTATIONS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_cached_set_gives_the_same_batches(folder, aug, workers):
     config = DataConfig(data_dir=str(folder), batch_size=20, workers=workers)

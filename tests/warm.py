@@ -25,7 +25,7 @@ SLOW = ("torch", "torch._dynamo", "torchvision.transforms", "sklearn.datasets", 
         "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2", "psutil", "yaml", "safetensors.torch")  # fmt: skip
 # They read the Hub's address from the environment when they are imported.
 HUB = ("huggingface_hub.hf_api", "timm", "accelerate")
-AT_IMPORT = ("OMP_", "MKL_", "TORCH", "PYTHON", "MALLOC", "GLIBC", "LD_", "CUDA", "NCCL", "PATH", "VIRTUAL_ENV")
+AT_IMPORT = ("OMP_", "MKL_", "TORCH", "PYTHON", "MALLOC", "GLIBC", "LD_", "CUDA", "NCCL", "TRITON", "PATH", "VIRTUAL_ENV")
 
 
 class Warm:
@@ -71,7 +71,7 @@ def can_start(words: Sequence[str], environment: Mapping[str, str], started: Map
     """Whether a fork is the same as a new process: a command of this Python, and nothing else that is read at its start."""
     if words[0] != sys.executable or (words[1].startswith("-") and words[1] not in ("-c", "-m")):
         return False
-    if words[1] == "-m" and words[2].startswith("torch."):
+    if words[1] == "-m" and words[2].startswith(("torch.", "pytest")):
         return False
     changed = {name for name in {*environment, *started} if environment.get(name) != started.get(name)}
     return not any(name.startswith(AT_IMPORT) for name in changed)

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.loader import fast_collate
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
+from torch import Tensor
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomVerticalFlip
 
 _FILTERS = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
@@ -91,7 +93,8 @@ class BatchTransform:
         for out, image, draw in zip(batch_BCHW, images, draws, strict=True):
             top, left, h, w = draw.crop
             part = Image.fromarray(image[top : top + h, left : left + w])
-            resized = np.asarray(part.resize((width, height), draw.resample))
+            pixels = part.resize((width, height), draw.resample).tobytes()
+            resized = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
             out[:] = resized[:: -1 if draw.upended else 1, :: -1 if draw.mirrored else 1].transpose(2, 0, 1)
         for place in range(4):
             for operation, change in enumerate(_CHANGES):
@@ -117,6 +120,21 @@ class BatchTransform:
             for place, kind in enumerate(order.tolist())
             if kind < len(factors) and factors[kind] is not None
         )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that were transformed as one: uint8 images (B, C, H, W), and their classes."""
+
+    images_BCHW: np.ndarray
+    targets: list[int]
+
+
+def collate(samples: list[tuple[Any, int]] | Batch) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W), uint8, and class indices (B,)."""
+    if isinstance(samples, Batch):
+        return torch.from_numpy(samples.images_BCHW), torch.tensor(samples.targets)
+    return fast_collate(samples)
 
 
 @lru_cache(maxsize=64)

@@ -69,8 +69,9 @@ class Cached(Dataset):
 
     def array(self, index: int) -> tuple[np.ndarray, int]:
         """The image's pixels, (H, W) or (H, W, C) of a PIL image, and its class."""
-        shape = [size for size in self.shapes[index] if size]
-        return self.bytes[self.starts[index] : self.starts[index + 1]].reshape(shape), int(self.targets[index])
+        start, end = self.starts[index : index + 2].tolist()
+        shape = [size for size in self.shapes[index].tolist() if size]
+        return self.bytes[start:end].reshape(shape), self.targets[index].item()
 
     @property
     def size(self) -> int:
@@ -87,7 +88,8 @@ class Cached(Dataset):
 
     def _map(self) -> None:
         # Copy on write: fast_collate warns of arrays that cannot be written to.
-        self.bytes = np.memmap(self.path, np.uint8, "c")
+        # As a plain array: a slice of a memmap takes ten times as long.
+        self.bytes = np.asarray(np.memmap(self.path, np.uint8, "c"))
 
     def _check_room(self, needed: float, count: int) -> None:
         free = min(psutil.virtual_memory().available, shutil.disk_usage(self.path.parent).free)

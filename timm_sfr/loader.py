@@ -22,11 +22,12 @@ import torch
 from PIL import ImageMode
 from timm.data import create_transform
 from timm.data.dataset import IterableImageDataset
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from timm_sfr.batched import collate
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
 from timm_sfr.samples import file_name, make_samples
@@ -266,7 +267,7 @@ def _workers(config: DataConfig) -> dict[str, Any]:
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
         "pin_memory": config.pin_mem,
-        "collate_fn": fast_collate,
+        "collate_fn": collate,
         "worker_init_fn": _leave_signals,
         # Its own, since starting workers draws a number: a resumed run starts them in another epoch.
         "generator": torch.Generator(),

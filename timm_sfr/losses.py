@@ -11,7 +11,7 @@ from timm_sfr import smoothing as S
 from timm_sfr.channels import match_channels
 from timm_sfr.errors import UserError
 from timm_sfr.sections import SFRConfig
-from timm_sfr.transport import MARGINALS, cost_matrix, cross_marginals, transport_plan, uniform_marginals, unit
+from timm_sfr.transport import MARGINALS, cost_matrix, cross_marginals, fused_for, transport_plan, unit
 
 PLANS = ("emd", "grid")
 
@@ -52,8 +52,12 @@ def emd_l2(
                 raise UserError(f"grid matching needs equal node counts; got {u.shape[1]} and {v.shape[1]}")
             a = cross_marginals(u, v)[0] if weights == "cross" else u.new_full(u.shape[:2], 1 / u.shape[1])
             return (a * (u - v).square().sum(-1)).sum(-1).mean()
+        cross = weights == "cross"
+        a, b = cross_marginals(u, v) if cross else (x.new_full(x.shape[:2], 1 / x.shape[1]) for x in (u, v))
+        fused = fused_for((*u.shape[:2], v.shape[1]), u.device) if solver == "triton" else None
+        if fused:
+            return fused.transport_costs(u, v, a, b).mean()
         cost = cost_matrix(u, v)
-        a, b = cross_marginals(u, v) if weights == "cross" else uniform_marginals(cost)
         return (transport_plan(cost, a, b, solver) * cost).sum((1, 2)).mean()
 
 

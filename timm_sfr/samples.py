@@ -1,6 +1,6 @@
 """One sample: read, decoded, mended where it cannot be, transformed with random numbers of its own.
 
-Shape suffixes: C channels, H x W pixels.
+Shape suffixes: B batch, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, get_worker_info
 
-from timm_sfr.batched import BatchTransform
+from timm_sfr.batched import Batch, BatchTransform
 from timm_sfr.cache import Cached
 from timm_sfr.data import Split
 from timm_sfr.errors import UserError
@@ -175,24 +175,25 @@ class Samples(Dataset):
         return len(self.images)
 
     def __getitem__(self, key: int) -> tuple[Any, int]:
-        return self.__getitems__([key])[0]
+        samples = self.__getitems__([key])
+        return (samples.images_BCHW[0], samples.targets[0]) if isinstance(samples, Batch) else samples[0]
 
-    def __getitems__(self, keys: list[int]) -> list[tuple[Any, int]]:
+    def __getitems__(self, keys: list[int]) -> list[tuple[Any, int]] | Batch:
         """A whole batch, as the DataLoader asks for it: the state of the random numbers is put aside once, not once an
         image, which takes as long as decoding a small one."""
         if self.seed is None:
             return [self._sample(key) for key in keys]
         with random_state_kept():
-            return [self._sample(key) for key in keys] if self.batched is None else self._samples(keys)
+            return [self._sample(key) for key in keys] if self.batched is None else self._batch(keys)
 
-    def _samples(self, keys: list[int]) -> list[tuple[Any, int]]:
+    def _batch(self, keys: list[int]) -> Batch:
         arrays, targets, draws = [], [], []
         for key in keys:
             epoch, index = divmod(key, len(self))
             array, target = self.images.array(index)
             seed_cpu(self.seed, epoch, index)
             arrays.append(array), targets.append(target), draws.append(self.batched.draw(*array.shape[:2]))
-        return list(zip(self.batched(arrays, draws), targets, strict=True))
+        return Batch(self.batched(arrays, draws), targets)
 
     def _sample(self, key: int) -> tuple[Any, int]:
         epoch, index = divmod(key, len(self))

@@ -5,23 +5,27 @@ Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C chann
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from timm_sfr.errors import UserError
 
-SOLVERS = ("sinkhorn", "exact")
+SOLVERS = ("sinkhorn", "exact", "triton")
 MARGINALS = ("uniform", "cross")
 
 # A local feature whose largest entry is below this carries no direction: it counts as zero rather than being blown up,
 # and no gradient of 1 / ||x|| overflows fp16.
 _DEAD = 1e-6
 
+# `sinkhorn`'s pairs of updates, level by level; the entropy weight of the first; how far an update goes.
+UPDATES, EPS, RELAXATION = (3, 4, 6), 0.08, 1.6
 # Over-relaxation alone can run away on hard marginals: no update goes further past its goal than a factor e^(0.6 * 3).
-_STRETCH = 3.0
+STRETCH = 3.0
 # Keeps every pair of nodes possible, so that no row or column loses the last way to place its mass; in units of the
 # geometric mean of the two masses, squared.
-_FLOOR = 1e-20
+FLOOR = 1e-20
 
 
 def unit(x: Tensor) -> Tensor:
@@ -78,13 +82,14 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
 
     U(a, b) holds the non-negative matrices with row sums a and column sums b. The plan is a constant (no gradient),
     computed outside autocast: ``"sinkhorn"`` in float32 (close to the optimum, batched, compiles), ``"exact"`` in
-    float64 on the CPU (POT's network simplex, one problem at a time: the oracle).
+    float64 on the CPU (POT's network simplex, one problem at a time: the oracle), ``"triton"`` the first as one Triton
+    program a problem, on CUDA and up to 64 x 64 nodes; elsewhere it is the first.
 
     Args:
         cost: (B, N, M), any finite values.
         a: Row masses, (B, N), summing to 1; uniform if None.
         b: Column masses, (B, M), summing to 1; uniform if None.
-        solver: ``"sinkhorn"`` or ``"exact"``.
+        solver: ``"sinkhorn"``, ``"exact"`` or ``"triton"``.
 
     Raises:
         UserError: if the shapes do not fit, or for an unknown solver.
@@ -101,9 +106,19 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
         )
     if solver not in SOLVERS:
         raise UserError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
-    solve = sinkhorn if solver == "sinkhorn" else exact
+    fused = fused_for(cost.shape, cost.device) if solver == "triton" else None
+    solve = exact if solver == "exact" else fused.plans if fused else sinkhorn
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         return solve(cost.detach().float(), a.detach().float(), b.detach().float()).to(cost.dtype)
+
+
+def fused_for(cost_shape: tuple[int, ...], device: torch.device) -> ModuleType | None:
+    """`timm_sfr.fused` where it can solve problems (B, N, M) on this device; else None."""
+    try:
+        from timm_sfr import fused
+    except ImportError:  # Triton comes with torch on Linux alone
+        return None
+    return fused if fused.fits(cost_shape, device) else None
 
 
 def exact(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -121,9 +136,9 @@ def sinkhorn(
     cost: Tensor,
     a: Tensor,
     b: Tensor,
-    updates: tuple[int, ...] = (3, 4, 6),
-    eps: float = 0.08,
-    relaxation: float = 1.6,
+    updates: tuple[int, ...] = UPDATES,
+    eps: float = EPS,
+    relaxation: float = RELAXATION,
 ) -> Tensor:
     """Nearly optimal plans by entropic transport whose entropy halves from level to level: (B, N, M).
 
@@ -163,7 +178,7 @@ def sinkhorn(
             plan = plan.mul_((f - log_a / 2).exp_().transpose(1, 2)).mul_((g - log_b / 2).exp_())
             plan = plan.mul_(plan)
             f, g = torch.zeros_like(f), torch.zeros_like(g)
-        plan = plan.clamp_min_(_FLOOR)
+        plan = plan.clamp_min_(FLOOR)
         turned.copy_(plan.transpose(1, 2))
         for step in range(count):
             last = level == len(updates) - 1 and step == count - 1
@@ -175,8 +190,8 @@ def sinkhorn(
 
 
 def _relaxed(old: Tensor, goal: Tensor, relaxation: float) -> Tensor:
-    """old + relaxation * (goal - old), but no further past the goal than `_STRETCH` allows."""
-    return goal if relaxation == 1 else goal.add((goal - old).clamp_(-_STRETCH, _STRETCH), alpha=relaxation - 1)
+    """old + relaxation * (goal - old), but no further past the goal than `STRETCH` allows."""
+    return goal if relaxation == 1 else goal.add((goal - old).clamp_(-STRETCH, STRETCH), alpha=relaxation - 1)
 
 
 def round_plan(plan: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""The transport loss of one problem in one Triton program: cost, plan, loss and gradient, without leaving the registers.
+
+The same arithmetic as `timm_sfr.transport.sinkhorn`, which is its oracle and stands in where it cannot run. Imported only
+where it is asked for (``--sfr-solver triton``).
+
+Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C channels.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from timm_sfr.transport import EPS, FLOOR, RELAXATION, STRETCH, UPDATES
+
+# A tile of so many numbers is held several times over in the registers of a program: larger ones would be spilled.
+_LARGEST = 64 * 64
+_CHANNELS = 32  # read at a time
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # for tests: Triton's interpreter runs on the CPU
+
+
+def fits(cost_shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether problems (B, N, M) on `device` can be solved here: on CUDA (or by Triton's interpreter), and small enough."""
+    return (device.type == "cuda" or INTERPRETED) and _tile(cost_shape[1]) * _tile(cost_shape[2]) <= _LARGEST
+
+
+@torch.library.custom_op("timm_sfr::plans", mutates_args=())
+def plans(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """`timm_sfr.transport.sinkhorn`'s plans (B, N, M) of cost (B, N, M), a (B, N), b (B, M); all float32."""
+    cost, a, b = cost.contiguous(), a.contiguous(), b.contiguous()
+    plan = torch.empty_like(cost)
+    batch, rows, columns = cost.shape
+    _plan_kernel[(batch,)](cost, a, b, plan, rows, columns, EPS, RELAXATION, STRETCH, FLOOR, **_shape(rows, columns))
+    return plan
+
+
+@plans.register_fake
+def _(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.empty_like(cost, memory_format=torch.contiguous_format)
+
+
+def transport_costs(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """<P, C> of every problem, (B,), with C_ij = ||u_i - v_j||^2 and P `sinkhorn`'s plan of it, a constant.
+
+    The gradient reaches u alone: dL/du_i = 2 sum_j P_ij (u_i - v_j). It is computed with the loss, in the same program.
+
+    Args:
+        u: (B, N, C), float32.
+        v: (B, M, C), float32, a constant.
+        a: (B, N), as in `sinkhorn`.
+        b: (B, M), likewise.
+    """
+    return _costs(u, v, a, b)[0]
+
+
+@torch.library.custom_op("timm_sfr::transport_costs", mutates_args=())
+def _costs(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """<P, C>, (B,), and its gradient by u, (B, N, C)."""
+    u, v, a, b = (x.contiguous() for x in (u, v, a, b))
+    (batch, rows, channels), columns = u.shape, v.shape[1]
+    costs, gradient = u.new_empty(batch), torch.empty_like(u)
+    _cost_kernel[(batch,)](
+        u, v, a, b, costs, gradient, rows, columns, channels, EPS, RELAXATION, STRETCH, FLOOR,
+        CHANNELS=_CHANNELS, **_shape(rows, columns),
+    )  # fmt: skip
+    return costs, gradient
+
+
+@_costs.register_fake
+def _(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape[0]), torch.empty_like(u, memory_format=torch.contiguous_format)
+
+
+def _keep_gradient(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    return ctx.saved_tensors[0] * grad[:, None, None], None, None, None
+
+
+_costs.register_autograd(_backward, setup_context=_keep_gradient)
+
+
+def _tile(nodes: int) -> int:
+    return max(16, triton.next_power_of_2(nodes))  # tl.dot takes no less
+
+
+def _shape(rows: int, columns: int) -> dict[str, Any]:
+    tile = _tile(rows) * _tile(columns)
+    return {"ROWS": _tile(rows), "COLUMNS": _tile(columns), "FIRST": UPDATES[0], "SECOND": UPDATES[1], "THIRD": UPDATES[2],
+            "num_warps": max(1, tile // 512)}  # fmt: skip
+
+
+@triton.jit
+def _relaxed(old, goal, relaxation, stretch):
+    return goal + tl.clamp(goal - old, -stretch, stretch) * (relaxation - 1)
+
+
+@triton.jit
+def _rescaled(plan, f, g, log_a, log_b, valid, floor):
+    """The start of a level: the plan of the one before, squared over a_i b_j."""
+    plan = plan * tl.exp(f - log_a / 2)[:, None] * tl.exp(g - log_b / 2)[None, :]
+    return tl.where(valid, tl.maximum(plan * plan, floor), 0.0)
+
+
+@triton.jit
+def _fit_rows(plan, f, g, log_a, row_valid, relaxation, stretch):
+    # A row of padding has no mass; 1 in its place keeps the logarithm finite.
+    sums = tl.where(row_valid, tl.sum(plan * tl.exp(g)[None, :], 1), 1.0)
+    return _relaxed(f, log_a - tl.log(sums), relaxation, stretch)
+
+
+@triton.jit
+def _fit_columns(plan, f, g, log_b, column_valid, relaxation, stretch):
+    sums = tl.where(column_valid, tl.sum(plan * tl.exp(f)[:, None], 0), 1.0)
+    return _relaxed(g, log_b - tl.log(sums), relaxation, stretch)
+
+
+@triton.jit
+def _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, stretch, floor,
+           FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr):  # fmt: skip
+    """`timm_sfr.transport.sinkhorn` of one problem, padded: (ROWS, COLUMNS)."""
+    valid = row_valid[:, None] & column_valid[None, :]
+    far = float("inf")
+    plan = cost - tl.min(tl.where(valid, cost, far), 1)[:, None]
+    plan = plan - tl.min(tl.where(valid, plan, far), 0)[None, :]
+    mean = tl.sum(tl.sum(tl.where(valid, plan, 0.0), 1), 0) / (rows * columns)
+    plan = tl.where(valid, tl.maximum(tl.exp(-plan / (eps * tl.maximum(mean, 1e-12))), floor), 0.0)
+    log_a, log_b = tl.log(tl.where(row_valid, a, 1.0)), tl.log(tl.where(column_valid, b, 1.0))
+    f, g = log_a, log_b
+    for _ in range(FIRST):
+        f = _fit_rows(plan, f, g, log_a, row_valid, relaxation, stretch)
+        g = _fit_columns(plan, f, g, log_b, column_valid, relaxation, stretch)
+    plan = _rescaled(plan, f, g, log_a, log_b, valid, floor)
+    f, g = tl.zeros_like(f), tl.zeros_like(g)
+    for _ in range(SECOND):
+        f = _fit_rows(plan, f, g, log_a, row_valid, relaxation, stretch)
+        g = _fit_columns(plan, f, g, log_b, column_valid, relaxation, stretch)
+    plan = _rescaled(plan, f, g, log_a, log_b, valid, floor)
+    f, g = tl.zeros_like(f), tl.zeros_like(g)
+    for step in range(THIRD):
+        f = _fit_rows(plan, f, g, log_a, row_valid, relaxation, stretch)
+        # The last update meets the column masses.
+        g = _fit_columns(plan, f, g, log_b, column_valid, tl.where(step == THIRD - 1, 1.0, relaxation), stretch)
+    plan = plan * tl.exp(f)[:, None] * tl.exp(g)[None, :]
+    # Shrink what is too much, spread what is missing (`timm_sfr.transport.round_plan`).
+    tiny = 1.1754943508222875e-38
+    plan = plan * tl.minimum(a / tl.maximum(tl.sum(plan, 1), tiny), 1.0)[:, None]
+    missing_a, missing_b = tl.maximum(a - tl.sum(plan, 1), 0.0), tl.maximum(b - tl.sum(plan, 0), 0.0)
+    return plan + missing_a[:, None] * (missing_b / tl.maximum(tl.sum(missing_b, 0), tiny))[None, :]
+
+
+@triton.jit
+def _plan_kernel(cost_ptr, a_ptr, b_ptr, plan_ptr, rows, columns, eps, relaxation, stretch, floor, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr):  # fmt: skip
+    problem = tl.program_id(0).to(tl.int64)
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    row_valid, column_valid = i < rows, j < columns
+    valid = row_valid[:, None] & column_valid[None, :]
+    place = problem * rows * columns + i[:, None] * columns + j[None, :]
+    cost = tl.load(cost_ptr + place, mask=valid, other=0.0)
+    a = tl.load(a_ptr + problem * rows + i, mask=row_valid, other=0.0)
+    b = tl.load(b_ptr + problem * columns + j, mask=column_valid, other=0.0)
+    plan = _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, stretch, floor, FIRST, SECOND, THIRD)
+    tl.store(plan_ptr + place, plan, mask=valid)
+
+
+@triton.jit
+def _cost_kernel(u_ptr, v_ptr, a_ptr, b_ptr, costs_ptr, gradient_ptr, rows, columns, channels, eps, relaxation, stretch,
+                 floor, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, FIRST: tl.constexpr,
+                 SECOND: tl.constexpr, THIRD: tl.constexpr):  # fmt: skip
+    problem = tl.program_id(0).to(tl.int64)
+    i, j, c = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, CHANNELS)
+    row_valid, column_valid = i < rows, j < columns
+    a = tl.load(a_ptr + problem * rows + i, mask=row_valid, other=0.0)
+    b = tl.load(b_ptr + problem * columns + j, mask=column_valid, other=0.0)
+    u_place = problem * rows * channels + i[:, None] * channels + c[None, :]
+    v_place = problem * columns * channels + j[:, None] * channels + c[None, :]
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    u_squares, v_squares = tl.zeros((ROWS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    for start in range(0, channels, CHANNELS):
+        within = (start + c < channels)[None, :]
+        u = tl.load(u_ptr + u_place + start, mask=row_valid[:, None] & within, other=0.0)
+        v = tl.load(v_ptr + v_place + start, mask=column_valid[:, None] & within, other=0.0)
+        products = tl.dot(u, tl.trans(v), products, input_precision="ieee")  # TF32 would lose half of the digits
+        u_squares += tl.sum(u * u, 1)
+        v_squares += tl.sum(v * v, 1)
+    cost = tl.maximum(v_squares[None, :] - 2 * products + u_squares[:, None], 0.0)
+    plan = _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, stretch, floor, FIRST, SECOND, THIRD)
+    tl.store(costs_ptr + problem, tl.sum(tl.sum(plan * cost, 1), 0))
+    plan = tl.where(cost > 0, 2 * plan, 0.0)  # the clamp above passes no gradient
+    mass = tl.sum(plan, 1)
+    for start in range(0, channels, CHANNELS):
+        within = (start + c < channels)[None, :]
+        u = tl.load(u_ptr + u_place + start, mask=row_valid[:, None] & within, other=0.0)
+        v = tl.load(v_ptr + v_place + start, mask=column_valid[:, None] & within, other=0.0)
+        gradient = mass[:, None] * u - tl.dot(plan, v, input_precision="ieee")
+        tl.store(gradient_ptr + u_place + start, gradient, mask=row_valid[:, None] & within)
