@@ -68,10 +68,9 @@ class Warm:
 
 
 def can_start(words: Sequence[str], environment: Mapping[str, str], started: Mapping[str, str]) -> bool:
-    """Whether a fork is the same as a new process: a command of this Python, and nothing else that is read at its start."""
-    if words[0] != sys.executable or (words[1].startswith("-") and words[1] not in ("-c", "-m")):
-        return False
-    if words[1] == "-m" and words[2].startswith(("torch.", "pytest")):
+    """Whether a fork is the same as a new process: a command of ours, and no change of what is read at a process's start."""
+    ours = words[1].endswith(".py") or words[1] == "-c" or (words[1] == "-m" and words[2].startswith("timm_sfr"))
+    if words[0] != sys.executable or not ours:
         return False
     changed = {name for name in {*environment, *started} if environment.get(name) != started.get(name)}
     return not any(name.startswith(AT_IMPORT) for name in changed)
