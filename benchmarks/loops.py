@@ -68,7 +68,20 @@ PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
 
 
 def loader_rows(folder: Path, rounds: int) -> list[Row]:
-    """Images per second of the loader with --cache-dataset over those without, by augmentation and workers."""
+    """Images per second of the loader with --cache-dataset over those without, by augmentation and workers.
+
+    On one thread a process: a model's other threads, which wait for work by spinning, would take the workers' cores here,
+    where there is no model.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _loader_rows(folder, rounds)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _loader_rows(folder: Path, rounds: int) -> list[Row]:
     rows, accelerator = [], Accelerator(cpu=not torch.cuda.is_available())
     for workers, (name, aug) in itertools.product((0, 2), AUGMENTATIONS.items()):
         work = []
@@ -106,7 +119,7 @@ def _loader_row(what: str, plain: tuple[Callable, int], cached: tuple[Callable, 
 
 
 @contextmanager
-def small_images(source: Path | None, per_class: int = 300) -> Iterator[Path]:
+def small_images(source: Path | None, per_class: int = 1000) -> Iterator[Path]:
     """A folder with the first images of each class of `source`, or with JPEG files of noise, 32 pixels, 10 classes."""
     if source is not None and not all((source / split).is_dir() for split in ("train", "val")):
         raise UserError(
