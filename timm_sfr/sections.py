@@ -201,7 +201,7 @@ class SFRConfig(Checked):
         choices=("gaussian", "emd", "grid"),
     )
     weights: str = option("uniform", "weights of the locations", choices=MARGINALS)
-    solver: str = option("sinkhorn", "transport solver", choices=SOLVERS)
+    solver: str = option("sinkhorn", "transport solver; triton: the first, as one program a problem, on CUDA", choices=SOLVERS)
     max_nodes: int = option(49, "most locations a tap may have before it is average-pooled")
     smoothing: float = option(0.1, "label smoothing, epsilon", name="smoothing")
     smoothing_source: str = option("uniform", "what SFR smooths towards", choices=SOURCES)

@@ -18,8 +18,17 @@ from timm_sfr.taps import TapPlan
 def to_nodes(x: Tensor, grid: tuple[int, int]) -> Tensor:
     """Average-pools a map to `grid` and lists its locations: (B, C, H, W) to (B, N, C)."""
     if x.shape[-2:] != grid:
-        x = F.adaptive_avg_pool2d(x, grid)
+        x = _pool(x, grid)
     return _SameLayout.apply(x).flatten(2).transpose(1, 2)
+
+
+def _pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The mean of each cell of the grid, by adaptive pooling's bins: (B, C, H, W) to (B, C, *grid)."""
+    height, width = x.shape[-2:]
+    if height % grid[0] or width % grid[1]:
+        return F.adaptive_avg_pool2d(x, grid)
+    # The same where all cells are equal; in less time on CPUs, and on GPUs with a gradient that is the same every time.
+    return F.avg_pool2d(x, (height // grid[0], width // grid[1]))
 
 
 class _SameLayout(torch.autograd.Function):
