@@ -6,7 +6,7 @@ where it is asked for (``--sfr-solver triton``).
 Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C channels.
 """
 
-from __future__ import annotations
+# No `annotations` from the future: torch reads an operator's schema from its annotations, and older ones want types there.
 
 import os
 from typing import Any
