@@ -16,7 +16,7 @@ from timm.task import ClassificationTask
 
 import timm_sfr  # noqa: F401  (registers the architectures for small images)
 from benchmarks.faults import differences
-from timm_sfr import RunConfig
+from timm_sfr import RunConfig, measure
 from timm_sfr.advice import Circumstances, advice, total_reduction, usual_rate
 from timm_sfr.estimate import Estimate, estimate
 from timm_sfr.fit import prepare
@@ -130,6 +130,12 @@ def test_its_words():
     assert dataclasses.replace(found, loading_rate=800.0).slow_loading is None
 
 
+def test_loading_processes_are_timed_with_a_cache_too(folder, tmp_path):
+    options = {"model": "resnet20_cifar", "data_dir": str(folder), "batch_size": 20, "workers": 1, "cache_dataset": True}
+    trainer = prepare(RunConfig.from_flat({**options, "output": str(tmp_path), "device": "cpu"}))
+    assert trainer.batches.samples.batched is not None and measure._timed_loading(trainer) > 0
+
+
 def test_loading_processes_are_timed_and_too_many_told_in_one_line(folder, tmp_path):
     # On two cores at most, whatever there are, where a process can be held to some: each more is a loading process more.
     own = min(cores(), 2) if hasattr(os, "sched_setaffinity") else cores()
@@ -182,6 +188,7 @@ def lines_on(model="resnet20_cifar", **options):
         ({"layer_decay": 1.2}, "layer-decay: expected above 0 and up to 1"),
         ({"layer_decay": 0.75}, None),
         ({"workers": 5}, "workers: 5 loading processes for 4 cores; --workers 4 is enough"),
+        ({"sfr_solver": "triton"}, "sfr-solver: triton runs on CUDA alone"),
         ({"images": 100}, "batch-size: an update would take 128 images and the training split has 100"),
         ({"images": 200, "grad_accum_steps": 2}, "batch-size: an update would take 256 images"),
         ({"model": "resnet18", "img_size": 32}, "of 32 px end as 1x1 in resnet18, which divides them by 32: .*resnet18_cifar"),

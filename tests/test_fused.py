@@ -76,6 +76,31 @@ def test_a_constant_cost_and_masses_close_to_zero():
 
 
 @interpreted
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's NumPy
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_what_is_not_finite_shows(value, side):
+    nodes = [torch.randn(2, 9, 8), torch.randn(2, 12, 8)]
+    nodes[side][1, 3, 2] = value
+    for solver in ("sinkhorn", "triton"):
+        loss = emd_l2(nodes[0].requires_grad_(), nodes[1], solver=solver)
+        gradient = torch.autograd.grad(loss, nodes[0])[0]
+        assert not loss.isfinite() and gradient[0].isfinite().all() and not gradient[1].isfinite().any()
+    cost = torch.rand(2, 5, 6)
+    cost[1, 2, 3] = value
+    plan = transport_plan(cost, solver="triton")
+    assert plan[0].isfinite().all() and not plan[1].isfinite().any()
+
+
+@interpreted
+def test_a_second_derivative_is_refused():
+    u, v, *_ = problem(4, 6, 8)
+    loss = emd_l2(u.requires_grad_(), v, solver="triton")
+    with pytest.raises(NotImplementedError, match="no second derivative; take sinkhorn"):
+        torch.autograd.grad(loss, u, create_graph=True)
+
+
+@interpreted
 def test_the_operators_are_what_torch_expects():
     u, v, cost, a, b = problem(4, 6, 8)
     opcheck(fused.plans, (cost, a, b))
@@ -86,7 +111,11 @@ def test_the_operators_are_what_torch_expects():
 @interpreted
 def test_it_adds_no_graph_break():
     u, v, *_ = problem(16, 16, 8)
-    found = torch._dynamo.explain(lambda x, y: emd_l2(x, y, solver="triton"))(u.requires_grad_(), v)
+    u.requires_grad_()
+    found = torch._dynamo.explain(lambda x, y: emd_l2(x, y, solver="triton"))(u, v)
+    (expected,) = torch.autograd.grad(emd_l2(u, v, solver="triton"), u)
+    compiled = torch.compile(emd_l2, backend="aot_eager", fullgraph=True)
+    assert torch.equal(torch.autograd.grad(compiled(u, v, solver="triton"), u)[0], expected)
     assert found.graph_break_count == 0, found.break_reasons
     assert any("timm_sfr" in str(op) for ops in found.ops_per_graph for op in ops), "the kernel is in the graph"
 
@@ -97,7 +126,8 @@ def test_elsewhere_the_eager_solver_stands_in():
     assert fused_for(cost.shape, cost.device) is None
     assert torch.equal(transport_plan(cost, a, b, "triton"), transport_plan(cost, a, b))
     assert torch.equal(emd_l2(u, v, solver="triton"), emd_l2(u, v))
-    assert fused.fits((8, 64, 64), torch.device("cuda")) and not fused.fits((8, 65, 64), torch.device("cuda"))
+    cuda = torch.device("cuda")
+    assert fused.fits((8, 64, 64), cuda) and not fused.fits((8, 65, 64), cuda) and not fused.fits((8, 16, 128), cuda)
 
 
 @pytest.mark.skipif(fused.INTERPRETED, reason="of compiled kernels")

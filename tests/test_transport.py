@@ -229,3 +229,10 @@ def test_wrong_shapes_and_names_are_refused():
         gaussian_l2(torch.rand(2, 3, 4), torch.rand(2, 3, 4), weights="equal")
     with pytest.raises(UserError, match="equal node counts"):
         emd_l2(torch.rand(2, 3, 4), torch.rand(2, 5, 4), matching="grid")
+
+
+@pytest.mark.parametrize("loss", [emd_l2, gaussian_l2])
+def test_nan_is_no_dead_feature(loss):
+    u, v = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    u[0, 1, 2] = float("nan")
+    assert loss(u, v).isnan() and loss(v, u).isnan()

@@ -1,13 +1,15 @@
 """Commands of Python in processes of their own that need not import torch again: forks of one that has.
 
 A test's command then starts in a quarter of a second instead of six, and is else what it was: its own process, environment,
-folder and streams, run from its file, ended by the interpreter. Our own modules are never imported beforehand.
+folder and streams, run from its file, ended by the interpreter. Our own modules are never imported beforehand. All forks of one
+server share the seed of Python's hashes: tests with launchers, signals and COLD=1 have processes of other seeds.
 
 ``python warm.py MODULE...`` serves: it reads a command as a line of JSON, and answers its process and then its exit status.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -18,14 +20,18 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+
+import numpy as np
 
 SLOW = ("torch", "torch._dynamo", "torchvision.transforms", "sklearn.datasets", "sklearn.model_selection", "scipy.stats",
         "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2", "psutil", "yaml", "safetensors.torch")  # fmt: skip
 # They read the Hub's address from the environment when they are imported.
 HUB = ("huggingface_hub.hf_api", "timm", "accelerate")
-AT_IMPORT = ("OMP_", "MKL_", "TORCH", "PYTHON", "MALLOC", "GLIBC", "LD_", "CUDA", "NCCL", "TRITON", "PATH", "VIRTUAL_ENV")
+LATER = ("HF_", "NO_PROXY", "WANDB_", "TRACKIO_", "TIMM_SFR_", "PYTEST_")  # read by nothing in SLOW when it is imported
 
 
 class Warm:
@@ -39,24 +45,42 @@ class Warm:
         self, words: Sequence[str], environment: Mapping[str, str], folder: Path, timeout: float
     ) -> subprocess.CompletedProcess[str]:
         """``python WORDS``; as ``subprocess.run`` with its output captured as text."""
+        process = None
+        try:
+            with tempfile.TemporaryDirectory() as place:
+                said = [Path(place, name) for name in ("stdout", "stderr")]
+                self._ask([list(words), dict(environment), str(folder), *map(str, said)])
+                process = self._answer(60)
+                status = self._answer(timeout)
+                texts = [path.read_text() for path in said]
+        except BaseException as error:  # nothing of this command may be taken for an answer to the next
+            self.close()
+            if process is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            if isinstance(error, TimeoutError):
+                raise subprocess.TimeoutExpired(list(words), timeout) from error
+            raise
+        return subprocess.CompletedProcess(list(words), status, *texts)
+
+    def _ask(self, command: list) -> None:
         if self.server is None:
             self.server = subprocess.Popen(
                 [sys.executable, __file__, *self.modules],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=self.environment,
             )  # fmt: skip
-        with tempfile.TemporaryDirectory() as place:
-            said = [Path(place, name) for name in ("stdout", "stderr")]
-            asked = [list(words), dict(environment), str(folder), *map(str, said)]
-            print(json.dumps(asked), file=self.server.stdin, flush=True)
-            process = int(self.server.stdout.readline())
-            ready, _, _ = select.select([self.server.stdout], [], [], timeout)
-            if not ready:
-                os.kill(process, signal.SIGKILL)
-            status = int(self.server.stdout.readline())
-            texts = [path.read_text() for path in said]
-        if not ready:
-            raise subprocess.TimeoutExpired(list(words), timeout, *texts)
-        return subprocess.CompletedProcess(list(words), status, *texts)
+        self.server.stdin.write(json.dumps(command).encode() + b"\n")
+
+    def _answer(self, timeout: float) -> int:
+        """The next number that the server says."""
+        line, end = b"", time.monotonic() + timeout
+        while not line.endswith(b"\n"):
+            if not select.select([self.server.stdout], [], [], max(0, end - time.monotonic()))[0]:
+                raise TimeoutError
+            byte = self.server.stdout.read(1)  # no more: what follows is another answer
+            assert byte, "the server has ended"
+            line += byte
+        return int(line)
 
     def close(self) -> None:
         """Ends the server."""
@@ -73,7 +97,7 @@ def can_start(words: Sequence[str], environment: Mapping[str, str], started: Map
     if words[0] != sys.executable or not ours:
         return False
     changed = {name for name in {*environment, *started} if environment.get(name) != started.get(name)}
-    return not any(name.startswith(AT_IMPORT) for name in changed)
+    return all(name.startswith(LATER) for name in changed)
 
 
 def serve() -> list:
@@ -99,6 +123,7 @@ def become(environment: Mapping[str, str], folder: str, out: str, err: str) -> N
         os.close(opened)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  as long as the process
     tempfile.tempdir = None
+    np.random.seed()
 
 
 def execute(words: list[str]) -> None:
@@ -110,7 +135,8 @@ def execute(words: list[str]) -> None:
     elif words[0] == "-c":
         sys.path[0] = ""
         sys.argv[0] = "-c"
-        exec(compile(words[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
+        sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec", dont_inherit=True), sys.modules["__main__"].__dict__)
     else:
         sys.path[0] = str(Path(words[0]).parent)
         runpy.run_path(words[0], run_name="__main__")

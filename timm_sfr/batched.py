@@ -12,7 +12,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,10 +79,11 @@ class BatchTransform:
 
     def draw(self, height: int, width: int) -> Draw:
         """Draws for an image of this size, by the functions that timm's transform calls, and in their order."""
-        crop = self.crop.get_params(_blank(height, width), self.crop.scale, self.crop.ratio)
+        blank = torch.empty(0, height, width)  # it is asked for its size alone
+        crop = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
         filters = self._filters()
         resample = _FILTERS[filters[0] if isinstance(self.crop.interpolation, InterpolationMode) else random.choice(filters)]
-        mirrored, upended = (p is not None and torch.rand(1).item() < p for p in self.flips)
+        mirrored, upended = (p is not None and bool(torch.rand(1) < p) for p in self.flips)
         return Draw(crop, resample, mirrored, upended, self._draw_colours())
 
     def __call__(self, images: Sequence[np.ndarray], draws: Sequence[Draw]) -> np.ndarray:
@@ -129,17 +129,15 @@ class Batch:
     images_BCHW: np.ndarray
     targets: list[int]
 
+    def __len__(self) -> int:
+        return len(self.targets)
+
 
 def collate(samples: list[tuple[Any, int]] | Batch) -> tuple[Tensor, Tensor]:
     """Images (B, C, H, W), uint8, and class indices (B,)."""
     if isinstance(samples, Batch):
         return torch.from_numpy(samples.images_BCHW), torch.tensor(samples.targets)
     return fast_collate(samples)
-
-
-@lru_cache(maxsize=64)
-def _blank(height: int, width: int) -> Image.Image:
-    return Image.new("L", (width, height))
 
 
 def _blend(base: np.ndarray, images_BCHW: np.ndarray, factors_B111: np.ndarray) -> np.ndarray:

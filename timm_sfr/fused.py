@@ -18,15 +18,14 @@ from torch import Tensor
 
 from timm_sfr.transport import EPS, FLOOR, RELAXATION, STRETCH, UPDATES
 
-# A tile of so many numbers is held several times over in the registers of a program: larger ones would be spilled.
-_LARGEST = 64 * 64
+_MOST = 64  # nodes on a side: a program holds the plan several times over in its registers
 _CHANNELS = 32  # read at a time
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # for tests: Triton's interpreter runs on the CPU
 
 
 def fits(cost_shape: tuple[int, ...], device: torch.device) -> bool:
     """Whether problems (B, N, M) on `device` can be solved here: on CUDA (or by Triton's interpreter), and small enough."""
-    return (device.type == "cuda" or INTERPRETED) and _tile(cost_shape[1]) * _tile(cost_shape[2]) <= _LARGEST
+    return (device.type == "cuda" or INTERPRETED) and max(cost_shape[1:]) <= _MOST
 
 
 @torch.library.custom_op("timm_sfr::plans", mutates_args=())
@@ -35,7 +34,8 @@ def plans(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     cost, a, b = cost.contiguous(), a.contiguous(), b.contiguous()
     plan = torch.empty_like(cost)
     batch, rows, columns = cost.shape
-    _plan_kernel[(batch,)](cost, a, b, plan, rows, columns, EPS, RELAXATION, STRETCH, FLOOR, **_shape(rows, columns))
+    with torch.cuda.device_of(cost):  # Triton starts its programs on the current device
+        _plan_kernel[(batch,)](cost, a, b, plan, rows, columns, EPS, RELAXATION, STRETCH, FLOOR, **_shape(rows, columns))
     return plan
 
 
@@ -64,10 +64,11 @@ def _costs(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     u, v, a, b = (x.contiguous() for x in (u, v, a, b))
     (batch, rows, channels), columns = u.shape, v.shape[1]
     costs, gradient = u.new_empty(batch), torch.empty_like(u)
-    _cost_kernel[(batch,)](
-        u, v, a, b, costs, gradient, rows, columns, channels, EPS, RELAXATION, STRETCH, FLOOR,
-        CHANNELS=_CHANNELS, **_shape(rows, columns),
-    )  # fmt: skip
+    with torch.cuda.device_of(u):
+        _cost_kernel[(batch,)](
+            u, v, a, b, costs, gradient, rows, columns, channels, EPS, RELAXATION, STRETCH, FLOOR,
+            CHANNELS=_CHANNELS, **_shape(rows, columns),
+        )  # fmt: skip
     return costs, gradient
 
 
@@ -81,6 +82,8 @@ def _keep_gradient(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
+    if torch.is_grad_enabled():
+        raise NotImplementedError("the triton solver has no second derivative; take sinkhorn")
     return ctx.saved_tensors[0] * grad[:, None, None], None, None, None
 
 
@@ -98,15 +101,21 @@ def _shape(rows: int, columns: int) -> dict[str, Any]:
 
 
 @triton.jit
+def _at_least(x, low):
+    # Triton's own loses NaN, which the guard of the loss has to see.
+    return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _relaxed(old, goal, relaxation, stretch):
-    return goal + tl.clamp(goal - old, -stretch, stretch) * (relaxation - 1)
+    return goal + tl.clamp(goal - old, -stretch, stretch, propagate_nan=tl.PropagateNan.ALL) * (relaxation - 1)
 
 
 @triton.jit
 def _rescaled(plan, f, g, log_a, log_b, valid, floor):
     """The start of a level: the plan of the one before, squared over a_i b_j."""
     plan = plan * tl.exp(f - log_a / 2)[:, None] * tl.exp(g - log_b / 2)[None, :]
-    return tl.where(valid, tl.maximum(plan * plan, floor), 0.0)
+    return tl.where(valid, _at_least(plan * plan, floor), 0.0)
 
 
 @triton.jit
@@ -131,7 +140,7 @@ def _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, 
     plan = cost - tl.min(tl.where(valid, cost, far), 1)[:, None]
     plan = plan - tl.min(tl.where(valid, plan, far), 0)[None, :]
     mean = tl.sum(tl.sum(tl.where(valid, plan, 0.0), 1), 0) / (rows * columns)
-    plan = tl.where(valid, tl.maximum(tl.exp(-plan / (eps * tl.maximum(mean, 1e-12))), floor), 0.0)
+    plan = tl.where(valid, _at_least(tl.exp(-plan / (eps * _at_least(mean, 1e-12))), floor), 0.0)
     log_a, log_b = tl.log(tl.where(row_valid, a, 1.0)), tl.log(tl.where(column_valid, b, 1.0))
     f, g = log_a, log_b
     for _ in range(FIRST):
@@ -151,9 +160,9 @@ def _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, 
     plan = plan * tl.exp(f)[:, None] * tl.exp(g)[None, :]
     # Shrink what is too much, spread what is missing (`timm_sfr.transport.round_plan`).
     tiny = 1.1754943508222875e-38
-    plan = plan * tl.minimum(a / tl.maximum(tl.sum(plan, 1), tiny), 1.0)[:, None]
-    missing_a, missing_b = tl.maximum(a - tl.sum(plan, 1), 0.0), tl.maximum(b - tl.sum(plan, 0), 0.0)
-    return plan + missing_a[:, None] * (missing_b / tl.maximum(tl.sum(missing_b, 0), tiny))[None, :]
+    plan = plan * tl.minimum(a / _at_least(tl.sum(plan, 1), tiny), 1.0, propagate_nan=tl.PropagateNan.ALL)[:, None]
+    missing_a, missing_b = _at_least(a - tl.sum(plan, 1), 0.0), _at_least(b - tl.sum(plan, 0), 0.0)
+    return plan + missing_a[:, None] * (missing_b / _at_least(tl.sum(missing_b, 0), tiny))[None, :]
 
 
 @triton.jit
@@ -191,10 +200,11 @@ def _cost_kernel(u_ptr, v_ptr, a_ptr, b_ptr, costs_ptr, gradient_ptr, rows, colu
         products = tl.dot(u, tl.trans(v), products, input_precision="ieee")  # TF32 would lose half of the digits
         u_squares += tl.sum(u * u, 1)
         v_squares += tl.sum(v * v, 1)
-    cost = tl.maximum(v_squares[None, :] - 2 * products + u_squares[:, None], 0.0)
+    distance = v_squares[None, :] - 2 * products + u_squares[:, None]
+    cost = _at_least(distance, 0.0)
     plan = _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, stretch, floor, FIRST, SECOND, THIRD)
     tl.store(costs_ptr + problem, tl.sum(tl.sum(plan * cost, 1), 0))
-    plan = tl.where(cost > 0, 2 * plan, 0.0)  # the clamp above passes no gradient
+    plan = tl.where(distance < 0, 0.0, 2 * plan)  # the clamp above passes no gradient there
     mass = tl.sum(plan, 1)
     for start in range(0, channels, CHANNELS):
         within = (start + c < channels)[None, :]

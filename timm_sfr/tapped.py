@@ -27,7 +27,8 @@ def _pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
     height, width = x.shape[-2:]
     if height % grid[0] or width % grid[1]:
         return F.adaptive_avg_pool2d(x, grid)
-    # The same where all cells are equal; in less time on CPUs, and on GPUs with a gradient that is the same every time.
+    # The same where all cells are equal, in less time on CPUs; and on GPUs the gradient of adaptive pooling is on PyTorch's
+    # list of what does not repeat to the bit.
     return F.avg_pool2d(x, (height // grid[0], width // grid[1]))
 
 

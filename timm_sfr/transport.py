@@ -5,6 +5,7 @@ Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C chann
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -14,6 +15,7 @@ from timm_sfr.errors import UserError
 
 SOLVERS = ("sinkhorn", "exact", "triton")
 MARGINALS = ("uniform", "cross")
+_TRITON = find_spec("triton") is not None  # it comes with torch on Linux alone
 
 # A local feature whose largest entry is below this carries no direction: it counts as zero rather than being blown up,
 # and no gradient of 1 / ||x|| overflows fp16.
@@ -38,7 +40,8 @@ def unit(x: Tensor) -> Tensor:
     scale = x.detach().abs().amax(-1, keepdim=True)
     x = x / scale.clamp_min(1e-12)
     # The clamp matters only for all-zero features: any other has norm >= 1 after the division.
-    return torch.where(scale > _DEAD, x * x.square().sum(-1, keepdim=True).clamp_min(1e-6).rsqrt(), 0.0)
+    # Asked this way round NaN is no dead feature, and stays to be seen.
+    return torch.where(scale <= _DEAD, 0.0, x * x.square().sum(-1, keepdim=True).clamp_min(1e-6).rsqrt())
 
 
 def cost_matrix(u: Tensor, v: Tensor) -> Tensor:
@@ -114,10 +117,10 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
 
 def fused_for(cost_shape: tuple[int, ...], device: torch.device) -> ModuleType | None:
     """`timm_sfr.fused` where it can solve problems (B, N, M) on this device; else None."""
-    try:
-        from timm_sfr import fused
-    except ImportError:  # Triton comes with torch on Linux alone
+    if not _TRITON:
         return None
+    from timm_sfr import fused
+
     return fused if fused.fits(cost_shape, device) else None
 
 
