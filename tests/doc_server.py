@@ -19,6 +19,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from warm import become
+
 ROOT = Path(__file__).resolve().parent.parent
 CLIENT = """#!{python} -IS
 import json, os, socket, sys
@@ -221,13 +223,7 @@ def answer(link: socket.socket) -> None:
     while len(asked) < int.from_bytes(size, "big"):
         asked += link.recv(1 << 20)
     name, words, folder, env = json.loads(asked)
-    for target, stream in enumerate(streams):
-        os.dup2(stream, target)
-        os.close(stream)
-    os.chdir(folder)
-    os.environ.clear()
-    os.environ.update(env)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115  as long as the process
+    become(env, folder, streams)
     sys.argv = [name, *words]
     status = 1
     try:

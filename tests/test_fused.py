@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import run
-from torch.library import opcheck
+from torch import library
 
 from timm_sfr import emd_l2, transport_plan
 from timm_sfr.transport import cost_matrix, cross_marginals, fused_for, sinkhorn, uniform_marginals, unit
@@ -103,8 +103,8 @@ def test_a_second_derivative_is_refused():
 @interpreted
 def test_the_operators_are_what_torch_expects():
     u, v, cost, a, b = problem(4, 6, 8)
-    opcheck(fused.plans, (cost, a, b))
-    opcheck(torch.ops.timm_sfr.transport_costs.default, (u.requires_grad_(), v, a, b),
+    library.opcheck(fused.plans, (cost, a, b))
+    library.opcheck(torch.ops.timm_sfr.transport_costs.default, (u.requires_grad_(), v, a, b),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))  # fmt: skip
 
 

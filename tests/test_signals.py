@@ -43,7 +43,7 @@ def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
     assert differences(whole, tmp_path / "run") == []
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 @pytest.mark.slow
 def test_ctrl_c_on_two_processes_keeps_a_checkpoint(launcher, tmp_path):
     """A terminal sends SIGINT to the launcher and to all that it started; torchrun then hands it on once more."""

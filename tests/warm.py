@@ -112,15 +112,14 @@ def serve() -> list:
     sys.exit()
 
 
-def become(environment: Mapping[str, str], folder: str, out: str, err: str) -> None:
-    """Makes this process what a new one would be."""
+def become(environment: Mapping[str, str], folder: str, streams: Sequence[int]) -> None:
+    """Makes this fork what a new process would be, with these descriptors for its three standard streams."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    for target, path in enumerate((os.devnull, out, err)):
-        opened = os.open(path, os.O_RDONLY if target == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, target)
-        os.close(opened)
+    for target, stream in enumerate(streams):
+        os.dup2(stream, target)
+        os.close(stream)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115  as long as the process
     tempfile.tempdir = None
     np.random.seed()
@@ -146,6 +145,7 @@ if __name__ == "__main__":
     for module in sys.argv[1:]:
         importlib.import_module(module)
     assert threading.active_count() == 1, "a fork has only the thread that forks"
-    command, *rest = serve()
-    become(*rest)
+    command, given, place, *said = serve()
+    written = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    become(given, place, [os.open(os.devnull, os.O_RDONLY), *(os.open(path, written) for path in said)])
     execute(command)

@@ -64,7 +64,9 @@ class BatchTransform:
         if order != sorted(set(order)) or not {0, len(_STEPS) - 1} <= set(order) or -1 in order:
             return None
         made, hue = cls(steps), getattr(steps.get(ColorJitter), "hue", None)
-        known = hue is None and set(made._filters()) <= set(_FILTERS)
+        filters = made.crop.interpolation
+        filters = {filters} if isinstance(filters, InterpolationMode) else set(filters)
+        known = hue is None and filters <= set(_FILTERS)
         return made if known and math.prod(made.crop.size) <= _LARGEST else None
 
     def agrees(self, transform: Callable, images: Sequence[np.ndarray], seed: Callable[[int], None]) -> bool:
@@ -81,10 +83,10 @@ class BatchTransform:
         """Draws for an image of this size, by the functions that timm's transform calls, and in their order."""
         blank = torch.empty(0, height, width)  # it is asked for its size alone
         crop = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
-        filters = self._filters()
-        resample = _FILTERS[filters[0] if isinstance(self.crop.interpolation, InterpolationMode) else random.choice(filters)]
+        drawn = self.crop.interpolation
+        drawn = drawn if isinstance(drawn, InterpolationMode) else random.choice(drawn)
         mirrored, upended = (p is not None and bool(torch.rand(1) < p) for p in self.flips)
-        return Draw(crop, resample, mirrored, upended, self._draw_colours())
+        return Draw(crop, _FILTERS[drawn], mirrored, upended, self._draw_colours())
 
     def __call__(self, images: Sequence[np.ndarray], draws: Sequence[Draw]) -> np.ndarray:
         """uint8 images (H, W, C) of any sizes, changed as drawn, (B, C, H, W)."""
@@ -105,10 +107,6 @@ class BatchTransform:
                     rows = list(rows)
                     batch_BCHW[rows] = change(batch_BCHW[rows], np.array(factors, np.float32).reshape(-1, 1, 1, 1))
         return batch_BCHW
-
-    def _filters(self) -> tuple[InterpolationMode, ...]:
-        filters = self.crop.interpolation
-        return (filters,) if isinstance(filters, InterpolationMode) else tuple(filters)
 
     def _draw_colours(self) -> tuple[tuple[int, int, float], ...]:
         if self.jitter is None:

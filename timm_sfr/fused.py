@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from timm_sfr.transport import EPS, FLOOR, RELAXATION, STRETCH, UPDATES
 
@@ -28,7 +28,7 @@ def fits(cost_shape: tuple[int, ...], device: torch.device) -> bool:
     return (device.type == "cuda" or INTERPRETED) and max(cost_shape[1:]) <= _MOST
 
 
-@torch.library.custom_op("timm_sfr::plans", mutates_args=())
+@library.custom_op("timm_sfr::plans", mutates_args=())
 def plans(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """`timm_sfr.transport.sinkhorn`'s plans (B, N, M) of cost (B, N, M), a (B, N), b (B, M); all float32."""
     cost, a, b = cost.contiguous(), a.contiguous(), b.contiguous()
@@ -58,7 +58,7 @@ def transport_costs(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _costs(u, v, a, b)[0]
 
 
-@torch.library.custom_op("timm_sfr::transport_costs", mutates_args=())
+@library.custom_op("timm_sfr::transport_costs", mutates_args=())
 def _costs(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """<P, C>, (B,), and its gradient by u, (B, N, C)."""
     u, v, a, b = (x.contiguous() for x in (u, v, a, b))

@@ -50,10 +50,9 @@ def emd_l2(
         if matching == "grid":
             if u.shape != v.shape:
                 raise UserError(f"grid matching needs equal node counts; got {u.shape[1]} and {v.shape[1]}")
-            a = cross_marginals(u, v)[0] if weights == "cross" else u.new_full(u.shape[:2], 1 / u.shape[1])
+            a = cross_marginals(u, v)[0] if weights == "cross" else _even(u)
             return (a * (u - v).square().sum(-1)).sum(-1).mean()
-        cross = weights == "cross"
-        a, b = cross_marginals(u, v) if cross else (x.new_full(x.shape[:2], 1 / x.shape[1]) for x in (u, v))
+        a, b = cross_marginals(u, v) if weights == "cross" else (_even(u), _even(v))
         fused = fused_for((*u.shape[:2], v.shape[1]), u.device) if solver == "triton" else None
         if fused:
             return fused.transport_costs(u, v, a, b).mean()
@@ -88,9 +87,14 @@ def gaussian_l2(shallow: Tensor, deep: Tensor, *, weights: str = "uniform") -> T
         return ((mean_u - mean_v).square() + (sigma_u - sigma_v).square()).sum(-1).mean()
 
 
+def _even(x: Tensor) -> Tensor:
+    """Equal weights (B, N) of the nodes of x (B, N, C)."""
+    return x.new_full(x.shape[:2], 1 / x.shape[1])
+
+
 def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Means and deviations (B, C) of x (B, N, C) over its nodes, weighted by (B, N) if given."""
-    share = x.new_full(x.shape[:2], 1 / x.shape[1]) if weights is None else weights
+    share = _even(x) if weights is None else weights
     mean = (share[:, :, None] * x).sum(1)
     # 1e-8 keeps the root's gradient finite for a channel that is the same everywhere.
     return mean, ((share[:, :, None] * (x - mean[:, None]).square()).sum(1) + 1e-8).sqrt()

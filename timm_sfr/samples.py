@@ -223,8 +223,10 @@ def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode
 def _batched(transform: Callable, cached: Cached) -> BatchTransform | None:
     """`transform` on batches, where it can be and a sample of the images shows the same bits with this Pillow."""
     batched = BatchTransform.of(transform)
+    if batched is None or not cached.pictures:
+        return None
     sample = [cached.array(index)[0] for index in range(0, len(cached), max(1, len(cached) // 32))]
-    if batched is None or not cached.pictures or any(image.ndim != 3 or image.shape[2] != 3 for image in sample):
+    if any(image.ndim != 3 or image.shape[2] != 3 for image in sample):
         return None
     with random_state_kept():
         if batched.agrees(transform, sample, seed_cpu):
