@@ -90,7 +90,7 @@ def candidates() -> dict[str, dict[str, Solve]]:
     }
     if torch.cuda.is_available():
         found["timm_sfr triton"] = {"": partial(transport_plan, solver="triton")}
-    # POT's third method, `proximal`, is left out: in 0.9.7 it ends at the independent plan whatever its settings are.
+    # POT's third method, `proximal`, is left out: up to 0.9.7.post1 it has a sign error (PythonOT/POT#842, fixed by #844).
     for method in ("log_sinkhorn", "sinkhorn"):
         found[f"ot.batch {method}"] = {
             f"reg {reg:g}, {count}": partial(pot_batch, reg=reg, iterations=count, method=method)
