@@ -36,9 +36,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
+SPLITS = {"val": 1, "val-part2": 2, "heldout": 1}  # what scores are measured on, and which part of the set is trained on
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run of the comparison."""
+    """One run of the comparison; `split` is one of `SPLITS`."""
 
     preset: str
     set: str
@@ -93,7 +96,9 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
     if data.source is not None:
         SOURCES[data.source](cell.weights(output))
     parts = Parts(
-        splits=lambda *_: open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout"),
+        splits=lambda *_: open_sets(
+            root, data.name, data.pixels, data.per_class, cell.split == "heldout", SPLITS[cell.split]
+        ),
         task=lambda model, sfr, size, device, _: make(model, size, device),
         batches=partial(DeviceBatches, companions=COMPANIONS.get(cell.method.partition(":")[0]), limit=limit),
         val_loader=val_batches,
@@ -189,11 +194,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--epochs", type=positive, help="epochs (default: the set's), for a trial or for equal wall time"
     )
     parser.add_argument("--heldout", action="store_true", help="score a held-out tenth of train, to choose options")
+    parser.add_argument("--part", type=int, choices=(1, 2), default=1, help="2: train on the next images of the fixed order, "
+                        "as many a class, on which nothing was chosen")  # fmt: skip
     parser.add_argument("--jobs", type=positive, default=2, help="runs side by side")
     parser.add_argument("--minutes", type=float, help="start no run after this long; those begun go on to their end")
     parser.add_argument("--limit", type=positive, help="batches an epoch: a trial of a preset, into a --csv of its own")
     parser.add_argument("--csv", type=Path, help=f"default: {RESULTS.name}, or {HELD_OUT.name}, in {HERE.name}/results")
     args = parser.parse_args(arguments)
+    if args.heldout and args.part == 2:
+        parser.error("--part 2 is scored on val alone: leave --heldout out")
     args.csv = args.csv or (HELD_OUT if args.heldout else RESULTS)
     return args
 
@@ -225,7 +234,7 @@ def missing(args: argparse.Namespace) -> list[Cell]:
     for row in rows:
         _same_options(row, args.csv)
     done = {tuple(row[field.name] for field in dataclasses.fields(Cell)) for row in rows}
-    split = "heldout" if args.heldout else "val"
+    split = "heldout" if args.heldout else "val" if args.part == 1 else "val-part2"
     cells = [
         Cell(args.preset, name, method, seed, split, args.epochs or PRESETS[args.preset][name].epochs)
         # Other seeds to choose by than to report: both train on the same images.

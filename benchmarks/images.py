@@ -64,24 +64,36 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
     return arrays["images"], arrays["labels"], names
 
 
-def choose(labels: np.ndarray, per_class: int | None, held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+def choose(
+    labels: np.ndarray, per_class: int | None, held_out: bool, part: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
     """Indices to train on and indices held out, in ascending order, both fixed and never the same image.
 
-    In a fixed random order of every class, the first `per_class` (None: all) are trained on; with `held_out`, the
-    last tenth of the class is held out, and what is trained on comes from the rest.
+    In a fixed random order of every class, the first `per_class` (None: all) are trained on, or with `part` 2 the next
+    as many; with `held_out`, the last tenth of the class is held out, and what is trained on comes from the rest.
+
+    Raises:
+        UserError: if a class has no such part.
     """
     order = np.random.default_rng(0).permutation(len(labels))
     kinds = [order[labels[order] == kind] for kind in np.unique(labels)]
     ends = [len(kind) - (len(kind) // 10 if held_out else 0) for kind in kinds]
-    train = [kind[:end][:per_class] for kind, end in zip(kinds, ends, strict=True)]
+    start = (part - 1) * (per_class or max(ends))
+    train = [kind[:end][start:][:per_class] for kind, end in zip(kinds, ends, strict=True)]
+    if part > 1 and min(map(len, train)) < (per_class or 1):
+        raise UserError(
+            f"part: part {part} needs {part * (per_class or max(ends))} training images of every class; one has {min(ends)}"
+        )
     rest = [kind[end:] for kind, end in zip(kinds, ends, strict=True)]
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(rest))
 
 
-def open_sets(root: Path, name: str, pixels: int, per_class: int | None, held_out: bool) -> tuple[Split, Split]:
+def open_sets(
+    root: Path, name: str, pixels: int, per_class: int | None, held_out: bool, part: int = 1
+) -> tuple[Split, Split]:
     """The part to train on and the part that scores are measured on: ``val``, or a fixed tenth of ``train``."""
     images, labels, names = decode(root, name, "train", pixels)
-    chosen, rest = choose(labels, per_class, held_out)
+    chosen, rest = choose(labels, per_class, held_out, part)
     val = (images[rest], labels[rest])
     if not held_out:
         *val, found = decode(root, name, "val", pixels)

@@ -197,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
         label = "-".join(kind)
         found = summaries(chosen)
         picture = args.document.parent / f"results-{label}.svg"
-        split = {"heldout": "held-out images"}.get(kind[2], kind[2])
+        split = {"heldout": "held-out images", "val-part2": "val, trained on part 2,"}.get(kind[2], kind[2])
         plot(found, f"{kind[1]} ({kind[0]} preset)", f"top-1 on {split} at the last epoch, %", picture)
         times = timings(clock, *kind[:2])
         ratios = {row["method"]: float(row["ratio"]) for row in times}

@@ -32,6 +32,16 @@ def test_held_out_images_are_a_fixed_tenth_and_never_trained_on():
     assert not set(held) & set(rest) and len(rest) + len(held) == len(everything) == 150
 
 
+def test_part_2_is_the_next_images_of_every_class_and_none_of_part_1():
+    labels = np.repeat(np.arange(3), 50)
+    first, second = (choose(labels, 20, False, part)[0] for part in (1, 2))
+    assert np.bincount(labels[second]).tolist() == [20] * 3 and not set(first) & set(second)
+    assert set(first) | set(second) == set(choose(labels, 40, False)[0])
+    for per_class in (26, None):
+        with pytest.raises(UserError, match="needs .* training images of every class; one has 50"):
+            choose(labels, per_class, False, 2)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """A set of noisy colours: 4 classes of 40 images to train on and 10 to score."""
