@@ -38,7 +38,7 @@ def test_part_2_is_the_next_images_of_every_class_and_none_of_part_1():
     assert np.bincount(labels[second]).tolist() == [20] * 3 and not set(first) & set(second)
     assert set(first) | set(second) == set(choose(labels, 40, False)[0])
     for per_class in (26, None):
-        with pytest.raises(UserError, match="needs .* training images of every class; one has 50"):
+        with pytest.raises(UserError, match="training images of every class; one has 50"):
             choose(labels, per_class, False, 2)
 
 

@@ -153,8 +153,8 @@ def sinkhorn(
     and every further level starts from G_ij = P_ij^2 / (a_i b_j). Squaring halves the entropy weight, since P is
     exp((phi + psi - K) / eps) for some phi and psi, and takes in the potentials found so far; so float32 holds any
     level, and only the first takes the exponential of a matrix. Up to row and column scalings that is the proximal step
-    of IPOT (Xie et al., UAI 2020, arXiv 1802.04307) with a proximal weight equal to the entropy weight. The number of updates is fixed: nothing synchronises,
-    no graph breaks.
+    of IPOT (Xie et al., UAI 2020, arXiv 1802.04307) with a proximal weight equal to the entropy weight. The number of
+    updates is fixed: nothing synchronises, no graph breaks.
 
     Two things make so few enough. The minima are off, so that eps is measured against the differences that decide the
     plan. Over-relaxation (arXiv 1711.01851) takes each update w times as far, but for the last, which meets the column
