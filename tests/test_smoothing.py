@@ -1,21 +1,25 @@
 """Dynamic label smoothing."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy
 
-from timm_sfr import DynamicLabelSmoothing, UserError
-from timm_sfr.smoothing import ramp
+from timm_sfr import DynamicLabelSmoothing, SFRConfig, UserError
+from timm_sfr.smoothing import own_epsilon, ramp
+from timm_sfr.task import weight_at
 
+OWN = (None, None, "constant")  # SFR's default: it finds its own strength
 OPTIONS = [(source, schedule) for source in ("uniform", "classes") for schedule in ("constant", "ramp", "confidence")]
 
 
-@pytest.mark.parametrize("source,schedule", OPTIONS)
+@pytest.mark.parametrize("form", [OWN] + [(0.3, *option) for option in OPTIONS])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_targets_are_distributions(source, schedule, mixed):
-    smoothing = DynamicLabelSmoothing(7, 0.3, source, schedule)
+def test_targets_are_distributions(form, mixed):
+    smoothing = DynamicLabelSmoothing(7, *form)
     logits, target = torch.randn(32, 7) * 4, torch.randint(0, 7, (32,))
     for epoch in range(3):
         smoothing.set_epoch(epoch, 3)
@@ -38,6 +42,40 @@ def test_uniform_constant_is_timms_label_smoothing():
     logits, target = torch.randn(16, 5), torch.randint(0, 5, (16,))
     loss, epsilon = DynamicLabelSmoothing(5, 0.1)(logits, target)
     assert torch.allclose(loss, LabelSmoothingCrossEntropy(0.1)(logits, target), atol=1e-6) and epsilon == 0.1
+
+
+def test_own_strength_makes_the_right_class_a_hundred_times_as_probable_as_any_other_up_to_a_half():
+    for classes in (2, 10, 50, 100):
+        epsilon = own_epsilon(classes)
+        other = epsilon / classes
+        assert (1 - epsilon + other) / other == pytest.approx(100) if classes < 100 else epsilon <= 0.5
+    assert own_epsilon(1000) == own_epsilon(21841) == 0.5
+
+
+def test_own_strength_is_near_nothing_in_short_training_and_whole_in_long():
+    assert own_epsilon(100, 16) < 0.12 and 0.4 < own_epsilon(100, 48) < own_epsilon(100, 300) <= own_epsilon(100) <= 0.5
+    assert own_epsilon(10, 48) == pytest.approx(10 / 109 * (1 - math.exp(-((48 / 32) ** 2))))
+    strengths = [own_epsilon(100, epochs) for epochs in range(1, 100)]
+    assert strengths == sorted(strengths)
+
+
+def test_own_strength_rises_over_the_first_epochs_as_lambda_does():
+    smoothing, moved = DynamicLabelSmoothing(100), []
+    assert smoothing.source == "classes" and smoothing.epsilon_t.item() == pytest.approx(own_epsilon(100))
+    for epoch in range(48):
+        smoothing.set_epoch(epoch, 48)
+        moved.append(smoothing.epsilon_t.item())
+    expected = [own_epsilon(100, 48) * weight_at(SFRConfig(), epoch, 48) for epoch in range(48)]
+    assert moved == pytest.approx(expected) and moved[0] < moved[4] < moved[5] == moved[-1]
+    smoothing.set_epoch(0, 4)  # too short for a warm-up
+    assert smoothing.epsilon_t.item() == pytest.approx(own_epsilon(100, 4))
+
+
+def test_the_class_table_is_for_as_many_classes_as_memory_holds():
+    assert DynamicLabelSmoothing(21841).table.numel() == 0 and DynamicLabelSmoothing(21841).source == "uniform"
+    assert DynamicLabelSmoothing(4096).table.shape == (4096, 4096)
+    assert DynamicLabelSmoothing(10, 0.1).source == "uniform"  # a given epsilon is timm's
+    assert DynamicLabelSmoothing(10, 0.1, "classes").source == "classes"
 
 
 def test_ramp_goes_from_nothing_to_epsilon():
@@ -81,7 +119,10 @@ def test_evaluation_does_not_count():
     assert smoothing.counts.sum() == 0
 
 
-@pytest.mark.parametrize("arguments", [(1,), (3, 1.0), (3, -0.1), (3, 0.1, "class"), (3, 0.1, "uniform", "cosine")])
+@pytest.mark.parametrize(
+    "arguments",
+    [(1,), (3, 1.0), (3, -0.1), (3, 0.1, "class"), (3, 0.1, "uniform", "cosine"), (3, None, None, "ramp")],
+)
 def test_bad_options_are_refused(arguments):
     with pytest.raises(UserError):
         DynamicLabelSmoothing(*arguments)

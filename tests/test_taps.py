@@ -73,7 +73,10 @@ def test_node_grids():
     plan = choose_taps(timm.create_model("resnet18"), (3, 32, 32))
     assert plan.node_grids(49) == [(2, 2), (4, 4), (2, 2)]
     assert plan.node_grids(49, common=True) == [(2, 2)] * 3
-    assert choose_taps(timm.create_model("vit_tiny_patch16_224")).node_grids(49) == [(7, 7)] * 4
+    vit = choose_taps(timm.create_model("vit_tiny_patch16_224"))
+    assert vit.node_grids(49) == [(7, 7)] * 4 and vit.node_grids(9) == [(3, 3)] * 4 and vit.node_grids(4) == [(2, 2)] * 4
+    wide = choose_taps(timm.create_model("resnet20_cifar"), (3, 8, 64))
+    assert wide.deep.grid == (2, 16) and wide.node_grids(16)[-1] == (2, 8) and wide.node_grids(4)[-1] == (2, 2)
 
 
 def test_taps_by_index_and_name():

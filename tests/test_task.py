@@ -51,8 +51,8 @@ def test_the_feature_loss_by_hand(matching, distance):
     task = make(SFRConfig(weight=0.3, smoothing=0.0, matching=matching)).eval()
     images, target = batch()
     logits, maps = forward_taps(task.plain_model, images, task.plan.indices)
-    deep = to_nodes(maps[2], (4, 4))
-    parts = [distance(to_nodes(m, (4, 4)), match_channels(deep, m.shape[1])) for m in maps[:2]]
+    deep = to_nodes(maps[2], (2, 2))
+    parts = [distance(to_nodes(m, (2, 2)), match_channels(deep, m.shape[1])) for m in maps[:2]]
     result = task(images, target)
     assert torch.allclose(result["sfr_loss"], (parts[0] + parts[1]) / 2)
     assert torch.allclose(result["task_loss"], F.cross_entropy(logits, target))

@@ -17,6 +17,7 @@ from benchmarks.faults import differences
 from timm_sfr import RunConfig
 from timm_sfr.checkpoint import checkpoints, load_checkpoint
 from timm_sfr.fit import prepare
+from timm_sfr.smoothing import own_epsilon
 
 
 def test_what_a_run_writes(digits_run):
@@ -49,7 +50,7 @@ def test_logged_is_optimised(digits_run):
     for row in rows:
         parts = float(row["task_loss"]) + float(row["sfr_weight"]) * float(row["sfr_loss"])
         assert float(row["train_loss"]) == pytest.approx(parts, abs=1e-6)
-    assert float(rows[-1]["sfr_loss"]) > 0 and float(rows[-1]["smoothing"]) == pytest.approx(0.1)
+    assert float(rows[-1]["sfr_loss"]) > 0 and float(rows[-1]["smoothing"]) == pytest.approx(own_epsilon(10, 4))
 
 
 def test_exported_keys_are_the_models(digits_run):

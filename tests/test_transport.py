@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from timm_sfr import UserError, emd_l2, gaussian_l2, transport_plan
-from timm_sfr.transport import cost_matrix, cross_marginals, round_plan, sinkhorn, uniform_marginals, unit
+from timm_sfr.transport import assignments, cost_matrix, cross_marginals, round_plan, sinkhorn, uniform_marginals, unit
 
 SIZES = [(1, 1), (1, 5), (4, 1), (16, 16), (49, 49), (16, 49), (196, 49), (196, 196)]
 
@@ -55,6 +55,29 @@ def test_both_solvers_on_real_features(real_features, marginals):
         assert torch.allclose(plan.sum(2), a, atol=1e-5) and torch.allclose(plan.sum(1), b, atol=1e-5)
         value = (plan * cost).sum((1, 2)).double()
         assert value.sum() / best.sum() - 1 <= 0.01
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_small_equal_problems_are_solved_exactly_by_default(n):
+    cost, a, b = random_problem(n, n, batch=64)
+    plan = transport_plan(cost)
+    torch.testing.assert_close((plan * cost).sum((1, 2)).double(), oracle(cost, a, b), atol=1e-6, rtol=0)
+    assert torch.equal(plan, assignments(cost)) and torch.equal(plan * n, (plan > 0).float())
+    assert torch.equal(plan.sum(2), a) and torch.equal(plan.sum(1), b)
+
+
+def test_other_problems_go_to_sinkhorn_by_default():
+    for n, m in ((5, 5), (4, 3), (2, 6)):
+        cost, a, b = random_problem(n, m)
+        assert torch.equal(transport_plan(cost), sinkhorn(cost, a, b))
+    cost, a, b = random_problem(4, 4, marginals="cross")
+    assert torch.equal(transport_plan(cost, a, b), sinkhorn(cost, a, b))
+
+
+def test_assignments_compile_without_a_break():
+    cost = torch.rand(8, 4, 4)
+    whole = torch.compile(transport_plan, backend="eager", fullgraph=True)
+    assert torch.equal(whole(cost), transport_plan(cost))
 
 
 def test_gradient_is_that_of_the_exact_transport_cost():

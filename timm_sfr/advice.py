@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from timm_sfr.config import RunConfig
+from timm_sfr.sections import default_warmup
 
 # Optimizers by what their names hold, first match: the usual rate at a batch of 256, how it moves with the batch (the power),
 # and by which factor it may be lower or higher without a word. SGD: Goyal et al., arXiv 1706.02677; the adaptive ones: the
@@ -134,10 +135,10 @@ def _warmup(config: RunConfig, run: Circumstances) -> str | None:
     optim, sfr = config.optim, config.sfr
     if optim.sched != "none" and not optim.warmup_prefix and (optim.warmup_epochs or 0) >= run.epochs:
         return (f"warmup-epochs: {optim.warmup_epochs} of {run.epochs} epochs: the learning rate never gets to {run.lr:.2g}; "
-                f"--warmup-epochs {min(5, run.epochs // 5)} is usual")  # fmt: skip
+                f"--warmup-epochs {default_warmup(run.epochs)} is usual")  # fmt: skip
     if sfr.enabled and sfr.weight > 0 and (sfr.warmup_epochs or 0) >= run.epochs:
         return (f"sfr-warmup-epochs: {sfr.warmup_epochs} of {run.epochs} epochs: lambda never gets to {sfr.weight:g}; "
-                f"--sfr-warmup-epochs {min(5, run.epochs // 5)} is usual")  # fmt: skip
+                f"--sfr-warmup-epochs {default_warmup(run.epochs)} is usual")  # fmt: skip
     return None
 
 

@@ -23,7 +23,7 @@ from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
 from timm_sfr.losses import DynamicLabelSmoothing, SmoothedLoss
 from timm_sfr.pretrained import base_folder, check_dtypes
-from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig
+from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig, default_warmup
 from timm_sfr.task import SFRTask
 from timm_sfr.teacher import Teacher
 
@@ -122,12 +122,12 @@ def create_task(
     """
     model, base = model.to(device), None
     if teacher is not None:
-        smoothing = sfr.smoothing, sfr.smoothing_source, sfr.smoothing_schedule
-        dynamic = SmoothedLoss(DynamicLabelSmoothing(int(model.num_classes), *smoothing)) if sfr.enabled else None
-        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.smoothing), input_size, device)
+        classes = int(model.num_classes)
+        dynamic = SmoothedLoss(DynamicLabelSmoothing(classes, *sfr.smoothing_form)) if sfr.enabled else None
+        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.plain_smoothing), input_size, device)
     if sfr.enabled:
         return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
-    return base or ClassificationTask(model, PlainLoss(sfr.smoothing), device=device, verbose=False)
+    return base or ClassificationTask(model, PlainLoss(sfr.plain_smoothing), device=device, verbose=False)
 
 
 class PlainLoss(nn.Module):
@@ -242,7 +242,7 @@ def create_schedule(
     Raises:
         UserError: for a schedule that timm does not have or cannot make.
     """
-    warmup = min(5, config.epochs // 5) if config.warmup_epochs is None else config.warmup_epochs
+    warmup = default_warmup(config.epochs) if config.warmup_epochs is None else config.warmup_epochs
     try:
         scheduler, epochs = create_scheduler_v2(
             optimizer,

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm_sfr.kd import in_words
 from timm_sfr.loader import img_mode
 from timm_sfr.models import SMALL_IMAGE_MODELS
+from timm_sfr.smoothing import own_epsilon
 
 TAGS = ["image-classification", "timm", "timm_sfr", "self-distillation"]
 CURVE, CURVE_ROWS = ("train_loss", "val_loss", "val_top1"), 10
@@ -114,14 +115,22 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
     taught = taught or "There was no teacher."
     sfr = (
         f"while it trained, its deep features taught its shallow ones (matching `{options['sfr_matching']}`, channels "
-        f"`{options['sfr_channels']}`, weight {options['sfr_weight']:g}) and its labels were smoothed by "
-        f"{options['smoothing']:g} (`{options['sfr_smoothing_source']}`, `{options['sfr_smoothing_schedule']}`)"
+        f"`{options['sfr_channels']}`, weight {options['sfr_weight']:g}) and its labels were smoothed {_smoothed(options)}"
     )
     return (
         f"{text}{size_of} Trained on {where} by timm_sfr with Self-Feature Regularization, SFR (the idea of "
         f"[arXiv:2103.07350](https://arxiv.org/abs/2103.07350), a withdrawn paper): {sfr}. {taught} SFR adds "
         f"nothing at inference: these are the weights of the plain network. {start}"
     ).strip()
+
+
+def _smoothed(options: dict[str, Any]) -> str:
+    """How the labels were smoothed, in a few words."""
+    if options["smoothing"] is None:
+        epsilon = own_epsilon(options["num_classes"], options["epochs"])
+        return f"by up to {epsilon:.2g}, which follows from the number of classes and epochs"
+    source = options["sfr_smoothing_source"] or "uniform"
+    return f"by {options['smoothing']:g} (`{source}`, `{options['sfr_smoothing_schedule']}`)"
 
 
 def _taught(teacher: dict[str, Any], options: dict[str, Any]) -> str:

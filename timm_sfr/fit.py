@@ -32,6 +32,7 @@ from timm_sfr.loader import Preprocessing, TrainBatches, check_mode, eval_loader
 from timm_sfr.machine import explained, keep_freed_blocks, make_accelerator
 from timm_sfr.progress import show_log, told
 from timm_sfr.samples import bad_images
+from timm_sfr.sections import default_warmup
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
@@ -238,7 +239,7 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
     """`config` with every default that depended on data, model or machine written out, as args.yaml keeps it."""
     epochs = config.optim.epochs
-    fifth = min(5, epochs // 5)
+    fifth = default_warmup(epochs)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -259,7 +260,11 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
             input_img_mode=config.data.input_img_mode or prep.img_mode,
         ),
         optim=dataclasses.replace(config.optim, lr=lr, warmup_epochs=_or(config.optim.warmup_epochs, fifth)),
-        sfr=dataclasses.replace(config.sfr, warmup_epochs=_or(config.sfr.warmup_epochs, fifth)),
+        sfr=dataclasses.replace(
+            config.sfr,
+            warmup_epochs=_or(config.sfr.warmup_epochs, fifth),
+            smoothing=config.sfr.smoothing if config.sfr.enabled else config.sfr.plain_smoothing,
+        ),
         engine=dataclasses.replace(config.engine, mixed_precision=precision),
     )
 
@@ -295,13 +300,12 @@ def _headline(
     teacher: Teacher | None,
 ) -> str:
     if isinstance(task, SFRTask):
-        sfr = task.config
-        smoothing = f"{sfr.smoothing:g} {sfr.smoothing_source} {sfr.smoothing_schedule}"
+        sfr, smoothing = task.config, task.smoothing.describe(config.optim.epochs)
         method = f"SFR (lambda {sfr.weight:g}, {sfr.matching}, {sfr.channels}; smoothing {smoothing})"
     elif config.sfr.enabled:
         method = type(task).__name__
     else:
-        method = f"plain training (smoothing {config.sfr.smoothing:g})"
+        method = f"plain training (smoothing {config.sfr.plain_smoothing:g})"
     method += f", {headline(teacher)}" if teacher is not None else ""
     counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (train, val))
     return (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from timm_sfr import smoothing as S
 from timm_sfr.channels import match_channels
 from timm_sfr.errors import UserError
-from timm_sfr.sections import SFRConfig
+from timm_sfr.sections import SFRConfig, default_warmup
 from timm_sfr.transport import MARGINALS, cost_matrix, cross_marginals, fused_for, transport_plan, unit
 
 PLANS = ("emd", "grid")
@@ -21,7 +21,7 @@ def emd_l2(
     deep: Tensor,
     *,
     weights: str = "uniform",
-    solver: str = "sinkhorn",
+    solver: str = "auto",
     matching: str = "emd",
 ) -> Tensor:
     """The squared distance between two sets of local features under their optimal transport plan; a scalar.
@@ -52,9 +52,10 @@ def emd_l2(
                 raise UserError(f"grid matching needs equal node counts; got {u.shape[1]} and {v.shape[1]}")
             a = cross_marginals(u, v)[0] if weights == "cross" else _even(u)
             return (a * (u - v).square().sum(-1)).sum(-1).mean()
-        a, b = cross_marginals(u, v) if weights == "cross" else (_even(u), _even(v))
+        a, b = cross_marginals(u, v) if weights == "cross" else (None, None)
         fused = fused_for((*u.shape[:2], v.shape[1]), u.device) if solver == "triton" else None
         if fused:
+            a, b = (_even(u), _even(v)) if a is None or b is None else (a, b)
             return fused.transport_costs(u, v, a, b).mean()
         cost = cost_matrix(u, v)
         return (transport_plan(cost, a, b, solver) * cost).sum((1, 2)).mean()
@@ -156,13 +157,19 @@ class DynamicLabelSmoothing(nn.Module):
 
     Args:
         num_classes: K.
-        epsilon: The smoothing eps (timm's ``--smoothing``); 0 is plain cross-entropy.
+        epsilon: The smoothing eps. None: eps finds its own strength (`timm_sfr.smoothing.own_epsilon`), and rises to it
+            over the first epochs, as the weight of the feature loss does. A number is timm's ``--smoothing``; 0 is
+            plain cross-entropy.
         source: q. ``"uniform"``: 1/K. ``"classes"``: the model's mean prediction for the sample's class over the
             samples it got right in the last epoch that had any (uniform until then); for a mixture, the mixture of q.
-        schedule: eps_t. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per sample, larger
-            where the model is surer.
+            None: ``"classes"`` where eps finds its own strength and K is at most 4,096, else ``"uniform"``.
+        schedule: eps_t of a given eps. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per
+            sample, larger where the model is surer.
 
     The class table is a (K, K) buffer; `end_epoch` renews it, summed over all processes.
+
+    Raises:
+        UserError: if an option is out of bounds, or a schedule is given without an epsilon.
     """
 
     epsilon_t: Tensor
@@ -171,27 +178,47 @@ class DynamicLabelSmoothing(nn.Module):
     counts: Tensor
 
     def __init__(
-        self, num_classes: int, epsilon: float = 0.1, source: str = "uniform", schedule: str = "constant"
+        self,
+        num_classes: int,
+        epsilon: float | None = None,
+        source: str | None = None,
+        schedule: str = "constant",
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise UserError(f"label smoothing needs at least 2 classes; got num_classes={num_classes}")
-        if not 0 <= epsilon < 1:
+        if epsilon is not None and not 0 <= epsilon < 1:
             raise UserError(f"expected smoothing in [0, 1); got {epsilon}")
-        if source not in S.SOURCES or schedule not in S.SCHEDULES:
+        if source not in (None, *S.SOURCES) or schedule not in S.SCHEDULES:
             raise UserError(
                 f"expected source in {S.SOURCES} and schedule in {S.SCHEDULES}; got {source!r}, {schedule!r}"
             )
-        self.num_classes, self.epsilon, self.source, self.schedule = num_classes, epsilon, source, schedule
-        self.register_buffer("epsilon_t", torch.tensor(0.0 if schedule == "ramp" else epsilon))
-        rows = num_classes if source == "classes" else 0
+        if epsilon is None and schedule != "constant":
+            raise UserError(f"schedule {schedule!r} moves an epsilon that is given, as --smoothing 0.1; none is")
+        self.num_classes, self.epsilon, self.schedule = num_classes, epsilon, schedule
+        own = epsilon is None and num_classes <= S.TABLE_CLASSES
+        self.source = source or ("classes" if own else "uniform")
+        now = S.own_epsilon(num_classes) if epsilon is None else 0.0 if schedule == "ramp" else epsilon
+        self.register_buffer("epsilon_t", torch.tensor(now))
+        rows = num_classes if self.source == "classes" else 0
         self.register_buffer("table", torch.full((rows, num_classes), 1 / num_classes))
         self.register_buffer("sums", torch.zeros(rows, num_classes), persistent=False)
         self.register_buffer("counts", torch.zeros(rows), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets eps_t for epoch `epoch` of `epochs`."""
-        self.epsilon_t.fill_(S.ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon)
+        if self.epsilon is None:
+            warmup = default_warmup(epochs)
+            now = S.own_epsilon(self.num_classes, epochs) * min(1.0, (epoch + 1) / (warmup + 1))
+        else:
+            now = S.ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon
+        self.epsilon_t.fill_(now)
+
+    def describe(self, epochs: int) -> str:
+        """The form and the size of the smoothing in a run of `epochs` epochs, in a few words."""
+        if self.epsilon is None:
+            return f"up to {S.own_epsilon(self.num_classes, epochs):.2g} {self.source}"
+        return f"{self.epsilon:g} {self.source} {self.schedule}"
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The smoothed targets y~ (B, K) and the mean eps of the batch (a scalar).

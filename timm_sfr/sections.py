@@ -177,6 +177,11 @@ class OptimConfig(Checked):
         self.within(0, 1, "model_ema_decay", "momentum")
 
 
+def default_warmup(epochs: int) -> int:
+    """Epochs over which rate, lambda and smoothing rise where no option says so: a fifth of them, at most 5."""
+    return min(5, epochs // 5)
+
+
 @dataclass(frozen=True)
 class SFRConfig(Checked):
     """Self-Feature Regularization; see docs/method.md for what each option means."""
@@ -196,28 +201,53 @@ class SFRConfig(Checked):
     )
     channels: str = option("groups", "how deep channels match shallow ones", choices=CHANNEL_METHODS)
     matching: str = option(
-        "gaussian",
-        "how locations match: as Gaussians, by an optimal transport plan, or the same grid cell",
-        choices=("gaussian", "emd", "grid"),
+        "emd",
+        "how locations match: by an optimal transport plan, as Gaussians, or the same grid cell",
+        choices=("emd", "gaussian", "grid"),
     )
     weights: str = option("uniform", "weights of the locations", choices=MARGINALS)
-    solver: str = option("sinkhorn", "transport solver; triton: the first, as one program a problem, on CUDA", choices=SOLVERS)
-    max_nodes: int = option(49, "most locations a tap may have before it is average-pooled")
-    smoothing: float = option(0.1, "label smoothing, epsilon", name="smoothing")
-    smoothing_source: str = option("uniform", "what SFR smooths towards", choices=SOURCES)
-    smoothing_schedule: str = option("constant", "how SFR's epsilon moves", choices=SCHEDULES)
+    solver: str = option(
+        "auto",
+        "transport solver; auto: exact for up to 4 locations, else sinkhorn; triton: sinkhorn as one program a problem, on CUDA",
+        choices=SOLVERS,
+    )
+    max_nodes: int = option(4, "most locations a tap may have before it is average-pooled")
+    smoothing: float | None = option(
+        None, "label smoothing, a constant epsilon (default: SFR finds its own; 0.1 with --no-sfr)", name="smoothing"
+    )
+    smoothing_source: str | None = option(
+        None,
+        "what SFR smooths towards (default: uniform where --smoothing is given; else classes, for at most 4,096 of them)",
+        choices=SOURCES,
+    )
+    smoothing_schedule: str = option("constant", "how the epsilon of --smoothing moves", choices=SCHEDULES)
 
     @property
     def common_grid(self) -> bool:
         """Whether a location of one tap must stand for the same place as that of the other: on a common grid alone."""
         return self.matching == "grid" or self.channels == "transport"
 
+    @property
+    def smoothing_form(self) -> tuple[float | None, str | None, str]:
+        """What `DynamicLabelSmoothing` takes after the number of classes."""
+        return self.smoothing, self.smoothing_source, self.smoothing_schedule
+
+    @property
+    def plain_smoothing(self) -> float:
+        """The constant smoothing of training without SFR: timm's default where none is given."""
+        return 0.1 if self.smoothing is None else self.smoothing
+
     def check(self) -> None:
         """Weights non-negative, smoothing in [0, 1), at least 4 nodes."""
         self.at_least(0, "weight", "warmup_epochs", "decay_epochs", "smoothing")
         self.at_least(4, "max_nodes")
-        if self.smoothing >= 1:
+        if self.smoothing is not None and self.smoothing >= 1:
             raise UserError(f"smoothing: expected a value in [0, 1); got {self.smoothing}")
+        if self.smoothing is None and self.smoothing_schedule != "constant":
+            raise UserError(
+                f"sfr_smoothing_schedule: {self.smoothing_schedule} moves an epsilon that is given, and none is; add --smoothing "
+                "0.1, or leave the schedule out"
+            )
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,17 @@ class TapPlan:
     def node_grids(self, max_nodes: int, common: bool = False) -> list[tuple[int, int]]:
         """The grid that each tap, shallow ones first, is pooled to before matching.
 
-        A tap of at most `max_nodes` locations keeps its grid. The deep tap's grid is halved until it fits, and a larger
-        shallow tap is pooled to that grid; with `common`, every shallow tap is.
+        A tap of at most `max_nodes` locations keeps its grid. The deep tap's grid is halved until it fits, no side below
+        2 (7 x 7 becomes 3 x 3, then 2 x 2), and a larger shallow tap is pooled to that grid; with `common`, every shallow
+        tap is.
+
+        Args:
+            max_nodes: At least 4.
+            common: Whether all taps get the deep tap's grid.
         """
         deep = self.deep.grid
         while deep[0] * deep[1] > max_nodes:
-            deep = (max(1, deep[0] // 2), max(1, deep[1] // 2))
+            deep = (min(deep[0], max(2, deep[0] // 2)), min(deep[1], max(2, deep[1] // 2)))
         keep = [not common and tap.nodes <= max_nodes for tap in self.shallow]
         return [tap.grid if kept else deep for tap, kept in zip(self.shallow, keep, strict=True)] + [deep]
 

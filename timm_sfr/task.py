@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from timm_sfr.errors import UserError
 from timm_sfr.features import HOOKS, count_classes, model_name
 from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss, SmoothedLoss
-from timm_sfr.sections import SFRConfig
+from timm_sfr.sections import SFRConfig, default_warmup
 from timm_sfr.tapped import TappedModel
 from timm_sfr.taps import TapPlan, choose_taps
 
@@ -28,7 +28,7 @@ def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
 
     A warm-up of None is a fifth of the epochs, at most 5.
     """
-    warmup = min(5, epochs // 5) if config.warmup_epochs is None else config.warmup_epochs
+    warmup = default_warmup(epochs) if config.warmup_epochs is None else config.warmup_epochs
     return config.weight * min(1.0, (epoch + 1) / (warmup + 1), (epochs - epoch) / (config.decay_epochs + 1))
 
 
@@ -98,10 +98,9 @@ class SFRTask(TrainingTask):
         classes = self.plan.num_classes if self.plan is not None else count_classes(model, input_size)
         criterion = getattr(base, "criterion", None)
         self.smoothed = criterion if isinstance(criterion, SmoothedLoss) else None
-        smoothing = self.config.smoothing, self.config.smoothing_source, self.config.smoothing_schedule
-        own = DynamicLabelSmoothing(classes, *smoothing) if self.smoothed is None else self.smoothed.smoothing
+        form = self.config.smoothing_form
+        own = DynamicLabelSmoothing(classes, *form) if self.smoothed is None else self.smoothed.smoothing
         self.smoothing = own.to(device)
-        self.smoothing.epsilon_t.fill_(self.config.smoothing)
         self.register_buffer("weight", torch.tensor(self.config.weight, device=device), persistent=False)
         self.base = base
 
@@ -248,7 +247,10 @@ class SFRTask(TrainingTask):
         if not state:
             return
         module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
-        self.smoothing.load_state_dict(state["smoothing"], strict=strict)
+        smoothing = dict(state["smoothing"])
+        if smoothing["table"].shape != self.smoothing.table.shape:  # it went on with another --sfr-smoothing-source
+            smoothing["table"] = self.smoothing.table
+        self.smoothing.load_state_dict(smoothing, strict=strict)
         for name, extra in self._extras(module):
             extra.load_state_dict(state[name], strict=strict)
 

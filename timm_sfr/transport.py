@@ -5,6 +5,7 @@ Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C chann
 
 from __future__ import annotations
 
+import math
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from timm_sfr.errors import UserError
 
-SOLVERS = ("sinkhorn", "exact", "triton")
+SOLVERS = ("auto", "sinkhorn", "exact", "triton")
 MARGINALS = ("uniform", "cross")
+# Up to this many nodes a side, all N^N maps of rows to columns are looked at (256), which takes less time than iterating.
+ENUMERATED = 4
 _TRITON = find_spec("triton") is not None  # it comes with torch on Linux alone
 
 # A local feature whose largest entry is below this carries no direction: it counts as zero rather than being blown up,
@@ -80,25 +83,35 @@ def cross_marginals(u: Tensor, v: Tensor, floor: float = 1e-3) -> tuple[Tensor, 
     return a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
 
 
-def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, solver: str = "sinkhorn") -> Tensor:
+def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, solver: str = "auto") -> Tensor:
     """The plan that moves mass a onto mass b at the least cost: `P* = argmin_{P in U(a, b)} <P, C>`, (B, N, M).
 
     U(a, b) holds the non-negative matrices with row sums a and column sums b. The plan is a constant (no gradient),
-    computed outside autocast: ``"sinkhorn"`` in float32 (close to the optimum, batched, compiles), ``"exact"`` in
-    float64 on the CPU (POT's network simplex, one problem at a time: the oracle), ``"triton"`` the first as one Triton
-    program a problem, on CUDA and up to 64 x 64 nodes; elsewhere it is the first.
+    computed outside autocast. The solvers:
+
+    - ``"auto"``: `assignments`, which is exact, where the masses are equal (neither is given) and N = M <= 4;
+      ``"sinkhorn"`` elsewhere.
+    - ``"sinkhorn"``: close to the optimum, in float32, batched, compiles.
+    - ``"exact"``: POT's network simplex in float64 on the CPU, one problem at a time: the oracle.
+    - ``"triton"``: ``"sinkhorn"`` as one Triton program a problem, on CUDA and up to 64 x 64 nodes; elsewhere
+      ``"sinkhorn"`` itself.
 
     Args:
         cost: (B, N, M), any finite values.
         a: Row masses, (B, N), summing to 1; uniform if None.
         b: Column masses, (B, M), summing to 1; uniform if None.
-        solver: ``"sinkhorn"``, ``"exact"`` or ``"triton"``.
+        solver: One of the above.
 
     Raises:
         UserError: if the shapes do not fit, or for an unknown solver.
     """
     if cost.ndim != 3:
         raise UserError(f"expected a cost of shape (batch, rows, columns); got {tuple(cost.shape)}")
+    if solver not in SOLVERS:
+        raise UserError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+    if solver == "auto" and a is None and b is None and cost.shape[1] == cost.shape[2] <= ENUMERATED:
+        with torch.no_grad():
+            return assignments(cost.detach().float()).to(cost.dtype)
     if a is None or b is None:
         even_a, even_b = uniform_marginals(cost)
         a, b = even_a if a is None else a, even_b if b is None else b
@@ -107,12 +120,32 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
             f"marginals do not fit the cost {tuple(cost.shape)}: expected a {tuple(cost.shape[:2])} and b "
             f"{(cost.shape[0], cost.shape[2])}; got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    if solver not in SOLVERS:
-        raise UserError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     fused = fused_for(cost.shape, cost.device) if solver == "triton" else None
     solve = exact if solver == "exact" else fused.plans if fused else sinkhorn
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
         return solve(cost.detach().float(), a.detach().float(), b.detach().float()).to(cost.dtype)
+
+
+def assignments(cost: Tensor) -> Tensor:
+    """Optimal plans of equal masses by looking at every map of rows to columns: (B, N, N), meant for N <= 4.
+
+        P = (1/N) (the permutation matrix of least cost)
+
+    An optimal plan of equal masses is always such a matrix (Birkhoff and von Neumann). All numbers are made on the
+    device: nothing is copied to it, nothing synchronises.
+
+    Args:
+        cost: (B, N, N), float32, finite.
+    """
+    size = cost.shape[1]
+    rows = torch.arange(size, device=cost.device)
+    # Row i goes to column maps[k, i]: the digits of k to the base N. Those that hit every column are permutations; sorting
+    # brings them to the front without asking how many they are.
+    maps = torch.arange(size**size, device=cost.device)[:, None] // size**rows % size
+    missed = (maps[:, :, None] != rows).all(1).any(1)
+    maps = maps[missed.byte().argsort()[: math.factorial(size)]]
+    total = cost.flatten(1)[:, rows * size + maps].sum(2)
+    return (maps[total.argmin(1)][:, :, None] == rows).to(cost.dtype) / size
 
 
 def fused_for(cost_shape: tuple[int, ...], device: torch.device) -> ModuleType | None:

@@ -97,10 +97,14 @@ class Peer:
         return {"peer": self.options}
 
 
-# What these say of their options is all that they differ in from "sfr"; a run's record has the values of all.
-gaussian = partial(SFR, matching="gaussian", weight=1.0, smoothing=0.0)
-emd = partial(SFR, matching="emd", weight=1.0, smoothing=0.0)
-smooth = partial(SFR, weight=0.0)  # SFR's smoothing alone
+# What was measured keeps its options when SFR's defaults change: those of before, with no plan and a constant smoothing.
+EARLIER: dict[str, Any] = {
+    "weight": 1.0, "channels": "groups", "matching": "gaussian", "weights": "uniform", "solver": "sinkhorn", "max_nodes": 49,
+    "smoothing": 0.1, "smoothing_source": "uniform", "smoothing_schedule": "constant",
+}  # fmt: skip
+gaussian = partial(SFR, **EARLIER | {"smoothing": 0.0})
+emd = partial(SFR, **EARLIER | {"matching": "emd", "smoothing": 0.0})
+smooth = partial(SFR, **EARLIER | {"weight": 0.0})  # SFR's smoothing alone
 
 METHODS: dict[str, Maker] = {
     "ce": Plain(0.0),
@@ -115,6 +119,7 @@ METHODS: dict[str, Maker] = {
     "dlb": Peer(DLB),
     "tfkd": Peer(TfKDReg),
     "sfr": SFR(),
+    "sfr-gaussian-ls": SFR(**EARLIER),
     "sfr-ls-0.5": gaussian(smoothing=0.5, smoothing_source="uniform", smoothing_schedule="constant"),
     "sfr-ols": gaussian(smoothing=0.5, smoothing_source="classes", smoothing_schedule="constant"),
     "sfr-gaussian": gaussian(),

@@ -222,7 +222,7 @@ def _sfr(run: Run, opened: Any, gallery: Gallery, judged: Judged | None, names: 
         "deep": plan.deep.module, "options": config.sfr, "images": pictures,
         "height": 100 * prep.input_size[1] / prep.input_size[2],
         "taught": [{"lesson": lesson, "stays": lesson.stays, "images": [_cells(lesson, i) for i in range(len(shown))]}
-                   for lesson in found],
+                   for lesson in found if lesson.plan is not None],
         "by_channel": [
             _svg(figures.draw(lambda figure, one=lesson: figures.channels(figure, one.channels.numpy(), one.module), (4.8, 2.6)),
                  f"channels{number}", f"channels of {lesson.module}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_sfr.channels import channel_correlation, group_channels, match_channels
-from timm_sfr.losses import ChannelProjection
+from timm_sfr.losses import ChannelProjection, gaussian_l2
 from timm_sfr.sections import SFRConfig
 from timm_sfr.tapped import TappedModel
 from timm_sfr.taps import TapPlan
@@ -27,22 +27,23 @@ class Lesson:
         grid: Its locations (H, W) after pooling, N = H W.
         deep_grid: Those of the deep tap, M.
         plan: (B, N, M): the share of the mass that deep location j sends to shallow location i; the rows of an image sum
-            to their locations' weights.
-        distance: (B,): the mean squared distance of the features under the plan, <P, C>, between 0 and 4.
+            to their locations' weights. None where the training compared moments, which pair no locations.
+        distance: (B,): the mean squared distance of the features under the plan, <P, C>, between 0 and 4; that of the
+            moments where there is no plan.
         channels: (S, D): how much deep channel j teaches shallow channel i; each row sums to 1.
     """
 
     module: str
     grid: tuple[int, int]
     deep_grid: tuple[int, int]
-    plan: Tensor
+    plan: Tensor | None
     distance: Tensor
     channels: Tensor
 
     @property
     def stays(self) -> float | None:
-        """Percent of the mass that goes from a location to the same place; None where the grids differ."""
-        if self.grid != self.deep_grid:
+        """Percent of the mass that goes from a location to the same place; None where the grids differ or there is no plan."""
+        if self.plan is None or self.grid != self.deep_grid:
             return None
         return 100 * float(self.plan.diagonal(dim1=1, dim2=2).sum(1).mean())
 
@@ -53,8 +54,8 @@ def lessons(
 ) -> list[Lesson]:
     """What each shallow tap is taught on `images` (B, 3, H, W), normalised; one `Lesson` a tap.
 
-    The locations' plan is that of `emd_l2` with the options' weights and solver. Training with ``matching="grid"`` holds
-    every location to its own place instead, and with ``"gaussian"`` compares moments, whose distance is at most the plan's.
+    The plan is the one that the training's loss takes: that of `emd_l2` with the options' weights and solver, the identity
+    for ``matching="grid"``, and none for ``"gaussian"``.
 
     Args:
         model: The plain model, in evaluation mode.
@@ -70,13 +71,24 @@ def lessons(
         shallow = shallow.float()
         weights, matched = _channels(shallow, deep, config, projection, index)
         student = projection.maps[index](shallow) if projection is not None else shallow
-        u, v = unit(student), unit(matched)
-        cost = cost_matrix(u, v)
-        a, b = cross_marginals(u, v) if config.weights == "cross" else uniform_marginals(cost)
-        plan = torch.diag_embed(a) if config.matching == "grid" else transport_plan(cost, a, b, config.solver)
-        distance = (plan * cost).sum((1, 2))
-        found.append(Lesson(tap.module, grid, grids[-1], plan.cpu(), distance.cpu(), weights.cpu()))
+        plan, distance = _locations(student, matched, config)
+        found.append(Lesson(tap.module, grid, grids[-1], plan, distance, weights.cpu()))
     return found
+
+
+def _locations(student: Tensor, matched: Tensor, config: SFRConfig) -> tuple[Tensor | None, Tensor]:
+    """The plan (B, N, M), if any, and the distance (B,) of each image's locations, as the loss has them."""
+    if config.matching == "gaussian":
+        each = zip(student.split(1), matched.split(1), strict=True)
+        return None, torch.stack([gaussian_l2(*pair, weights=config.weights) for pair in each]).cpu()
+    u, v = unit(student), unit(matched)
+    cost = cost_matrix(u, v)
+    a, b = cross_marginals(u, v) if config.weights == "cross" else (None, None)
+    if config.matching == "grid":
+        plan = torch.diag_embed(uniform_marginals(cost)[0] if a is None else a)
+    else:
+        plan = transport_plan(cost, a, b, config.solver)
+    return plan.cpu(), (plan * cost).sum((1, 2)).cpu()
 
 
 def _channels(
