@@ -134,7 +134,7 @@ def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypa
     scores = [{name: row[name] for name in ("top1", "top5", "nll", "ece", "best_top1", "best_epoch")} for row in rows]
     assert scores[0] == scores[1] and scores[0]["nll"] > 0
     options = json.loads(rows[0]["args"])
-    assert options["sfr"]["matching"] == "emd" and options["lr"] == 0.2 and options["threads"] == 1
+    assert options["sfr"]["matching"] == "divergence" and options["lr"] == 0.2 and options["threads"] == 1
     assert rows[0]["extra_parameters"] == 0 and rows[0]["train_seconds"] > 0 and rows[0]["images"] == 160
     path = tmp_path / "results" / "accuracy.csv"
     accuracy.append(path, rows[0])

@@ -127,7 +127,7 @@ def test_curves_are_the_summary(reported):
 
 
 @pytest.mark.parametrize("channels", ["groups", "transport"])
-@pytest.mark.parametrize("matching", ["emd", "grid", "gaussian"])
+@pytest.mark.parametrize("matching", ["divergence", "emd", "grid", "gaussian"])
 def test_lessons_are_what_the_loss_computes(matching, channels):
     """Their mean distance is the feature loss of the same batch, their marginals are uniform, every channel is taught."""
     config = SFRConfig(matching=matching, channels=channels, max_nodes=16)

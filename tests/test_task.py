@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 
-from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, gaussian_l2, match_channels
+from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, gaussian_l2, match_channels, sinkhorn_divergence
 from timm_sfr.features import forward_taps
 from timm_sfr.tapped import to_nodes
 from timm_sfr.task import weight_at
@@ -25,11 +25,11 @@ def batch(size=8):
 
 
 FORMS = list(
-    itertools.product(("groups", "transport", "projection"), ("gaussian", "emd", "grid"), ("uniform", "cross"))
+    itertools.product(("groups", "transport", "projection"), ("divergence", "gaussian", "emd", "grid"), ("uniform", "cross"))
 )
 
 
-@pytest.mark.parametrize("matching", ["gaussian", "emd"])
+@pytest.mark.parametrize("matching", ["divergence", "gaussian", "emd"])
 def test_what_processes_share_is_the_models_own_gradients(matching):
     task = make(SFRConfig(matching=matching, smoothing_source="classes"))
     ours, plain = task.trainable_module.parameters(), task.plain_model.parameters()
@@ -46,13 +46,13 @@ def test_the_terms_add_up_to_the_loss(channels, matching, weights):
     assert all(parameter.grad is not None for parameter in task.trainable_module.parameters())
 
 
-@pytest.mark.parametrize("matching,distance", [("gaussian", gaussian_l2), ("emd", emd_l2)])
+@pytest.mark.parametrize("matching,distance", [("divergence", sinkhorn_divergence), ("gaussian", gaussian_l2), ("emd", emd_l2)])
 def test_the_feature_loss_by_hand(matching, distance):
     task = make(SFRConfig(weight=0.3, smoothing=0.0, matching=matching)).eval()
     images, target = batch()
     logits, maps = forward_taps(task.plain_model, images, task.plan.indices)
-    deep = to_nodes(maps[2], (2, 2))
-    parts = [distance(to_nodes(m, (2, 2)), match_channels(deep, m.shape[1])) for m in maps[:2]]
+    deep = to_nodes(maps[2], (4, 4))
+    parts = [distance(to_nodes(m, (4, 4)), match_channels(deep, m.shape[1])) for m in maps[:2]]
     result = task(images, target)
     assert torch.allclose(result["sfr_loss"], (parts[0] + parts[1]) / 2)
     assert torch.allclose(result["task_loss"], F.cross_entropy(logits, target))

@@ -5,7 +5,7 @@ from timm_sfr.channels import match_channels
 from timm_sfr.config import RunConfig
 from timm_sfr.errors import HubError, UserError
 from timm_sfr.hub import push_to_hub
-from timm_sfr.losses import DynamicLabelSmoothing, emd_l2, gaussian_l2
+from timm_sfr.losses import DynamicLabelSmoothing, emd_l2, gaussian_l2, sinkhorn_divergence
 from timm_sfr.pretrained import create_model
 from timm_sfr.sections import SFRConfig
 from timm_sfr.taps import TapPlan, choose_taps
@@ -30,6 +30,7 @@ __all__ = [
     "list_pretrained",
     "match_channels",
     "push_to_hub",
+    "sinkhorn_divergence",
     "transport_plan",
 ]
 

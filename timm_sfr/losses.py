@@ -11,9 +11,19 @@ from timm_sfr import smoothing as S
 from timm_sfr.channels import match_channels
 from timm_sfr.errors import UserError
 from timm_sfr.sections import SFRConfig, default_warmup
-from timm_sfr.transport import MARGINALS, cost_matrix, cross_marginals, fused_for, transport_plan, unit
+from timm_sfr.transport import (
+    MARGINALS,
+    cost_matrix,
+    cross_marginals,
+    entropic,
+    entropic_self,
+    fused_for,
+    transport_plan,
+    unit,
+)
 
 PLANS = ("emd", "grid")
+ENTROPY = 0.3  # of `sinkhorn_divergence`
 
 
 def emd_l2(
@@ -59,6 +69,57 @@ def emd_l2(
             return fused.transport_costs(u, v, a, b).mean()
         cost = cost_matrix(u, v)
         return (transport_plan(cost, a, b, solver) * cost).sum((1, 2)).mean()
+
+
+def sinkhorn_divergence(shallow: Tensor, deep: Tensor, *, weights: str = "uniform", entropy: float = ENTROPY) -> Tensor:
+    """The debiased transport cost between two sets of local features; a scalar, 0 where the sets are equal.
+
+        W(x, y) = min_{P in U(a, b)} <P, C> + eps KL(P | a b^T),     C_ij = ||x_i - y_j||^2
+        L = mean over the batch of W(u, v) - W(u, u) / 2 - W(v, v) / 2
+
+    with u, v the unit-length features and eps = `entropy` times the mean cost within u and within v (a constant). For
+    eps to 0 it is `emd_l2`; for a large eps it is the squared distance of the means alone. In between, the plan pairs
+    nodes softly, and -W(u, u) / 2 keeps that softness from drawing the shallow nodes together. `deep` is a constant, and so
+    are the plans: the gradient through the costs is the exact one (envelope theorem). Computed in float32 outside autocast.
+    After Feydy et al., AISTATS 2019 (arXiv 1810.08278).
+
+    Args:
+        shallow: Shallow local features, (B, N, C).
+        deep: Deep local features matched to the shallow channels, (B, M, C).
+        weights: Node weights a, b: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
+        entropy: eps, in units of the mean cost within a set.
+
+    Raises:
+        UserError: if shapes or options do not fit.
+    """
+    _check_nodes(shallow, deep)
+    if weights not in MARGINALS or entropy <= 0:
+        raise UserError(f"expected weights in {MARGINALS} and entropy > 0; got {weights!r}, {entropy}")
+    return divergences(shallow, deep, weights, entropy)[0].mean()
+
+
+def divergences(
+    shallow: Tensor, deep: Tensor, weights: str = "uniform", entropy: float = ENTROPY
+) -> tuple[Tensor, Tensor]:
+    """`sinkhorn_divergence` image by image, (B,), and the plan between the two sets, (B, N, M)."""
+    with torch.autocast(shallow.device.type, enabled=False):
+        u, v = unit(shallow), unit(deep.detach())
+        a, b = cross_marginals(u, v) if weights == "cross" else (_even(u), _even(v))
+        across, within_u, within_v = cost_matrix(u, v), cost_matrix(u, u), cost_matrix(v, v)
+        with torch.no_grad():
+            # The clamp is for sets whose nodes are all the same: any plan is optimal then.
+            eps = (entropy / 2 * (within_u.mean((1, 2)) + within_v.mean((1, 2)))).clamp_min(1e-6)
+            plan = entropic(across, a, b, eps)
+            plan_u, plan_v = entropic_self(within_u, a, eps), entropic_self(within_v, b, eps)
+        value = _entropic_cost(plan, across, a, b, eps)
+        return value - (_entropic_cost(plan_u, within_u, a, a, eps) + _entropic_cost(plan_v, within_v, b, b, eps)) / 2, plan
+
+
+def _entropic_cost(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> Tensor:
+    """<P, C> + eps KL(P | a b^T) with P a constant, (B,)."""
+    with torch.no_grad():
+        divergence = torch.xlogy(plan, plan / (a[:, :, None] * b[:, None, :])).sum((1, 2))
+    return (plan * cost).sum((1, 2)) + eps * divergence
 
 
 def gaussian_l2(shallow: Tensor, deep: Tensor, *, weights: str = "uniform") -> Tensor:
@@ -124,7 +185,7 @@ class ChannelProjection(nn.Module):
 class FeatureLoss(nn.Module):
     """(1/S) sum_s L_feat(f_s, sg f_d): the feature part of SFR, over all shallow taps. Holds options only.
 
-    L_feat is `gaussian_l2`, or `emd_l2` with the plan that the options name.
+    L_feat is `sinkhorn_divergence`, `emd_l2` with the plan that the options name, or `gaussian_l2`.
     """
 
     def __init__(self, config: SFRConfig) -> None:
@@ -141,6 +202,8 @@ class FeatureLoss(nn.Module):
 
     def _distance(self, shallow: Tensor, deep: Tensor) -> Tensor:
         config = self.config
+        if config.matching == "divergence":
+            return sinkhorn_divergence(shallow, deep, weights=config.weights)
         if config.matching == "gaussian":
             return gaussian_l2(shallow, deep, weights=config.weights)
         return emd_l2(shallow, deep, weights=config.weights, solver=config.solver, matching=config.matching)

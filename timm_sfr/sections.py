@@ -201,17 +201,19 @@ class SFRConfig(Checked):
     )
     channels: str = option("groups", "how deep channels match shallow ones", choices=CHANNEL_METHODS)
     matching: str = option(
-        "emd",
-        "how locations match: by an optimal transport plan, as Gaussians, or the same grid cell",
-        choices=("emd", "gaussian", "grid"),
+        "divergence",
+        "how locations match: by a soft transport plan, debiased (the Sinkhorn divergence); by the optimal plan; as Gaussians; "
+        "or the same grid cell",
+        choices=("divergence", "emd", "gaussian", "grid"),
     )
     weights: str = option("uniform", "weights of the locations", choices=MARGINALS)
     solver: str = option(
         "auto",
-        "transport solver; auto: exact for up to 4 locations, else sinkhorn; triton: sinkhorn as one program a problem, on CUDA",
+        "transport solver of emd; auto: exact for up to 4 locations, else sinkhorn; triton: sinkhorn as one program a problem, "
+        "on CUDA",
         choices=SOLVERS,
     )
-    max_nodes: int = option(4, "most locations a tap may have before it is average-pooled")
+    max_nodes: int = option(16, "most locations a tap may have before it is average-pooled")
     smoothing: float | None = option(
         None, "label smoothing, a constant epsilon (default: SFR finds its own; 0.1 with --no-sfr)", name="smoothing"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_sfr.channels import channel_correlation, group_channels, match_channels
-from timm_sfr.losses import ChannelProjection, gaussian_l2
+from timm_sfr.losses import ChannelProjection, divergences, gaussian_l2
 from timm_sfr.sections import SFRConfig
 from timm_sfr.tapped import TappedModel
 from timm_sfr.taps import TapPlan
@@ -28,8 +28,8 @@ class Lesson:
         deep_grid: Those of the deep tap, M.
         plan: (B, N, M): the share of the mass that deep location j sends to shallow location i; the rows of an image sum
             to their locations' weights. None where the training compared moments, which pair no locations.
-        distance: (B,): the mean squared distance of the features under the plan, <P, C>, between 0 and 4; that of the
-            moments where there is no plan.
+        distance: (B,): what the loss says of an image: the mean squared distance of the features under the plan, <P, C>,
+            between 0 and 4, the divergence, or the distance of the moments.
         channels: (S, D): how much deep channel j teaches shallow channel i; each row sums to 1.
     """
 
@@ -54,8 +54,8 @@ def lessons(
 ) -> list[Lesson]:
     """What each shallow tap is taught on `images` (B, 3, H, W), normalised; one `Lesson` a tap.
 
-    The plan is the one that the training's loss takes: that of `emd_l2` with the options' weights and solver, the identity
-    for ``matching="grid"``, and none for ``"gaussian"``.
+    The plan is the one that the training's loss takes: that of `sinkhorn_divergence` or of `emd_l2` with the options' weights
+    and solver, the identity for ``matching="grid"``, and none for ``"gaussian"``.
 
     Args:
         model: The plain model, in evaluation mode.
@@ -81,6 +81,9 @@ def _locations(student: Tensor, matched: Tensor, config: SFRConfig) -> tuple[Ten
     if config.matching == "gaussian":
         each = zip(student.split(1), matched.split(1), strict=True)
         return None, torch.stack([gaussian_l2(*pair, weights=config.weights) for pair in each]).cpu()
+    if config.matching == "divergence":
+        distance, plan = divergences(student, matched, config.weights)
+        return plan.cpu(), distance.cpu()
     u, v = unit(student), unit(matched)
     cost = cost_matrix(u, v)
     a, b = cross_marginals(u, v) if config.weights == "cross" else (None, None)
