@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import HERE
 from benchmarks.measured import Row, ratio_row, timed
-from timm_sfr import build, emd_l2, gaussian_l2
+from timm_sfr import build, emd_l2, gaussian_l2, sinkhorn_divergence
 from timm_sfr.config import RunConfig
 from timm_sfr.data import open_splits
 from timm_sfr.errors import UserError
@@ -197,9 +197,11 @@ def growth_rows() -> list[Row]:
         "transport_plan": {"B": 1, "N": 2},
         "emd_l2": {"B": 1, "N": 2, "C": 1},
         "gaussian_l2": {"B": 1, "N": 1, "C": 1},
+        "sinkhorn_divergence": {"B": 1, "N": 2, "C": 1},
     }
     rows = []
-    for name, make in {"transport_plan": plan, "emd_l2": both(emd_l2), "gaussian_l2": both(gaussian_l2)}.items():
+    losses = {loss.__name__: both(loss) for loss in (emd_l2, gaussian_l2, sinkhorn_divergence)}
+    for name, make in {"transport_plan": plan, **losses}.items():
         for axis, power in most[name].items():
             works = {size: make(*{**usual, axis: size}.values()) for size in sizes[axis]}
             for work in works.values():

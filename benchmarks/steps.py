@@ -42,20 +42,21 @@ class Setting:
     bf16: bool = False
     compiled: bool = False
     target: float = 1.02
-    matching: str = "gaussian"
-    solver: str = "sinkhorn"
+    matching: str = "divergence"
+    solver: str = "auto"
 
     @property
     def label(self) -> str:
         """What a table calls it."""
-        more = ", bf16" * self.bf16 + ", compiled" * self.compiled + ", --sfr-matching emd" * (self.matching == "emd")
-        more += f" --sfr-solver {self.solver}" * (self.solver != "sinkhorn")
+        more = ", bf16" * self.bf16 + ", compiled" * self.compiled
+        more += f", --sfr-matching {self.matching}" * (self.matching != SFRConfig().matching)
+        more += f" --sfr-solver {self.solver}" * (self.solver != "auto")
         return f"{self.model}, {self.size} px, batch {self.batch}{more}"
 
     @property
     def sfr(self) -> SFRConfig:
-        """The method's options: the defaults, or those of `emd` where that is the matching."""
-        return SFRConfig() if self.matching == "gaussian" else SFRConfig(matching=self.matching, weight=1.0, solver=self.solver)
+        """The method's options: the defaults but for the matching and its solver."""
+        return SFRConfig(matching=self.matching, solver=self.solver)
 
 
 CPU = (

@@ -133,8 +133,8 @@ def test_more_epochs_on_resume(digits_run, tmp_path):
     [
         ("--mixed-precision", "bf16"),
         ("--sfr-channels", "transport", "--sfr-weights", "cross", "--sfr-matching", "grid", "--opt", "adamw", "--lr", 1e-3),
-        ("--sfr-solver", "exact", "--val-interval", 2, "--sfr-smoothing-source", "uniform",
-         "--sfr-smoothing-schedule", "confidence", "--sched", "plateau"),
+        ("--sfr-matching", "emd", "--sfr-solver", "exact", "--val-interval", 2, "--smoothing", 0.1,
+         "--sfr-smoothing-source", "uniform", "--sfr-smoothing-schedule", "confidence", "--sched", "plateau"),
         ("--model", "test_vit", "--img-size", 64, "--sfr-taps", 0, 1, "--in-chans", 1, "--eval-metric", "loss",
          "--no-sched-on-updates", "--warmup-epochs", 1),
     ],
