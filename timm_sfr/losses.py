@@ -280,7 +280,8 @@ class DynamicLabelSmoothing(nn.Module):
     def describe(self, epochs: int) -> str:
         """The form and the size of the smoothing in a run of `epochs` epochs, in a few words."""
         if self.epsilon is None:
-            return f"up to {S.own_epsilon(self.num_classes, epochs):.2g} {self.source}"
+            towards = "by class" if self.source == "classes" else self.source
+            return f"up to {S.own_epsilon(self.num_classes, epochs):.2g} {towards}"
         return f"{self.epsilon:g} {self.source} {self.schedule}"
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
