@@ -189,7 +189,7 @@ def lines_on(model="resnet20_cifar", **options):
         ({"layer_decay": 0.75}, None),
         ({"workers": 5}, "workers: 5 loading processes for 4 cores; --workers 4 is enough"),
         ({"sfr_solver": "triton", "sfr_matching": "emd"}, "sfr-solver: triton runs on CUDA alone"),
-        ({"sfr_solver": "exact"}, "sfr-solver: exact solves the plans of --sfr-matching emd, and the matching is divergence"),
+        ({"sfr_solver": "exact"}, "sfr-solver: exact solves the plans of --sfr-matching emd; with divergence it has no effect"),
         ({"sfr_solver": "exact", "sfr_matching": "emd"}, None),
         ({"images": 100}, "batch-size: an update would take 128 images and the training split has 100"),
         ({"images": 200, "grad_accum_steps": 2}, "batch-size: an update would take 256 images"),

@@ -108,7 +108,7 @@ def _milliseconds(
     return 1e3 * median(times[1:])
 
 
-def table(plan: TapPlan, rows: list[TapRow], batch: int) -> str:
+def table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> str:
     """The rows under each other, and the rule that chose them."""
     lines = [("role", "stage", "module", "channels", "reduction", "grid", "nodes", "deep channels teach", "ms a step")]
     for row in rows:
@@ -120,7 +120,8 @@ def table(plan: TapPlan, rows: list[TapRow], batch: int) -> str:
     total = sum(row.milliseconds for row in rows)
     size = "x".join(map(str, plan.input_size))
     text.append(f"at {size}: {plan.why}; taken by {plan.mechanism}")
-    text.append(f"their losses take {total:.1f} ms for a batch of {batch} here, {torch.get_num_threads()} CPU threads")
+    text.append(f"locations matched by {matching}; that takes {total:.1f} ms for a batch of {batch} here, "
+                f"{torch.get_num_threads()} CPU threads")  # fmt: skip
     return "\n".join(text)
 
 
@@ -187,5 +188,5 @@ def run(args: Namespace) -> int:
             )
         )
     else:
-        print(table(plan, rows, config.data.batch_size))
+        print(table(plan, rows, config.data.batch_size, config.sfr.matching))
     return 0
