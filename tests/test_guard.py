@@ -14,7 +14,7 @@ from timm_sfr.guard import FiniteGuard
 def spoiled(tmp_path, policy, when, gradient=False):
     """A trainer on the digits, and the batches of its first epoch at which a loss, or a gradient, is not finite."""
     options = {"epochs": 1, "on_nonfinite": policy, "output": str(tmp_path), "experiment": "run", "device": "cpu",
-               "sfr_smoothing_source": "classes", "model_ema": True}  # fmt: skip
+               "smoothing": 0.2, "sfr_smoothing_source": "classes", "model_ema": True}  # fmt: skip
     trainer = prepare(RunConfig.from_flat(options))
     compute, calls = trainer.task.forward, iter(range(10**6))
 

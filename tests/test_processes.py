@@ -15,7 +15,7 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # Layer normalisation does not look across the batch, so only rounding differs between one process and two.
 SHARED = {"model": "test_convnext", "img_size": 64, "num_classes": 10, "device": "cpu", "lr": 0.02, "epochs": 2, "workers": 0,
-          "sfr_weight": 1.0, "sfr_smoothing_source": "classes"}  # fmt: skip
+          "sfr_weight": 1.0, "smoothing": 0.2, "sfr_smoothing_source": "classes"}  # fmt: skip
 
 
 def updates(tmp_path, processes, **options):

@@ -48,7 +48,7 @@ def test_own_strength_makes_the_right_class_a_hundred_times_as_probable_as_any_o
     for classes in (2, 10, 50, 100):
         epsilon = own_epsilon(classes)
         other = epsilon / classes
-        assert (1 - epsilon + other) / other == pytest.approx(100) if classes < 100 else epsilon <= 0.5
+        assert (1 - epsilon + other) / other == pytest.approx(100) if classes < 100 else epsilon == 0.5
     assert own_epsilon(1000) == own_epsilon(21841) == 0.5
 
 
@@ -61,7 +61,7 @@ def test_own_strength_is_near_nothing_in_short_training_and_whole_in_long():
 
 def test_own_strength_rises_over_the_first_epochs_as_lambda_does():
     smoothing, moved = DynamicLabelSmoothing(100), []
-    assert smoothing.source == "classes" and smoothing.epsilon_t.item() == pytest.approx(own_epsilon(100))
+    assert smoothing.source == "classes" and smoothing.epsilon_t.item() == pytest.approx(0.1)  # of a run of unknown length
     for epoch in range(48):
         smoothing.set_epoch(epoch, 48)
         moved.append(smoothing.epsilon_t.item())
@@ -73,7 +73,7 @@ def test_own_strength_rises_over_the_first_epochs_as_lambda_does():
 
 def test_the_class_table_is_for_as_many_classes_as_memory_holds():
     assert DynamicLabelSmoothing(21841).table.numel() == 0 and DynamicLabelSmoothing(21841).source == "uniform"
-    assert DynamicLabelSmoothing(4096).table.shape == (4096, 4096)
+    assert DynamicLabelSmoothing(1024).table.shape == (1024, 1024)
     assert DynamicLabelSmoothing(10, 0.1).source == "uniform"  # a given epsilon is timm's
     assert DynamicLabelSmoothing(10, 0.1, "classes").source == "classes"
 
@@ -111,6 +111,16 @@ def test_the_q_of_a_mixture_is_the_mixture_of_q():
     smoothed, _ = smoothing.targets(torch.zeros(1, 3), y)
     q = 0.25 * smoothing.table[0] + 0.75 * smoothing.table[1]
     assert torch.allclose(smoothed, 0.5 * y + 0.5 * q, atol=1e-6)
+
+
+def test_what_is_not_finite_leaves_no_trace_in_the_table():
+    smoothing = DynamicLabelSmoothing(3, 0.5, "classes")
+    logits = torch.eye(3) * 4
+    logits[0, 1] = float("nan")
+    smoothing(logits, torch.arange(3))
+    smoothing.end_epoch()
+    assert torch.allclose(smoothing.table[0], torch.full((3,), 1 / 3)) and smoothing.table.isfinite().all()
+    assert torch.allclose(smoothing.table[1:], (torch.eye(3) * 4).softmax(1)[1:])
 
 
 def test_evaluation_does_not_count():

@@ -74,10 +74,23 @@ def test_other_problems_go_to_sinkhorn_by_default():
     assert torch.equal(transport_plan(cost, a, b), sinkhorn(cost, a, b))
 
 
-def test_assignments_compile_without_a_break():
-    cost = torch.rand(8, 4, 4)
-    whole = torch.compile(transport_plan, backend="eager", fullgraph=True)
-    assert torch.equal(whole(cost), transport_plan(cost))
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_plans_compile_without_a_break(dynamic):
+    for function, shape in ((transport_plan, (8, 4, 4)), (transport_plan, (8, 3, 3)), (transport_plan, (8, 6, 6))):
+        cost = torch.rand(shape)
+        whole = torch.compile(function, backend="eager", fullgraph=True, dynamic=dynamic)
+        assert torch.equal(whole(cost), function(cost))
+    u, v = torch.rand(4, 16, 8), torch.rand(4, 16, 8)
+    whole = torch.compile(sinkhorn_divergence, backend="eager", fullgraph=True, dynamic=dynamic)
+    assert torch.allclose(whole(u, v), sinkhorn_divergence(u, v), atol=1e-6)
+
+
+def test_divergence_stays_finite_on_zero_huge_and_equal_features():
+    for x in (torch.zeros(2, 16, 8), 1e30 * torch.rand(2, 16, 8), torch.rand(2, 16, 8)):
+        leaf = x.clone().requires_grad_()
+        value = sinkhorn_divergence(leaf, x)
+        value.backward()
+        assert value.abs() < 1e-3 and leaf.grad.isfinite().all() and leaf.grad.norm() <= 5e-3
 
 
 def test_gradient_is_that_of_the_exact_transport_cost():

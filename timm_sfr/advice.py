@@ -155,8 +155,9 @@ def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
     if workers > run.cores:
         found.append(f"workers: {workers} loading processes for {run.cores} core{'s' if run.cores > 1 else ''}; "
                      f"--workers {max(1, run.cores // run.processes)} is enough")  # fmt: skip
-    if config.sfr.solver != "auto" and config.sfr.matching == "divergence":
-        found.append(f"sfr-solver: {config.sfr.solver} solves the plans of --sfr-matching emd; with divergence it has no effect")
+    sfr = config.sfr
+    if sfr.enabled and sfr.weight > 0 and sfr.solver != "auto" and sfr.matching != "emd":
+        found.append(f"sfr-solver: {sfr.solver} solves the plans of --sfr-matching emd; with {sfr.matching} it has no effect")
     elif config.sfr.solver == "triton" and next(run.model.parameters()).device.type != "cuda":
         found.append("sfr-solver: triton runs on CUDA alone; sinkhorn, the same in PyTorch, takes its place here")
     return found

@@ -113,9 +113,10 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
         plain = f"{text}{size_of} Trained on {where}, without Self-Feature Regularization, by timm_sfr."
         return " ".join(part for part in (plain, taught, start) if part)
     taught = taught or "There was no teacher."
+    smoothed = _smoothed(options, metrics["epochs"])
     sfr = (
         f"while it trained, its deep features taught its shallow ones (matching `{options['sfr_matching']}`, channels "
-        f"`{options['sfr_channels']}`, weight {options['sfr_weight']:g}) and its labels were smoothed {_smoothed(options)}"
+        f"`{options['sfr_channels']}`, weight {options['sfr_weight']:g}) and its labels were smoothed {smoothed}"
     )
     return (
         f"{text}{size_of} Trained on {where} by timm_sfr with Self-Feature Regularization, SFR (the idea of "
@@ -124,10 +125,10 @@ def _summary(config: dict[str, Any], facts: Facts) -> str:
     ).strip()
 
 
-def _smoothed(options: dict[str, Any]) -> str:
-    """How the labels were smoothed, in a few words."""
+def _smoothed(options: dict[str, Any], epochs: int) -> str:
+    """How the labels were smoothed in a run of `epochs` epochs, in a few words."""
     if options["smoothing"] is None:
-        epsilon = own_epsilon(options["num_classes"], options["epochs"])
+        epsilon = own_epsilon(options["num_classes"], epochs)
         return f"by up to {epsilon:.2g}, which follows from the number of classes and epochs"
     source = options["sfr_smoothing_source"] or "uniform"
     return f"by {options['smoothing']:g} (`{source}`, `{options['sfr_smoothing_schedule']}`)"

@@ -191,7 +191,8 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             bad.write_to(workspace.run / "bad_images.txt")
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
-    workspace.say(_headline(resolved, task, accelerator, train, val, parameters, teacher), "start", run=str(workspace.run),
+    workspace.say(_headline(resolved, task, accelerator, train, val, parameters, teacher, schedule.epochs), "start",
+                  run=str(workspace.run),
                   model=resolved.model.model, parameters=parameters, epochs=schedule.epochs)  # fmt: skip
     if teacher is not None and teacher.warning is not None:
         workspace.say(teacher.warning)
@@ -263,7 +264,6 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
         sfr=dataclasses.replace(
             config.sfr,
             warmup_epochs=_or(config.sfr.warmup_epochs, fifth),
-            smoothing=config.sfr.smoothing if config.sfr.enabled else config.sfr.plain_smoothing,
         ),
         engine=dataclasses.replace(config.engine, mixed_precision=precision),
     )
@@ -298,9 +298,10 @@ def _headline(
     val: Split,
     parameters: int,
     teacher: Teacher | None,
+    epochs: int,
 ) -> str:
     if isinstance(task, SFRTask):
-        sfr, smoothing = task.config, task.smoothing.describe(config.optim.epochs)
+        sfr, smoothing = task.config, task.smoothing.describe(epochs)
         method = f"SFR (lambda {sfr.weight:g}, {sfr.matching}, {sfr.channels}; smoothing {smoothing})"
     elif config.sfr.enabled:
         method = type(task).__name__

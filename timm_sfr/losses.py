@@ -221,11 +221,11 @@ class DynamicLabelSmoothing(nn.Module):
     Args:
         num_classes: K.
         epsilon: The smoothing eps. None: eps finds its own strength (`timm_sfr.smoothing.own_epsilon`), and rises to it
-            over the first epochs, as the weight of the feature loss does. A number is timm's ``--smoothing``; 0 is
-            plain cross-entropy.
+            over the first fifth of the epochs, at most 5 of them; without `set_epoch` it is at most 0.1. A number is
+            timm's ``--smoothing``; 0 is plain cross-entropy.
         source: q. ``"uniform"``: 1/K. ``"classes"``: the model's mean prediction for the sample's class over the
             samples it got right in the last epoch that had any (uniform until then); for a mixture, the mixture of q.
-            None: ``"classes"`` where eps finds its own strength and K is at most 4,096, else ``"uniform"``.
+            None: ``"classes"`` where eps finds its own strength and K is at most 1,024, else ``"uniform"``.
         schedule: eps_t of a given eps. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per
             sample, larger where the model is surer.
 
@@ -261,7 +261,9 @@ class DynamicLabelSmoothing(nn.Module):
         self.num_classes, self.epsilon, self.schedule = num_classes, epsilon, schedule
         own = epsilon is None and num_classes <= S.TABLE_CLASSES
         self.source = source or ("classes" if own else "uniform")
-        now = S.own_epsilon(num_classes) if epsilon is None else 0.0 if schedule == "ramp" else epsilon
+        # Until `set_epoch` says how long the run is, no more than what timm takes.
+        own_now = min(0.1, S.own_epsilon(num_classes))
+        now = own_now if epsilon is None else 0.0 if schedule == "ramp" else epsilon
         self.register_buffer("epsilon_t", torch.tensor(now))
         rows = num_classes if self.source == "classes" else 0
         self.register_buffer("table", torch.full((rows, num_classes), 1 / num_classes))

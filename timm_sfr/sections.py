@@ -219,7 +219,7 @@ class SFRConfig(Checked):
     )
     smoothing_source: str | None = option(
         None,
-        "what SFR smooths towards (default: uniform where --smoothing is given; else classes, for at most 4,096 of them)",
+        "what SFR smooths towards (default: uniform where --smoothing is given; else classes, for at most 1,024 of them)",
         choices=SOURCES,
     )
     smoothing_schedule: str = option("constant", "how the epsilon of --smoothing moves", choices=SCHEDULES)
@@ -245,7 +245,7 @@ class SFRConfig(Checked):
         self.at_least(4, "max_nodes")
         if self.smoothing is not None and self.smoothing >= 1:
             raise UserError(f"smoothing: expected a value in [0, 1); got {self.smoothing}")
-        if self.smoothing is None and self.smoothing_schedule != "constant":
+        if self.enabled and self.smoothing is None and self.smoothing_schedule != "constant":
             raise UserError(
                 f"sfr_smoothing_schedule: {self.smoothing_schedule} moves an epsilon that is given, and none is; add --smoothing "
                 "0.1, or leave the schedule out"

@@ -17,8 +17,9 @@ SCHEDULES = ("constant", "ramp", "confidence")
 # `own_epsilon`: the right class is to be this many times as likely as any other; the most that is ever smoothed; and the
 # passes over the images after which most of it is.
 ODDS, MOST, PASSES = 100, 0.5, 32
-# Above this many classes the class table is not chosen by itself: it and the sums for the next one take 8 K^2 bytes.
-TABLE_CLASSES = 4096
+# Above this many classes the class table is not chosen by itself: it and the sums for the next one take 8 K^2 bytes, and a
+# checkpoint within an epoch holds the sums of every process.
+TABLE_CLASSES = 1024
 
 
 def soft_targets(target: Tensor, num_classes: int) -> Tensor:
@@ -90,8 +91,9 @@ def right_predictions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, T
     """
     prediction = logits.detach().float().softmax(-1)
     label = target.argmax(-1)
-    right = (prediction.argmax(-1) == label).float()
-    return label, prediction * right[:, None], right
+    # A prediction that is not finite is none: it would stay in the sums after its step was skipped.
+    right = (prediction.argmax(-1) == label) & prediction.isfinite().all(-1)
+    return label, torch.where(right[:, None], prediction, 0.0), right.float()
 
 
 def update_table(table: Tensor, sums: Tensor, counts: Tensor) -> Tensor:

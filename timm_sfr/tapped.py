@@ -23,13 +23,15 @@ def to_nodes(x: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The mean of each cell of the grid, by adaptive pooling's bins: (B, C, H, W) to (B, C, *grid)."""
-    height, width = x.shape[-2:]
-    if height % grid[0] or width % grid[1]:
-        return F.adaptive_avg_pool2d(x, grid)
-    # The same where all cells are equal, in less time on CPUs; and on GPUs the gradient of adaptive pooling is on PyTorch's
-    # list of what does not repeat to the bit.
-    return F.avg_pool2d(x, (height // grid[0], width // grid[1]))
+    """The mean of each cell of the grid, in cells of one size: (B, C, H, W) to (B, C, *grid).
+
+    Where the grid does not divide the map, neighbouring cells overlap: 7 locations to 3 are 0-2, 2-4 and 4-6. Adaptive
+    pooling has cells of several sizes, takes longer on CPUs, and its gradient is on PyTorch's list of what does not repeat
+    to the bit on GPUs.
+    """
+    strides = [size // cells for size, cells in zip(x.shape[-2:], grid, strict=True)]
+    sizes = [size - (cells - 1) * stride for size, cells, stride in zip(x.shape[-2:], grid, strides, strict=True)]
+    return F.avg_pool2d(x, sizes, strides)
 
 
 class _SameLayout(torch.autograd.Function):

@@ -40,8 +40,8 @@ class SFRTask(TrainingTask):
     `trainable_module` is one module from images to (logits, tapped nodes): that is what DDP or Accelerate wraps and
     autocast covers. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.
 
-    Call `set_epoch` before each epoch and `end_epoch` after it; without them lambda and the smoothing stay at their
-    final values and the class table stays uniform.
+    Call `set_epoch` before each epoch and `end_epoch` after it; without them lambda stays at its final value, the smoothing
+    that finds its own strength at no more than 0.1, and the class table stays uniform.
 
     Args:
         model: Any timm classifier, or any other module from images to logits (then give `input_size`).
@@ -98,7 +98,8 @@ class SFRTask(TrainingTask):
         classes = self.plan.num_classes if self.plan is not None else count_classes(model, input_size)
         criterion = getattr(base, "criterion", None)
         self.smoothed = criterion if isinstance(criterion, SmoothedLoss) else None
-        form = self.config.smoothing_form
+        # A base task's loss is its own: nothing is smoothed here, and no table kept.
+        form = self.config.smoothing_form if base is None else (0.0,)
         own = DynamicLabelSmoothing(classes, *form) if self.smoothed is None else self.smoothed.smoothing
         self.smoothing = own.to(device)
         self.register_buffer("weight", torch.tensor(self.config.weight, device=device), persistent=False)
@@ -248,8 +249,9 @@ class SFRTask(TrainingTask):
             return
         module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
         smoothing = dict(state["smoothing"])
-        if smoothing["table"].shape != self.smoothing.table.shape:  # it went on with another --sfr-smoothing-source
-            smoothing["table"] = self.smoothing.table
+        saved, table = smoothing.get("table"), self.smoothing.table
+        if saved is not None and 0 in (len(saved), len(table)):  # it may go on with another --sfr-smoothing-source
+            smoothing["table"] = table
         self.smoothing.load_state_dict(smoothing, strict=strict)
         for name, extra in self._extras(module):
             extra.load_state_dict(state[name], strict=strict)

@@ -5,7 +5,6 @@ Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C chann
 
 from __future__ import annotations
 
-import math
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -18,6 +17,7 @@ SOLVERS = ("auto", "sinkhorn", "exact", "triton")
 MARGINALS = ("uniform", "cross")
 # Up to this many nodes a side, all N^N maps of rows to columns are looked at (256), which takes less time than iterating.
 ENUMERATED = 4
+PERMUTATIONS = (1, 1, 2, 6, 24)  # of so many; looked up, since a compiled graph of dynamic shapes takes no factorial
 # Pairs of updates of `entropic`: at the entropy that `sinkhorn_divergence` takes they leave errors of 1e-4 of the mass.
 ENTROPIC_UPDATES = 8
 _TRITON = find_spec("triton") is not None  # it comes with torch on Linux alone
@@ -112,7 +112,7 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
     if solver not in SOLVERS:
         raise UserError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     if solver == "auto" and a is None and b is None and cost.shape[1] == cost.shape[2] <= ENUMERATED:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
             return assignments(cost.detach().float()).to(cost.dtype)
     if a is None or b is None:
         even_a, even_b = uniform_marginals(cost)
@@ -145,7 +145,7 @@ def assignments(cost: Tensor) -> Tensor:
     # brings them to the front without asking how many they are.
     maps = torch.arange(size**size, device=cost.device)[:, None] // size**rows % size
     missed = (maps[:, :, None] != rows).all(1).any(1)
-    maps = maps[missed.byte().argsort()[: math.factorial(size)]]
+    maps = maps[missed.byte().argsort()[: PERMUTATIONS[size]]]
     total = cost.flatten(1)[:, rows * size + maps].sum(2)
     return (maps[total.argmin(1)][:, :, None] == rows).to(cost.dtype) / size
 
