@@ -87,6 +87,8 @@ def test_tensorboard_and_wandb_hold_what_summary_holds_also_after_a_resume(tmp_p
         2,
         "--sched",
         "step",
+        "--smoothing",  # what SFR finds itself depends on the number of epochs, which the resume changes
+        0.1,
         "--output",
         tmp_path,
         "--experiment",
