@@ -42,15 +42,15 @@ class Setting:
     bf16: bool = False
     compiled: bool = False
     target: float = 1.02
-    matching: str = "divergence"
-    solver: str = "auto"
+    matching: str = SFRConfig().matching
+    solver: str = SFRConfig().solver
 
     @property
     def label(self) -> str:
         """What a table calls it."""
         more = ", bf16" * self.bf16 + ", compiled" * self.compiled
         more += f", --sfr-matching {self.matching}" * (self.matching != SFRConfig().matching)
-        more += f" --sfr-solver {self.solver}" * (self.solver != "auto")
+        more += f" --sfr-solver {self.solver}" * (self.solver != SFRConfig().solver)
         return f"{self.model}, {self.size} px, batch {self.batch}{more}"
 
     @property

@@ -37,7 +37,7 @@ from timm_sfr.signals import Signals
 from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
 from timm_sfr.teacher import Teacher, changed, headline, open_teacher
-from timm_sfr.workspace import on_main, one_at_a_time, open_workspace
+from timm_sfr.workspace import Workspace, on_main, one_at_a_time, open_workspace
 
 
 @dataclass(frozen=True)
@@ -162,25 +162,12 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
     task = parts.task(model, config.sfr, prep.input_size, device, teacher)
     batches = parts.batches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
 
-    module: nn.Module = task.trainable_module
-    if config.model.channels_last:
-        module = module.to(memory_format=torch.channels_last)
-    if config.engine.sync_bn and accelerator.num_processes > 1:
-        module = convert_sync_batchnorm(module)
-    task.trainable_module = module
-    if config.optim.model_ema:
-        task.setup_ema(decay=config.optim.model_ema_decay, use_warmup=config.optim.model_ema_warmup)
-    lr = build.learning_rate(
-        config.optim, config.data.batch_size * accelerator.num_processes * config.optim.grad_accum_steps
-    )
-    optimizer = build.create_optimizer(config.optim, module, lr)
-    updates = -(-len(batches) // config.optim.grad_accum_steps)
-    schedule = build.create_schedule(config.optim, optimizer, updates, config.engine.eval_metric)
+    optimizer, schedule, lr = _optimisation(config, accelerator, task, len(batches))
     loader = parts.val_loader(val, config.data, prep)
     if not val.streamed:
         loader = accelerator.prepare(loader)
     # The schedule stays out of this: Accelerate would step it once per process.
-    task.trainable_module, optimizer = accelerator.prepare(module, optimizer)
+    task.trainable_module, optimizer = accelerator.prepare(task.trainable_module, optimizer)
 
     workspace = open_workspace(
         config.engine.output, config.engine.experiment, config.model.model or build.DEFAULT_MODEL, resume, accelerator
@@ -191,18 +178,10 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
             bad.write_to(workspace.run / "bad_images.txt")
     resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
     parameters = sum(p.numel() for p in model.parameters())
-    workspace.say(_headline(resolved, task, accelerator, train, val, parameters, teacher, schedule.epochs), "start",
-                  run=str(workspace.run),
-                  model=resolved.model.model, parameters=parameters, epochs=schedule.epochs)  # fmt: skip
-    if teacher is not None and teacher.warning is not None:
-        workspace.say(teacher.warning)
-    workspace.say(f"the run is written to {workspace.run}")
-    dropped = 0 if train.streamed else len(train.dataset) % (config.data.batch_size * accelerator.num_processes)
-    if dropped > 0.1 * max(1, 0 if train.streamed else len(train.dataset)):
-        workspace.say(f"note: {dropped} of {len(train.dataset)} images fill no batch and sit out each epoch, others each time; "
-                      "with a smaller --batch-size fewer do")  # fmt: skip
-    if getattr(task, "plan", None) is not None:
-        workspace.say(str(task.plan))
+    opening = _headline(resolved, task, accelerator, train, val, parameters, teacher, schedule.epochs)
+    started = {"run": str(workspace.run), "model": resolved.model.model, "parameters": parameters, "epochs": schedule.epochs}
+    workspace.say(opening, "start", **started)
+    _announce(workspace, config, task, train, teacher, accelerator.num_processes)
     return Trainer(
         config=resolved,
         accelerator=accelerator,
@@ -220,21 +199,62 @@ def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None =
         ),
         signals=Signals(accelerator),
         exporter=exporter,
-        facts={
-            "model": config.model.model or build.DEFAULT_MODEL,
-            "dataset": config.data.dataset or config.data.data_dir,
-            "sfr": config.sfr.enabled,
-            "base_model": base_model(
-                config.model.pretrained, config.model.model or build.DEFAULT_MODEL, model.pretrained_cfg
-            ),
-            **({"teacher": teacher.facts} if teacher is not None else {}),
-            "parameters": parameters,
-            "seed": config.engine.seed,
-            "hardware": report.hardware(device, accelerator.num_processes),
-            "mixed_precision": accelerator.mixed_precision,
-            "versions": report.versions(),
-        },
+        facts=_facts(config, accelerator, model, parameters, teacher),
     )
+
+
+def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batches: int) -> tuple[Any, Any, float]:
+    """The optimizer of what `task` trains, its schedule over epochs of `batches` batches, and the rate.
+
+    Before that, what is trained gets its memory layout, its synchronised statistics and its moving average.
+    """
+    optim, module = config.optim, task.trainable_module
+    if config.model.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    if config.engine.sync_bn and accelerator.num_processes > 1:
+        module = convert_sync_batchnorm(module)
+    task.trainable_module = module
+    if optim.model_ema:
+        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+    lr = build.learning_rate(optim, config.data.batch_size * accelerator.num_processes * optim.grad_accum_steps)
+    optimizer = build.create_optimizer(optim, module, lr)
+    updates = -(-batches // optim.grad_accum_steps)
+    return optimizer, build.create_schedule(optim, optimizer, updates, config.engine.eval_metric), lr
+
+
+def _announce(
+    workspace: Workspace, config: RunConfig, task: TrainingTask, train: Split, teacher: Teacher | None, processes: int
+) -> None:
+    """Says where the run is written, and what of it deserves a word before it starts."""
+    if teacher is not None and teacher.warning is not None:
+        workspace.say(teacher.warning)
+    workspace.say(f"the run is written to {workspace.run}")
+    images = 0 if train.streamed else len(train.dataset)
+    dropped = images % (config.data.batch_size * processes)
+    if dropped > 0.1 * max(1, images):
+        workspace.say(f"note: {dropped} of {images} images fill no batch and sit out each epoch, others each time; "
+                      "with a smaller --batch-size fewer do")  # fmt: skip
+    if getattr(task, "plan", None) is not None:
+        workspace.say(str(task.plan))
+
+
+def _facts(
+    config: RunConfig, accelerator: Any, model: nn.Module, parameters: int, teacher: Teacher | None
+) -> dict[str, Any]:
+    """What metrics.json says of a run besides its scores."""
+    name = config.model.model or build.DEFAULT_MODEL
+    return {
+        "model": name,
+        "dataset": config.data.dataset or config.data.data_dir,
+        "sfr": config.sfr.enabled,
+        "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
+        **({"teacher": teacher.facts} if teacher is not None else {}),
+        "parameters": parameters,
+        "seed": config.engine.seed,
+        "hardware": report.hardware(accelerator.device, accelerator.num_processes),
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": report.versions(),
+    }
 
 
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
