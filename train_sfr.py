@@ -25,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     from timm_sfr.cli import INTERRUPTED, PUSH_FAILED, fail, parse
-    from timm_sfr.errors import HubError, Interrupted, UserError, one_line
     from timm_sfr.fit import fit
-    from timm_sfr.launch import start_cpu_processes
+    from timm_sfr.utils.errors import HubError, Interrupted, UserError, one_line
+    from timm_sfr.utils.processes import start_cpu_processes
 
     try:
         config, resume = parse(arguments)

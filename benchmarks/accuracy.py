@@ -161,7 +161,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 def check_csv(path: Path) -> None:
     """Raises UserError, before any run, unless rows can be added to the file."""
-    from timm_sfr.errors import UserError
+    from timm_sfr.utils.errors import UserError
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,7 +214,7 @@ def asked(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         UserError: for a name that is not known.
     """
     from benchmarks.methods import METHODS, find
-    from timm_sfr.errors import UserError, near_matches
+    from timm_sfr.utils.errors import UserError, near_matches
 
     sets = args.sets or list(PRESETS[args.preset])
     methods = args.methods or list(METHODS)
@@ -247,7 +247,7 @@ def missing(args: argparse.Namespace) -> list[Cell]:
 
 def _same_options(row: dict[str, str], path: Path) -> None:
     """Refuses a row whose set or method had other options than their names mean now, such as another default."""
-    from timm_sfr.errors import UserError
+    from timm_sfr.utils.errors import UserError
 
     if row["set"] not in PRESETS.get(row["preset"], {}):
         return  # none of what this can run
@@ -273,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.images import decode
     from benchmarks.pool import side_by_side
     from timm_sfr.cli import fail
-    from timm_sfr.errors import UserError
+    from timm_sfr.utils.errors import UserError
 
     args = parse(arguments)
     try:

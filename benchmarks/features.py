@@ -13,11 +13,11 @@ from torch import Tensor
 
 from benchmarks.presets import imagenet_lite0
 from timm_sfr.channels import group_channels
-from timm_sfr.errors import UserError
 from timm_sfr.features import forward_taps
 from timm_sfr.tapped import to_nodes
 from timm_sfr.taps import choose_taps
 from timm_sfr.transport import cost_matrix, unit
+from timm_sfr.utils.errors import UserError
 
 BATCH = 64  # images a forward pass
 

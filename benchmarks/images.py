@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from timm_sfr.checkpoint import replace_atomically
 from timm_sfr.data import Split
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import replace_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PAD = 4  # pixels of zero padding around a crop at 32 pixels

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
 from typing import Any, TypeVar
 
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
 
 T = TypeVar("T")
 

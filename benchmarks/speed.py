@@ -26,7 +26,7 @@ from benchmarks.measured import Row
 from benchmarks.pages import fill, markdown
 from timm_sfr import report
 from timm_sfr.cli import fail
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
 
 RESULTS = HERE / "results" / "speed.csv"
 DOCUMENT = HERE.parent / "docs" / "performance.md"

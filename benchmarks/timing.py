@@ -130,7 +130,7 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Measures what is asked for; the exit status."""
     from timm_sfr.cli import fail
-    from timm_sfr.errors import UserError
+    from timm_sfr.utils.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.timing", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")

@@ -22,8 +22,8 @@ from benchmarks.table import interval
 from timm_sfr import RunConfig
 from timm_sfr.checkpoint import checkpoints
 from timm_sfr.cli import fail
-from timm_sfr.errors import UserError, near_matches
 from timm_sfr.fit import fit
+from timm_sfr.utils.errors import UserError, near_matches
 from timm_sfr.workspace import read_run
 from timm_sfr.zoo import WEIGHTS, ZooEntry, zoo
 

@@ -14,7 +14,8 @@ from torchvision import transforms
 from timm_sfr import batched, samples
 from timm_sfr.batched import BatchTransform
 from timm_sfr.cache import Cached
-from timm_sfr.samples import _batched, seed_cpu
+from timm_sfr.samples import _batched
+from timm_sfr.utils.seeding import seed_cpu
 
 
 def made(size=32, **options):

@@ -26,9 +26,9 @@ from timm_sfr.cache import Cached
 from timm_sfr.data import open_splits
 from timm_sfr.evaluate import Scores
 from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader
-from timm_sfr.samples import random_state_kept, seed_cpu
 from timm_sfr.sections import AugConfig, DataConfig, ModelConfig
-from timm_sfr.workspace import one_at_a_time
+from timm_sfr.utils.processes import one_at_a_time
+from timm_sfr.utils.seeding import random_state_kept, seed_cpu
 
 PREP = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 1.0)
 

@@ -20,7 +20,7 @@ from timm_sfr.checkpoint import Damaged, checkpoints, load_checkpoint, load_newe
 from timm_sfr.cli import parse
 from timm_sfr.config import options
 from timm_sfr.predict import predict
-from timm_sfr.workspace import read_yaml
+from timm_sfr.utils.files import read_yaml
 
 MANY = int(os.environ.get("FUZZ", "300"))
 many = settings(

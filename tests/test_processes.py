@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, run
 
 from timm_sfr.data import Digits
-from timm_sfr.launch import cpu_processes
 from timm_sfr.reporting.predictions import read_predictions
+from timm_sfr.utils.processes import cpu_processes
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

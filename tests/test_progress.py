@@ -20,7 +20,8 @@ from conftest import ALONE, ROOT, TRAIN, run
 
 from timm_sfr.checkpoint import checkpoints
 from timm_sfr.cli import INTERRUPTED
-from timm_sfr.progress import Progress, clock, show_log, told
+from timm_sfr.progress import Progress
+from timm_sfr.utils.console import clock, show_log, told
 
 
 def in_terminal(columns, *words):

@@ -15,7 +15,6 @@ import yaml
 from conftest import ROOT, TRAIN, run
 
 import timm_sfr
-from timm_sfr.errors import UserError
 from timm_sfr.losses import FeatureLoss
 from timm_sfr.main import main
 from timm_sfr.reporting.page import score_pictures, write_report
@@ -25,6 +24,7 @@ from timm_sfr.reporting.samples import Gallery
 from timm_sfr.reporting.teaching import lessons
 from timm_sfr.sections import SFRConfig
 from timm_sfr.taps import choose_taps
+from timm_sfr.utils.errors import UserError
 
 VOID = {"meta", "link", "img", "br", "image", "input"}
 

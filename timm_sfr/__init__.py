@@ -3,7 +3,6 @@
 from timm_sfr import models as models
 from timm_sfr.channels import match_channels
 from timm_sfr.config import RunConfig
-from timm_sfr.errors import HubError, UserError
 from timm_sfr.hub import push_to_hub
 from timm_sfr.losses import DynamicLabelSmoothing, emd_l2, gaussian_l2, sinkhorn_divergence
 from timm_sfr.pretrained import create_model
@@ -11,6 +10,7 @@ from timm_sfr.sections import SFRConfig
 from timm_sfr.taps import TapPlan, choose_taps
 from timm_sfr.task import SFRTask
 from timm_sfr.transport import transport_plan
+from timm_sfr.utils.errors import HubError, UserError
 from timm_sfr.version import __version__
 from timm_sfr.zoo import list_pretrained, register
 

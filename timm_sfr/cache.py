@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
 
 CHUNK = 1024  # images decoded before their bytes are written
 _PREFIX = f"timm_sfr-cache-{socket.gethostname()}-"  # a temporary folder may be shared by machines and containers

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_sfr.errors import UserError
 from timm_sfr.transport import transport_plan
+from timm_sfr.utils.errors import UserError
 
 CHANNEL_METHODS = ("groups", "transport", "projection")
 

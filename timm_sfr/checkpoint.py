@@ -21,7 +21,8 @@ from zipfile import BadZipFile
 import torch
 from torch import Tensor
 
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import _remove, replace_atomically
 
 STATE, MANIFEST = "state.pt", "manifest.txt"
 FORMAT = 1
@@ -31,30 +32,6 @@ _CHUNK = 1 << 20
 
 class Damaged(UserError):
     """A checkpoint that is not what was written."""
-
-
-def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` make a file or folder beside `path`, then puts it in `path`'s place; a failure leaves `path` as it was."""
-    fresh = path.with_name(f".{path.name}.new")
-    old = path.with_name(f".{path.name}.old")
-    for leftover in (fresh, old):
-        _remove(leftover)
-    try:
-        write(fresh)
-        if fresh.is_dir() and path.exists():
-            path.rename(old)  # a folder cannot be renamed onto a full one
-        os.replace(fresh, path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        _remove(fresh)
-        raise
-    _remove(old)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, UTF-8, in the place of what was there; a failure leaves that as it was."""
-    replace_atomically(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) -> Path:
@@ -221,10 +198,6 @@ def _sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _no_room(needed: int, free: int, folder: Path) -> str:

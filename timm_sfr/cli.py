@@ -18,10 +18,11 @@ import yaml
 
 from timm_sfr.build import DEFAULT_MODEL
 from timm_sfr.config import SECTIONS, RunConfig, options
-from timm_sfr.errors import UserError, near_matches, one_line
-from timm_sfr.launch import launch_id, restarts
-from timm_sfr.progress import show_log
-from timm_sfr.workspace import newest_run, read_run, read_yaml
+from timm_sfr.utils.console import show_log
+from timm_sfr.utils.errors import UserError, near_matches, one_line
+from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.processes import launch_id, restarts
+from timm_sfr.workspace import newest_run, read_run
 
 _logger = logging.getLogger("timm_sfr")
 

@@ -13,9 +13,9 @@ from typing import Any
 
 from scipy.stats import t
 
-from timm_sfr.errors import UserError
 from timm_sfr.reporting.runs import Run, read_finished
-from timm_sfr.text import aligned
+from timm_sfr.utils.console import aligned
+from timm_sfr.utils.errors import UserError
 
 WHAT = "Put runs side by side: what differs in their options, their scores, and the differences, paired by seed."
 # What does not make two runs different experiments.

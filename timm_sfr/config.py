@@ -11,11 +11,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from timm_sfr.checked import outside_name
-from timm_sfr.errors import UserError, near_matches
 from timm_sfr.hub_options import HubConfig
 from timm_sfr.kd import KDConfig
 from timm_sfr.sections import AugConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, SFRConfig
+from timm_sfr.utils.errors import UserError, near_matches
+from timm_sfr.utils.options import outside_name
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sfr.errors import UserError, first_line, near_matches, near_paths
 from timm_sfr.sections import DataConfig
+from timm_sfr.utils.errors import UserError, first_line, near_matches, near_paths
 
 SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
 

@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 
 from timm_sfr import build, report
 from timm_sfr.config import RunConfig
-from timm_sfr.errors import UserError
 from timm_sfr.evaluate import evaluate
 from timm_sfr.export import Exporter
 from timm_sfr.guard import ADVICE, FiniteGuard, stopped, write_event
@@ -28,9 +27,10 @@ from timm_sfr.keep import interrupted, keep_checkpoint, refresh_report, say_bad_
 from timm_sfr.loader import Preprocessing, TrainBatches
 from timm_sfr.progress import Progress, progress_of
 from timm_sfr.reporting.predictions import Predictions
-from timm_sfr.samples import reseed
 from timm_sfr.signals import Signals
 from timm_sfr.trackers import Trackers
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.seeding import reseed
 from timm_sfr.workspace import Workspace
 
 

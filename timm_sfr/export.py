@@ -15,10 +15,10 @@ from timm.models import save_for_hf
 from torch import nn
 
 from timm_sfr.card import Facts, dataset_name, render
-from timm_sfr.checkpoint import replace_atomically, write_whole
 from timm_sfr.config import RunConfig
 from timm_sfr.hub_options import HubConfig
 from timm_sfr.loader import Preprocessing
+from timm_sfr.utils.files import replace_atomically, write_whole
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 

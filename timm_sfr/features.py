@@ -16,7 +16,7 @@ import torch
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 
-from timm_sfr.errors import UserError, first_line
+from timm_sfr.utils.errors import UserError, first_line
 
 INTERMEDIATES, HOOKS = "forward_intermediates", "hooks"
 PREFIX_TOKENS = 5  # class and register tokens that may come before a map's tokens

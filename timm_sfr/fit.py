@@ -21,7 +21,6 @@ from timm_sfr.checkpoint import load_newest, set_aside
 from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_splits
 from timm_sfr.engine import Trainer
-from timm_sfr.errors import UserError
 from timm_sfr.estimate import foresee
 from timm_sfr.export import CONFIG, Exporter, resolve_hub
 from timm_sfr.guard import TERMS, FiniteGuard
@@ -30,14 +29,16 @@ from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.keep import spared
 from timm_sfr.loader import Preprocessing, TrainBatches, check_mode, eval_loader
 from timm_sfr.machine import explained, keep_freed_blocks, make_accelerator
-from timm_sfr.progress import show_log, told
 from timm_sfr.samples import bad_images
 from timm_sfr.sections import default_warmup
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
 from timm_sfr.task import SFRTask
 from timm_sfr.teacher import Teacher, changed, headline, open_teacher
-from timm_sfr.workspace import Workspace, on_main, one_at_a_time, open_workspace
+from timm_sfr.utils.console import show_log, told
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.processes import on_main, one_at_a_time
+from timm_sfr.workspace import Workspace, open_workspace
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from timm_sfr.errors import UserError
-from timm_sfr.report import write_json
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import write_json
 
 # The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss. A teacher's are further ones.
 TERMS = ("loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing")

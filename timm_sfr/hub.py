@@ -19,14 +19,14 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from timm_sfr.card import Facts, imports, render
-from timm_sfr.errors import UserError, brief
 from timm_sfr.export import CARD, CONFIG, WEIGHTS, Exporter
 from timm_sfr.hub_check import refuse_public, validate_card
-from timm_sfr.hub_client import bounded_xet, check_token, retried, told
 from timm_sfr.hub_options import HubConfig, check_branch, check_repo_id
 from timm_sfr.reporting.runs import read_finished
+from timm_sfr.utils.errors import UserError, brief
+from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.hub_client import bounded_xet, check_token, retried, told
 from timm_sfr.version import __version__
-from timm_sfr.workspace import read_yaml
 
 _logger = logging.getLogger("timm_sfr")
 # Where the run was kept and published is nothing to repeat.

@@ -12,9 +12,9 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from timm_sfr.card import Facts, metadata
-from timm_sfr.errors import HubError, UserError
-from timm_sfr.hub_client import told, transient
 from timm_sfr.hub_options import HubConfig
+from timm_sfr.utils.errors import HubError, UserError
+from timm_sfr.utils.hub_client import told, transient
 
 _logger = logging.getLogger("timm_sfr")
 

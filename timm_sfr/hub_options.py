@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from timm_sfr.checked import Checked, option
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.options import Checked, option
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from timm_sfr.checked import Checked, option, outside_name
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.options import Checked, option, outside_name
 
 
 def in_words(distill_type: str, token_distill_type: str) -> tuple[str, bool]:

@@ -17,10 +17,11 @@ from torch.utils.data import IterableDataset
 from timm_sfr import report
 from timm_sfr.card import Facts
 from timm_sfr.checkpoint import save_checkpoint
-from timm_sfr.errors import Interrupted, UserError, brief
 from timm_sfr.reporting.predictions import PREDICTIONS, write_predictions
 from timm_sfr.samples import bad_images, file_name
 from timm_sfr.state import collect
+from timm_sfr.utils import files
+from timm_sfr.utils.errors import Interrupted, UserError, brief
 
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer
@@ -44,7 +45,7 @@ def write_epoch(trainer: Trainer, improved: bool) -> None:
             elif (run / "model").is_dir():
                 exporter.describe(run / "model", facts)
         if trainer.best:
-            report.write_json(run / "metrics.json", metrics)
+            files.write_json(run / "metrics.json", metrics)
 
 
 def _keep_predictions(trainer: Trainer) -> None:

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from timm_sfr.batched import collate
 from timm_sfr.data import Split
-from timm_sfr.errors import UserError
 from timm_sfr.samples import file_name, make_samples
 from timm_sfr.sections import AugConfig, DataConfig
+from timm_sfr.utils.errors import UserError
 
 _logger = logging.getLogger("timm_sfr")
 

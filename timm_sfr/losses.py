@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from timm_sfr import smoothing as S
 from timm_sfr.channels import match_channels
-from timm_sfr.errors import UserError
 from timm_sfr.sections import SFRConfig, default_warmup
 from timm_sfr.transport import (
     MARGINALS,
@@ -21,6 +20,7 @@ from timm_sfr.transport import (
     transport_plan,
     unit,
 )
+from timm_sfr.utils.errors import UserError
 
 PLANS = ("emd", "grid")
 ENTROPY = 0.3  # of `sinkhorn_divergence`

@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
 from timm_sfr.config import RunConfig
-from timm_sfr.errors import UserError, first_line
-from timm_sfr.launch import join_restarted_cpu_processes
 from timm_sfr.trackers import chosen
+from timm_sfr.utils.errors import UserError, first_line
+from timm_sfr.utils.processes import join_restarted_cpu_processes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names, <malloc.h>
 _MOST = 2**31 - 1  # mallopt takes an int

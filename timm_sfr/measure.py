@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.data import DataLoader
 
-from timm_sfr.samples import random_state_kept
+from timm_sfr.utils.seeding import random_state_kept
 
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer

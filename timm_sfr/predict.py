@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_sfr.cli import Parser, add_model, call, fail
-from timm_sfr.errors import UserError, near_paths
+from timm_sfr.utils.errors import UserError, near_paths
 
 WHAT = "Name the most probable classes of images, by a model of the zoo, the Hub, a folder, or timm."
 

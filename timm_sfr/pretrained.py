@@ -17,10 +17,10 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from timm_sfr.errors import HubError, UserError, near_matches, near_paths
 from timm_sfr.export import CONFIG, WEIGHTS
-from timm_sfr.hub_client import check_token, reason, told
 from timm_sfr.hub_options import check_repo_id
+from timm_sfr.utils.errors import HubError, UserError, near_matches, near_paths
+from timm_sfr.utils.hub_client import check_token, reason, told
 from timm_sfr.zoo import ZooEntry, loading, zoo
 
 

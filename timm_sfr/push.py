@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from timm_sfr.cli import PUSH_FAILED, Parser, call, fail
-from timm_sfr.errors import HubError
+from timm_sfr.utils.errors import HubError
 
 WHAT = "Publish a finished run on the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."
 
@@ -28,7 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     """Runs the command; 0, or 3 where the Hub is in the way."""
     from timm_sfr.hub import published, push_to_hub
-    from timm_sfr.progress import show_log
+    from timm_sfr.utils.console import show_log
 
     show_log()
     try:

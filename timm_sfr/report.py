@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import platform
 from importlib import metadata
@@ -17,8 +16,8 @@ import timm
 import torch
 import yaml
 
-from timm_sfr.checkpoint import replace_atomically, write_whole
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import replace_atomically, write_whole
 from timm_sfr.version import __version__
 
 COLUMNS = (
@@ -105,11 +104,6 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
 def write_args(path: Path, values: dict[str, Any]) -> None:
     """Writes args.yaml, which ``--config`` reads back."""
     write_whole(path, yaml.safe_dump(values, sort_keys=False))
-
-
-def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
-    """Writes a JSON file whole."""
-    write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def versions() -> dict[str, str]:

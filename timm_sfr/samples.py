@@ -7,23 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from PIL import Image
 from timm.data import ImageDataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from timm_sfr.batched import Batch, BatchTransform
 from timm_sfr.cache import Cached
 from timm_sfr.data import Split
-from timm_sfr.errors import UserError
 from timm_sfr.sections import DataConfig
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.seeding import random_state_kept, seed_cpu
 
 _logger = logging.getLogger("timm_sfr")
 
@@ -233,40 +231,6 @@ def _batched(transform: Callable, cached: Cached) -> BatchTransform | None:
             return batched
     _logger.debug("timm's transforms differ from the batched ones in this environment; images are transformed one by one")
     return None
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leaves the random numbers of Python, NumPy and torch (CPU) as they were, whatever is seeded inside.
-
-    In a data loading process nothing else draws any: there it does nothing.
-    """
-    if get_worker_info() is not None:
-        yield
-        return
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def seed_cpu(*entropy: int) -> None:
-    """Seeds Python, NumPy and torch (CPU) from `entropy`."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-
-
-def reseed(*entropy: int) -> None:
-    """Seeds Python, NumPy and torch (all devices) from `entropy`: dropout, mixup and erasing of (seed, epoch, process)."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def bad_images(samples: Any) -> BadImages | None:

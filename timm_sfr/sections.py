@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from timm_sfr.channels import CHANNEL_METHODS
-from timm_sfr.checked import Checked, option
-from timm_sfr.errors import UserError, near_matches
 from timm_sfr.smoothing import SCHEDULES, SOURCES
 from timm_sfr.transport import MARGINALS, SOLVERS
+from timm_sfr.utils.errors import UserError, near_matches
+from timm_sfr.utils.options import Checked, option
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from timm_sfr.errors import UserError, brief
+from timm_sfr.utils.errors import UserError, brief
 
 if TYPE_CHECKING:
     from timm_sfr.engine import Trainer

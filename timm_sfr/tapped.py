@@ -10,9 +10,9 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
-from timm_sfr.errors import UserError
 from timm_sfr.features import HOOKS, Hooks, forward_final, forward_taps, model_name
 from timm_sfr.taps import TapPlan
+from timm_sfr.utils.errors import UserError
 
 
 def to_nodes(x: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from timm_sfr.errors import UserError, near_matches
 from timm_sfr.features import INTERMEDIATES, Feature, model_name, probe
-from timm_sfr.text import aligned
+from timm_sfr.utils.console import aligned
+from timm_sfr.utils.errors import UserError, near_matches
 
 MIN_NODES = 4  # transport over fewer locations matches nothing
 ISOTROPIC_TAPS = 3

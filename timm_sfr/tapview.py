@@ -17,12 +17,12 @@ from torch import nn
 from timm_sfr import build
 from timm_sfr.cli import add_options, given
 from timm_sfr.config import RunConfig
-from timm_sfr.errors import UserError
 from timm_sfr.features import Feature, probe
 from timm_sfr.losses import ChannelProjection, FeatureLoss
 from timm_sfr.sections import SFRConfig
 from timm_sfr.taps import TapPlan, choose_taps
-from timm_sfr.text import aligned
+from timm_sfr.utils.console import aligned
+from timm_sfr.utils.errors import UserError
 
 WHAT = "Show what SFR would tap in a model: which features teach which, and what that costs a step."
 OPTIONS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",

@@ -11,12 +11,12 @@ from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.errors import UserError
 from timm_sfr.features import HOOKS, count_classes, model_name
 from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss, SmoothedLoss
 from timm_sfr.sections import SFRConfig, default_warmup
 from timm_sfr.tapped import TappedModel
 from timm_sfr.taps import TapPlan, choose_taps
+from timm_sfr.utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from timm.data import resolve_input_data_config
 from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
-from timm_sfr.errors import UserError, first_line, near_paths
 from timm_sfr.features import MISFITS, described
 from timm_sfr.kd import KDConfig, in_words
 from timm_sfr.loader import Preprocessing
 from timm_sfr.pretrained import create_model
-from timm_sfr.workspace import one_at_a_time
+from timm_sfr.utils.errors import UserError, first_line, near_paths
+from timm_sfr.utils.processes import one_at_a_time
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL makes grey images
 

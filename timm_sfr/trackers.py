@@ -19,8 +19,8 @@ from typing import Any
 
 from accelerate.utils import LoggerType
 
-from timm_sfr import report
-from timm_sfr.errors import UserError, brief
+from timm_sfr.utils import files
+from timm_sfr.utils.errors import UserError, brief
 
 _logger = logging.getLogger("timm_sfr")
 PROJECT, STATE = "timm_sfr", "trackers.json"
@@ -139,7 +139,7 @@ class Trackers:
         if not self.asked:
             return
         try:
-            report.write_json(self.run / STATE, self.state)
+            files.write_json(self.run / STATE, self.state)
         except OSError as error:
             _logger.warning(
                 f"warning: {STATE} cannot be written: {brief(error)}; resumed, the run may begin new tracker runs"

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
 
 SOLVERS = ("auto", "sinkhorn", "exact", "triton")
 MARGINALS = ("uniform", "cross")

@@ -14,14 +14,14 @@ from timm_sfr import build
 from timm_sfr.cli import add_model, add_options, given
 from timm_sfr.config import RunConfig
 from timm_sfr.data import open_split
-from timm_sfr.errors import UserError, near_paths
 from timm_sfr.evaluate import evaluate
 from timm_sfr.loader import check_mode, eval_loader
 from timm_sfr.machine import make_accelerator
 from timm_sfr.pretrained import create_model
 from timm_sfr.progress import watched
 from timm_sfr.report import hardware
-from timm_sfr.workspace import read_yaml
+from timm_sfr.utils.errors import UserError, near_paths
+from timm_sfr.utils.files import read_yaml
 
 WHAT = "Score a run, a model of the Hub or the zoo, or any timm model on the validation split: top-1, top-5, loss, ECE."
 DATA = ("data_dir", "dataset", "val_split", "val_num_samples", "dataset_download", "class_map", "input_img_mode", "input_key",

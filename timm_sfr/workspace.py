@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import getpass
 import logging
-import os
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import yaml
-from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from timm.models import safe_model_name
 
 from timm_sfr.checkpoint import checkpoints
-from timm_sfr.errors import UserError, near_paths
-from timm_sfr.launch import launch_id
-from timm_sfr.progress import fields, show_log
+from timm_sfr.utils.console import fields, show_log
+from timm_sfr.utils.errors import UserError, near_paths
+from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.processes import launch_id, on_main
 
 _logger = logging.getLogger("timm_sfr")
-Result = TypeVar("Result")
 PATIENCE = 12  # seconds: loading processes hold the lock of a killed run until they see, within five, that it is gone
 LOCK, LAUNCH = ".lock", ".launch"  # in a run's folder: held while it trains; what started it
 
@@ -76,36 +70,6 @@ def open_workspace(output: str, experiment: str | None, model: str, resume: Path
     return Workspace(run, accelerator.is_main_process, lock)
 
 
-def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
-    """What `work` gives on the main process, on every process.
-
-    Raises:
-        UserError: on every process, if it fails there.
-    """
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = work()
-        except UserError as error:
-            answer[1] = error
-    broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]
-
-
-def one_at_a_time(accelerator: Any, work: Callable[[], Result]) -> Result:
-    """What `work` gives on each process, one after another on a machine: what the first downloads is there for the others.
-
-    A lock on a file, not a barrier: those who wait at a barrier give up after the ten minutes that NCCL allows.
-    """
-    if accelerator.num_processes == 1:
-        return work()
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a user may have no name, in a container
-    with FileLock(Path(tempfile.gettempdir()) / f"timm_sfr-{user}.lock"):
-        return work()
-
-
 def read_run(run: Path) -> dict[str, Any]:
     """The options of the run in folder `run`, from its args.yaml.
 
@@ -138,22 +102,6 @@ def newest_run(
         if experiment is not None or given.items() <= read_yaml(run / "args.yaml").items():
             return run
     return None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping of options from a YAML file.
-
-    Raises:
-        UserError: if the file is missing or holds something else.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or type(error).__name__
-        raise UserError(f"config: cannot read {str(path)!r}: {reason}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"config: expected {str(path)!r} to hold OPTION: VALUE lines; got {type(values).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
 def _stem(model: str) -> str:

@@ -18,13 +18,13 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint, register_model
 from torch import nn
 
-from timm_sfr.checked import Checked, option
-from timm_sfr.errors import HubError, UserError
 from timm_sfr.export import own_config
-from timm_sfr.hub_client import told
 from timm_sfr.hub_options import check_repo_id
-from timm_sfr.text import aligned
-from timm_sfr.workspace import read_yaml
+from timm_sfr.utils.console import aligned
+from timm_sfr.utils.errors import HubError, UserError
+from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.hub_client import told
+from timm_sfr.utils.options import Checked, option
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "weights"

@@ -21,8 +21,8 @@ from benchmarks.methods.tffd import TfFD
 from benchmarks.methods.tfkd import TfKDReg
 from timm_sfr import SFRTask
 from timm_sfr.build import PlainLoss
-from timm_sfr.errors import UserError, near_matches
 from timm_sfr.sections import SFRConfig
+from timm_sfr.utils.errors import UserError, near_matches
 
 
 class Maker(Protocol):

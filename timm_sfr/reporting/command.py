@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
 
 WHAT = "Write RUN/report.html: curves, scores by class, mistakes, and which features teach which; it needs no network."
 

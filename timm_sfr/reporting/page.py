@@ -17,9 +17,8 @@ from markupsafe import Markup
 from torch import nn
 
 from timm_sfr import build
-from timm_sfr.checkpoint import checkpoints, load_checkpoint, replace_atomically, write_whole
+from timm_sfr.checkpoint import checkpoints, load_checkpoint
 from timm_sfr.config import RunConfig
-from timm_sfr.errors import UserError
 from timm_sfr.evaluate import ECE_BINS
 from timm_sfr.export import CONFIG
 from timm_sfr.loader import Preprocessing
@@ -31,6 +30,8 @@ from timm_sfr.reporting.runs import COLOURS, Panel, Run, own_panels, read_finish
 from timm_sfr.reporting.samples import SMALL, Gallery, Sample, data_uri
 from timm_sfr.reporting.teaching import Lesson, lessons
 from timm_sfr.taps import TapPlan, choose_taps
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import replace_atomically, write_whole
 
 PAGE, PICTURES = "report.html", "pictures"
 TAUGHT, BATCH = 4, 16  # images that SFR is pictured on, and that channels are correlated over

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_sfr.checkpoint import replace_atomically
-from timm_sfr.errors import UserError
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import replace_atomically
 
 PREDICTIONS = "predictions.csv"
 COLUMNS = ("index", "file", "target", "prediction", "confidence")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from timm_sfr import report
-from timm_sfr.errors import UserError, near_paths
-from timm_sfr.workspace import read_yaml
+from timm_sfr.utils.errors import UserError, near_paths
+from timm_sfr.utils.files import read_yaml
 
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b82c4", "#e07b39", "#3f9c66", "#9467bd", "#d1495b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from timm_sfr.config import RunConfig
 from timm_sfr.data import Split, open_split
-from timm_sfr.errors import UserError
 from timm_sfr.loader import Preprocessing
 from timm_sfr.reporting.predictions import Judged
 from timm_sfr.samples import BadImage, Decoded, file_name
+from timm_sfr.utils.errors import UserError
 
 SMALL, LARGE = 64, 224  # up to the first, pixels are kept and shown as squares; nothing is wider than the second
 

@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from timm_sfr.errors import HubError, UserError, brief
+from timm_sfr.utils.errors import HubError, UserError, brief
 
 Result = TypeVar("Result")
 

@@ -8,7 +8,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from timm_sfr.errors import UserError, near_matches
+from timm_sfr.utils.errors import UserError, near_matches
 
 
 def option(default: Any, text: str, *, choices: tuple[str, ...] = (), name: str = "", short: str = "") -> Any:

@@ -7,15 +7,23 @@ processes with torch's own launcher, which Accelerate then recognises.
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch.distributed as dist
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
+
+from timm_sfr.utils.errors import UserError
 
 
 def cpu_processes(command: Sequence[str]) -> int:
@@ -95,3 +103,36 @@ def join_restarted_cpu_processes() -> None:
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, is_master=False)
     own = dist.PrefixStore(f"timm_sfr-restart-{restarts()}", store)
     dist.init_process_group("gloo", store=own, rank=int(os.environ["RANK"]), world_size=size)
+
+
+Result = TypeVar("Result")
+
+
+def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
+    """What `work` gives on the main process, on every process.
+
+    Raises:
+        UserError: on every process, if it fails there.
+    """
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = error
+    broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def one_at_a_time(accelerator: Any, work: Callable[[], Result]) -> Result:
+    """What `work` gives on each process, one after another on a machine: what the first downloads is there for the others.
+
+    A lock on a file, not a barrier: those who wait at a barrier give up after the ten minutes that NCCL allows.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a user may have no name, in a container
+    with FileLock(Path(tempfile.gettempdir()) / f"timm_sfr-{user}.lock"):
+        return work()

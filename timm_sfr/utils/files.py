@@ -1,0 +1,63 @@
+"""Files that are written whole or not at all, and options read from YAML."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from timm_sfr.utils.errors import UserError
+
+
+def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has `write` make a file or folder beside `path`, then puts it in `path`'s place; a failure leaves `path` as it was."""
+    fresh = path.with_name(f".{path.name}.new")
+    old = path.with_name(f".{path.name}.old")
+    for leftover in (fresh, old):
+        _remove(leftover)
+    try:
+        write(fresh)
+        if fresh.is_dir() and path.exists():
+            path.rename(old)  # a folder cannot be renamed onto a full one
+        os.replace(fresh, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        _remove(fresh)
+        raise
+    _remove(old)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, UTF-8, in the place of what was there; a failure leaves that as it was."""
+    replace_atomically(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
+    """Writes a JSON file whole."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping of options from a YAML file.
+
+    Raises:
+        UserError: if the file is missing or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or type(error).__name__
+        raise UserError(f"config: cannot read {str(path)!r}: {reason}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"config: expected {str(path)!r} to hold OPTION: VALUE lines; got {type(values).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
