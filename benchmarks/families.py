@@ -24,9 +24,9 @@ from torch import nn
 
 from timm_sfr import SFRTask, UserError, choose_taps
 from timm_sfr.build import create_model
+from timm_sfr.method.taps import TapPlan
 from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.sections import ModelConfig
-from timm_sfr.taps import TapPlan
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 CLASSES = 10

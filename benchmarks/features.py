@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.presets import imagenet_lite0
-from timm_sfr.channels import group_channels
-from timm_sfr.features import forward_taps
-from timm_sfr.tapped import to_nodes
-from timm_sfr.taps import choose_taps
-from timm_sfr.transport import cost_matrix, unit
+from timm_sfr.method.channels import group_channels
+from timm_sfr.method.probe import forward_taps
+from timm_sfr.method.sinkhorn import cost_matrix, unit
+from timm_sfr.method.tapped_model import to_nodes
+from timm_sfr.method.taps import choose_taps
 from timm_sfr.utils.errors import UserError
 
 BATCH = 64  # images a forward pass

@@ -12,7 +12,8 @@ import ot
 import torch
 from torch import Tensor
 
-from timm_sfr.transport import exact, sinkhorn, transport_plan, uniform_marginals
+from timm_sfr.method.sinkhorn import sinkhorn, uniform_marginals
+from timm_sfr.method.transport import exact, transport_plan
 
 Solve = Callable[[Tensor], Tensor]
 OURS, LOOP, EXACT = "timm_sfr sinkhorn", "loop of ot.emd", "timm_sfr exact"

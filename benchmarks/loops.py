@@ -28,8 +28,8 @@ from timm_sfr.config import RunConfig
 from timm_sfr.data import open_splits
 from timm_sfr.fit import prepare
 from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr.method.transport import transport_plan
 from timm_sfr.sections import AugConfig, DataConfig
-from timm_sfr.transport import transport_plan
 from timm_sfr.utils.errors import UserError
 
 MODEL, BATCH = "resnet20_cifar", 128

@@ -30,7 +30,8 @@ from benchmarks.measured import timed
 from benchmarks.pages import fill, markdown
 from benchmarks.timing import in_turns, ratios
 from timm_sfr import report
-from timm_sfr.transport import exact, round_plan, uniform_marginals
+from timm_sfr.method.sinkhorn import round_plan, uniform_marginals
+from timm_sfr.method.transport import exact
 from timm_sfr.utils.errors import UserError
 
 RESULTS = HERE / "results" / "solvers.csv"

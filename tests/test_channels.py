@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from timm_sfr import UserError, match_channels
-from timm_sfr.channels import channel_correlation
-from timm_sfr.losses import ChannelProjection
+from timm_sfr.method.channels import ChannelProjection, channel_correlation
 
 
 def test_groups_average_contiguous_bins():

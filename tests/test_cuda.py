@@ -8,7 +8,7 @@ import torch
 from conftest import TRAIN, run
 
 from timm_sfr import SFRConfig, SFRTask, emd_l2, transport_plan
-from timm_sfr.transport import cost_matrix, unit
+from timm_sfr.method.sinkhorn import cost_matrix, unit
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

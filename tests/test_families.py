@@ -12,8 +12,8 @@ from benchmarks.families import CLASSES, HEAD, LARGE, PAGE, Row, classifiers, on
 from timm_sfr import SFRTask, UserError
 from timm_sfr.card import Facts
 from timm_sfr.export import Exporter
-from timm_sfr.features import forward_taps
 from timm_sfr.hub_options import HubConfig
+from timm_sfr.method.probe import forward_taps
 from timm_sfr.models import SMALL_IMAGE_MODELS
 
 NAMES = classifiers()

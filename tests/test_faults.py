@@ -18,7 +18,7 @@ from timm_sfr import RunConfig, UserError
 from timm_sfr.checkpoint import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint, set_aside
 from timm_sfr.cli import INTERRUPTED, parse
 from timm_sfr.fit import prepare
-from timm_sfr.smoothing import own_epsilon
+from timm_sfr.method.smoothing import own_epsilon
 from timm_sfr.state import restore
 
 

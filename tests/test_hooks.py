@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_sfr import SFRConfig, SFRTask, UserError, choose_taps
-from timm_sfr.features import Hooks, as_map
+from timm_sfr.method.probe import Hooks, as_map
 
 RESNET = SFRConfig(taps=("layer1", "layer2", "layer3"))
 

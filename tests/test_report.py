@@ -15,15 +15,15 @@ import yaml
 from conftest import ROOT, TRAIN, run
 
 import timm_sfr
-from timm_sfr.losses import FeatureLoss
 from timm_sfr.main import main
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.taps import choose_taps
 from timm_sfr.reporting.page import score_pictures, write_report
 from timm_sfr.reporting.predictions import Judged, read_predictions, write_predictions
 from timm_sfr.reporting.runs import own_panels, read_finished
 from timm_sfr.reporting.samples import Gallery
 from timm_sfr.reporting.teaching import lessons
-from timm_sfr.sections import SFRConfig
-from timm_sfr.taps import choose_taps
 from timm_sfr.utils.errors import UserError
 
 VOID = {"meta", "link", "img", "br", "image", "input"}

@@ -9,8 +9,8 @@ from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy
 
 from timm_sfr import DynamicLabelSmoothing, SFRConfig, UserError
-from timm_sfr.smoothing import own_epsilon, ramp
-from timm_sfr.task import weight_at
+from timm_sfr.method.smoothing import own_epsilon, ramp
+from timm_sfr.method.task import weight_at
 
 OWN = (None, None, "constant")  # SFR's default: it finds its own strength
 OPTIONS = [(source, schedule) for source in ("uniform", "classes") for schedule in ("constant", "ramp", "confidence")]

@@ -8,7 +8,7 @@ from benchmarks.accuracy import read
 from benchmarks.features import random_costs
 from benchmarks.libraries import LOOP, OURS, assignment_loop, candidates, emd_loop, log_domain, ours
 from benchmarks.measured import Row, ratio_row
-from timm_sfr.transport import uniform_marginals
+from timm_sfr.method.sinkhorn import uniform_marginals
 
 
 def test_a_place_in_a_page_is_filled_again_and_made_where_missing():

@@ -6,9 +6,9 @@ import timm.optim
 import torch
 
 from timm_sfr import SFRConfig, SFRTask, UserError, choose_taps
-from timm_sfr.features import forward_taps
+from timm_sfr.method.probe import forward_taps
+from timm_sfr.method.tapped_model import TappedModel, to_nodes
 from timm_sfr.models import SMALL_IMAGE_MODELS
-from timm_sfr.tapped import TappedModel, to_nodes
 
 # name: (indices, channels, grids) at the model's own size
 EXPECTED = {

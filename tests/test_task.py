@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 
 from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, gaussian_l2, match_channels, sinkhorn_divergence
-from timm_sfr.features import forward_taps
-from timm_sfr.tapped import to_nodes
-from timm_sfr.task import weight_at
+from timm_sfr.method.probe import forward_taps
+from timm_sfr.method.tapped_model import to_nodes
+from timm_sfr.method.task import weight_at
 
 
 def make(config=None, name="resnet20_cifar", **kwargs):

@@ -17,7 +17,7 @@ from benchmarks.faults import differences
 from timm_sfr import RunConfig
 from timm_sfr.checkpoint import checkpoints, load_checkpoint
 from timm_sfr.fit import prepare
-from timm_sfr.smoothing import own_epsilon
+from timm_sfr.method.smoothing import own_epsilon
 
 
 def test_what_a_run_writes(digits_run):

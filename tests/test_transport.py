@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from timm_sfr import UserError, emd_l2, gaussian_l2, sinkhorn_divergence, transport_plan
-from timm_sfr.transport import assignments, cost_matrix, cross_marginals, round_plan, sinkhorn, uniform_marginals, unit
+from timm_sfr.method.sinkhorn import cost_matrix, cross_marginals, round_plan, sinkhorn, uniform_marginals, unit
+from timm_sfr.method.transport import assignments
 
 SIZES = [(1, 1), (1, 5), (4, 1), (16, 16), (49, 49), (16, 49), (196, 49), (196, 196)]
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from timm_sfr.config import RunConfig
-from timm_sfr.sections import default_warmup
+from timm_sfr.method.smoothing import default_warmup
 
 # Optimizers by what their names hold, first match: the usual rate at a batch of 256, how it moves with the batch (the power),
 # and by which factor it may be lower or higher without a word. SGD: Goyal et al., arXiv 1706.02677; the adaptive ones: the

@@ -18,12 +18,13 @@ from timm.task import ClassificationTask, TrainingTask
 from torch import nn
 
 from timm_sfr.distill import distillation_task
-from timm_sfr.features import MISFITS
 from timm_sfr.loader import Preprocessing
-from timm_sfr.losses import DynamicLabelSmoothing, SmoothedLoss
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.probe import MISFITS
+from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, default_warmup
+from timm_sfr.method.task import SFRTask
 from timm_sfr.pretrained import base_folder, check_dtypes
-from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig, SFRConfig, default_warmup
-from timm_sfr.task import SFRTask
+from timm_sfr.sections import AugConfig, ModelConfig, OptimConfig
 from timm_sfr.teacher import Teacher
 from timm_sfr.utils.errors import HubError, UserError, brief, near_matches, near_paths
 

@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from timm_sfr.kd import in_words
 from timm_sfr.loader import img_mode
+from timm_sfr.method.smoothing import own_epsilon
 from timm_sfr.models import SMALL_IMAGE_MODELS
-from timm_sfr.smoothing import own_epsilon
 
 TAGS = ["image-classification", "timm", "timm_sfr", "self-distillation"]
 CURVE, CURVE_ROWS = ("train_loss", "val_loss", "val_top1"), 10

@@ -13,7 +13,8 @@ from typing import Any
 
 from timm_sfr.hub_options import HubConfig
 from timm_sfr.kd import KDConfig
-from timm_sfr.sections import AugConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig, SFRConfig
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.sections import AugConfig, DataConfig, EngineConfig, ModelConfig, OptimConfig
 from timm_sfr.utils.errors import UserError, near_matches
 from timm_sfr.utils.options import outside_name
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_sfr.cli import add_model
-from timm_sfr.features import MISFITS
+from timm_sfr.method.probe import MISFITS
 from timm_sfr.pretrained import create_model
 from timm_sfr.utils.errors import UserError, brief
 from timm_sfr.utils.files import replace_atomically

@@ -16,7 +16,7 @@ from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDisti
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.features import model_name
+from timm_sfr.method.probe import model_name
 from timm_sfr.teacher import PreLogits, Teacher
 from timm_sfr.utils.errors import UserError
 

@@ -19,8 +19,8 @@ from torch import nn
 from timm_sfr.advice import advice, circumstances
 from timm_sfr.distill import FeatureTask, LogitTask, TokenTask
 from timm_sfr.measure import cores, measure, states
+from timm_sfr.method.task import SFRTask
 from timm_sfr.progress import VALIDATION
-from timm_sfr.task import SFRTask
 from timm_sfr.utils.console import clock
 
 if TYPE_CHECKING:

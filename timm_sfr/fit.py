@@ -29,11 +29,11 @@ from timm_sfr.hub_check import check_card, check_push
 from timm_sfr.keep import spared
 from timm_sfr.loader import Preprocessing, TrainBatches, check_mode, eval_loader
 from timm_sfr.machine import explained, keep_freed_blocks, make_accelerator
+from timm_sfr.method.smoothing import default_warmup
+from timm_sfr.method.task import SFRTask
 from timm_sfr.samples import bad_images
-from timm_sfr.sections import default_warmup
 from timm_sfr.signals import Signals
 from timm_sfr.state import restore
-from timm_sfr.task import SFRTask
 from timm_sfr.teacher import Teacher, changed, headline, open_teacher
 from timm_sfr.utils.console import show_log, told
 from timm_sfr.utils.errors import UserError

@@ -17,10 +17,11 @@ from torch import nn
 from timm_sfr import build
 from timm_sfr.cli import add_options, given
 from timm_sfr.config import RunConfig
-from timm_sfr.features import Feature, probe
-from timm_sfr.losses import ChannelProjection, FeatureLoss
-from timm_sfr.sections import SFRConfig
-from timm_sfr.taps import TapPlan, choose_taps
+from timm_sfr.method.channels import ChannelProjection
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.probe import Feature, probe
+from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError
 

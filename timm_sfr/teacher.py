@@ -18,9 +18,9 @@ from timm.data import resolve_input_data_config
 from timm.task import DistillationTeacher
 from torch import Tensor, nn
 
-from timm_sfr.features import MISFITS, described
 from timm_sfr.kd import KDConfig, in_words
 from timm_sfr.loader import Preprocessing
+from timm_sfr.method.probe import MISFITS, described
 from timm_sfr.pretrained import create_model
 from timm_sfr.utils.errors import UserError, first_line, near_paths
 from timm_sfr.utils.processes import one_at_a_time

@@ -21,7 +21,7 @@ from benchmarks.methods.tffd import TfFD
 from benchmarks.methods.tfkd import TfKDReg
 from timm_sfr import SFRTask
 from timm_sfr.build import PlainLoss
-from timm_sfr.sections import SFRConfig
+from timm_sfr.method.config import SFRConfig
 from timm_sfr.utils.errors import UserError, near_matches
 
 

@@ -11,8 +11,8 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.features import forward_taps
-from timm_sfr.taps import choose_taps
+from timm_sfr.method.probe import forward_taps
+from timm_sfr.method.taps import choose_taps
 
 
 class Mapped(nn.Module):

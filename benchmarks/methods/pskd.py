@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.methods.peer import Logits, PeerTask, autocast
-from timm_sfr.smoothing import soft_targets
+from timm_sfr.method.smoothing import soft_targets
 
 
 class PSKD(PeerTask):

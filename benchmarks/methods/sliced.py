@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from timm_sfr.channels import group_channels
-from timm_sfr.transport import unit
+from timm_sfr.method.channels import group_channels
+from timm_sfr.method.sinkhorn import unit
 
 
 def sliced_distance(shallow: Tensor, deep: Tensor) -> Tensor:

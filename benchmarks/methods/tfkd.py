@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.methods.peer import Logits, PeerTask, kl
-from timm_sfr.smoothing import soft_targets
+from timm_sfr.method.smoothing import soft_targets
 
 
 class TfKDReg(PeerTask):

@@ -22,14 +22,14 @@ from timm_sfr.config import RunConfig
 from timm_sfr.evaluate import ECE_BINS
 from timm_sfr.export import CONFIG
 from timm_sfr.loader import Preprocessing
-from timm_sfr.losses import ChannelProjection
+from timm_sfr.method.channels import ChannelProjection
+from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.pretrained import create_model
 from timm_sfr.reporting import figures
 from timm_sfr.reporting.predictions import PREDICTIONS, Judged, read_predictions
 from timm_sfr.reporting.runs import COLOURS, Panel, Run, own_panels, read_finished, shared_panels
 from timm_sfr.reporting.samples import SMALL, Gallery, Sample, data_uri
 from timm_sfr.reporting.teaching import Lesson, lessons
-from timm_sfr.taps import TapPlan, choose_taps
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import replace_atomically, write_whole
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from timm_sfr.channels import channel_correlation, group_channels, match_channels
-from timm_sfr.losses import ChannelProjection, divergences, gaussian_l2
-from timm_sfr.sections import SFRConfig
-from timm_sfr.tapped import TappedModel
-from timm_sfr.taps import TapPlan
-from timm_sfr.transport import cost_matrix, cross_marginals, transport_plan, uniform_marginals, unit
+from timm_sfr.method.channels import ChannelProjection, channel_correlation, group_channels, match_channels
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.losses import divergences, gaussian_l2
+from timm_sfr.method.sinkhorn import cost_matrix, cross_marginals, uniform_marginals, unit
+from timm_sfr.method.tapped_model import TappedModel
+from timm_sfr.method.taps import TapPlan
+from timm_sfr.method.transport import transport_plan
 
 
 @dataclass(frozen=True)

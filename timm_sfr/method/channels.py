@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from timm_sfr.transport import transport_plan
+from timm_sfr.method.transport import transport_plan
 from timm_sfr.utils.errors import UserError
 
 CHANNEL_METHODS = ("groups", "transport", "projection")
@@ -79,7 +79,7 @@ def match_channels(deep: Tensor, channels: int, method: str = "groups", *, shall
         deep: Deep local features, (B, N, C_d).
         channels: C_s.
         method: ``"groups"`` (`group_channels`) or ``"transport"`` (`transport_channels`). ``"projection"`` is learned
-            on the shallow side and is no function of `deep` alone: see `timm_sfr.losses.ChannelProjection`.
+            on the shallow side and is no function of `deep` alone: see `timm_sfr.method.losses.ChannelProjection`.
         shallow: The shallow local features on the same nodes, (B, N, C_s); ``"transport"`` needs them.
 
     Raises:
@@ -95,7 +95,7 @@ def match_channels(deep: Tensor, channels: int, method: str = "groups", *, shall
             )
         return transport_channels(deep, shallow)
     if method == "projection":
-        raise UserError("method='projection' maps the shallow side up to C_d: use timm_sfr.losses.ChannelProjection")
+        raise UserError("method='projection' maps the shallow side up to C_d: use timm_sfr.method.losses.ChannelProjection")
     raise UserError(f"unknown channel method {method!r}: expected one of {', '.join(CHANNEL_METHODS)}")
 
 
@@ -104,3 +104,15 @@ def _standardise(x: Tensor) -> Tensor:
     deviation = centred.square().mean(0).sqrt()
     # A dead (constant) channel correlates with nothing; dividing by its zero deviation would make a NaN.
     return torch.where(deviation > 1e-6, centred / deviation.clamp_min(1e-6), 0.0)
+
+
+class ChannelProjection(nn.Module):
+    """Learned 1x1 maps from each shallow tap's channels to the deep tap's; used in training and thrown away after it."""
+
+    def __init__(self, shallow_channels: tuple[int, ...], deep_channels: int) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(channels, deep_channels, bias=False) for channels in shallow_channels)
+
+    def forward(self, shallow: list[Tensor]) -> list[Tensor]:
+        """(B, N_s, C_s) to (B, N_s, C_d) for every tap s."""
+        return [project(x.to(project.weight.dtype)) for project, x in zip(self.maps, shallow, strict=True)]

@@ -11,11 +11,13 @@ from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.features import HOOKS, count_classes, model_name
-from timm_sfr.losses import ChannelProjection, DynamicLabelSmoothing, FeatureLoss, SmoothedLoss
-from timm_sfr.sections import SFRConfig, default_warmup
-from timm_sfr.tapped import TappedModel
-from timm_sfr.taps import TapPlan, choose_taps
+from timm_sfr.method.channels import ChannelProjection
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.probe import HOOKS, count_classes, model_name
+from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, default_warmup
+from timm_sfr.method.tapped_model import TappedModel
+from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.utils.errors import UserError
 
 _logger = logging.getLogger(__name__)

@@ -12,11 +12,12 @@ from conftest import run
 from torch import library
 
 from timm_sfr import emd_l2, transport_plan
-from timm_sfr.transport import cost_matrix, cross_marginals, fused_for, sinkhorn, uniform_marginals, unit
+from timm_sfr.method.sinkhorn import cost_matrix, cross_marginals, sinkhorn, uniform_marginals, unit
+from timm_sfr.method.transport import triton_for
 
 pytest.importorskip("triton")
 
-from timm_sfr import fused
+from timm_sfr.method import sinkhorn_triton
 
 SIZES = [(49, 49, 64), (16, 49, 40), (7, 5, 3), (64, 1, 8), (1, 1, 4)]
 
@@ -29,7 +30,7 @@ def problem(rows, columns, channels, weights="uniform", batch=2):
     return u, v, cost, *(cross_marginals(u, v) if weights == "cross" else uniform_marginals(cost))
 
 
-@pytest.mark.skipif(fused.INTERPRETED, reason="starts itself")
+@pytest.mark.skipif(sinkhorn_triton.INTERPRETED, reason="starts itself")
 def test_by_the_interpreter():
     done = run(sys.executable, "-m", "pytest", "-n0", "-p", "no:cacheprovider", __file__, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,7 +38,7 @@ def test_by_the_interpreter():
     assert passed >= 2 * len(SIZES) + 4, done.stdout
 
 
-interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="test_by_the_interpreter runs it")
+interpreted = pytest.mark.skipif(not sinkhorn_triton.INTERPRETED, reason="test_by_the_interpreter runs it")
 
 
 @interpreted
@@ -46,7 +47,7 @@ interpreted = pytest.mark.skipif(not fused.INTERPRETED, reason="test_by_the_inte
 def test_plan_loss_and_gradient_are_those_of_the_eager_solver(size, weights):
     u, v, cost, a, b = problem(*size, weights)
     expected = sinkhorn(cost, a, b)
-    torch.testing.assert_close(fused.plans(cost, a, b), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sinkhorn_triton.plans(cost, a, b), expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(transport_plan(cost, a, b, "triton"), expected, rtol=1e-4, atol=1e-6)
     shallow, gradients = u.requires_grad_(), []
     for solver in ("sinkhorn", "triton"):
@@ -60,16 +61,16 @@ def test_plan_loss_and_gradient_are_those_of_the_eager_solver(size, weights):
 def test_inputs_of_any_layout():
     u, v, cost, a, b = problem(9, 16, 8)
     turned = cost.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(fused.plans(turned, a, b), fused.plans(cost, a, b))
-    assert torch.equal(fused.transport_costs(u[:, :, ::2], v[:, :, ::2], a, b),
-                       fused.transport_costs(u[:, :, ::2].contiguous(), v[:, :, ::2].contiguous(), a, b))  # fmt: skip
+    assert torch.equal(sinkhorn_triton.plans(turned, a, b), sinkhorn_triton.plans(cost, a, b))
+    assert torch.equal(sinkhorn_triton.transport_costs(u[:, :, ::2], v[:, :, ::2], a, b),
+                       sinkhorn_triton.transport_costs(u[:, :, ::2].contiguous(), v[:, :, ::2].contiguous(), a, b))  # fmt: skip
 
 
 @interpreted
 def test_a_constant_cost_and_masses_close_to_zero():
     cost, a, b = torch.full((2, 5, 6), 0.7), torch.full((2, 5), 1e-6), torch.full((2, 6), 1 / 6)
     a[:, 0] = 1 - 4e-6
-    plan = fused.plans(cost, a, b)
+    plan = sinkhorn_triton.plans(cost, a, b)
     assert plan.isfinite().all() and (plan >= 0).all()
     torch.testing.assert_close(plan.sum(2), a)
     torch.testing.assert_close(plan.sum(1), b)
@@ -103,7 +104,7 @@ def test_a_second_derivative_is_refused():
 @interpreted
 def test_the_operators_are_what_torch_expects():
     u, v, cost, a, b = problem(4, 6, 8)
-    library.opcheck(fused.plans, (cost, a, b))
+    library.opcheck(sinkhorn_triton.plans, (cost, a, b))
     library.opcheck(torch.ops.timm_sfr.transport_costs.default, (u.requires_grad_(), v, a, b),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))  # fmt: skip
 
@@ -120,17 +121,21 @@ def test_it_adds_no_graph_break():
     assert any("timm_sfr" in str(op) for ops in found.ops_per_graph for op in ops), "the kernel is in the graph"
 
 
-@pytest.mark.skipif(fused.INTERPRETED, reason="of compiled kernels")
+@pytest.mark.skipif(sinkhorn_triton.INTERPRETED, reason="of compiled kernels")
 def test_elsewhere_the_eager_solver_stands_in():
     u, v, cost, a, b = problem(9, 9, 8)
-    assert fused_for(cost.shape, cost.device) is None
+    assert triton_for(cost.shape, cost.device) is None
     assert torch.equal(transport_plan(cost, a, b, "triton"), transport_plan(cost, a, b))
     assert torch.equal(emd_l2(u, v, solver="triton"), emd_l2(u, v))
     cuda = torch.device("cuda")
-    assert fused.fits((8, 64, 64), cuda) and not fused.fits((8, 65, 64), cuda) and not fused.fits((8, 16, 128), cuda)
+    assert (
+        sinkhorn_triton.fits((8, 64, 64), cuda)
+        and not sinkhorn_triton.fits((8, 65, 64), cuda)
+        and not sinkhorn_triton.fits((8, 16, 128), cuda)
+    )
 
 
-@pytest.mark.skipif(fused.INTERPRETED, reason="of compiled kernels")
+@pytest.mark.skipif(sinkhorn_triton.INTERPRETED, reason="of compiled kernels")
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize(("name", "capability"), [("_plan_kernel", 80), ("_cost_kernel", 80), ("_cost_kernel", 90)])
 def test_it_compiles_for_gpus(name, capability, tmp_path, monkeypatch):
@@ -138,9 +143,13 @@ def test_it_compiles_for_gpus(name, capability, tmp_path, monkeypatch):
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kernel, options = getattr(fused, name), fused._shape(49, 49)
+    kernel, options = getattr(sinkhorn_triton, name), sinkhorn_triton._shape(49, 49)
     warps = options.pop("num_warps")
-    constants = {key: value for key, value in {**options, "CHANNELS": fused._CHANNELS}.items() if key in kernel.arg_names}
+    constants = {
+        key: value
+        for key, value in {**options, "CHANNELS": sinkhorn_triton._CHANNELS}.items()
+        if key in kernel.arg_names
+    }
     kinds = {"rows": "i32", "columns": "i32", "channels": "i32"}
     signature = {
         name: "constexpr" if name in constants else "*fp32" if name.endswith("_ptr") else kinds.get(name, "fp32")

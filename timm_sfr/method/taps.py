@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from timm.data import resolve_input_data_config
 from torch import nn
 
-from timm_sfr.features import INTERMEDIATES, Feature, model_name, probe
+from timm_sfr.method.probe import INTERMEDIATES, Feature, model_name, probe
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError, near_matches
 

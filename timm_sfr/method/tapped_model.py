@@ -10,8 +10,8 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
-from timm_sfr.features import HOOKS, Hooks, forward_final, forward_taps, model_name
-from timm_sfr.taps import TapPlan
+from timm_sfr.method.probe import HOOKS, Hooks, forward_final, forward_taps, model_name
+from timm_sfr.method.taps import TapPlan
 from timm_sfr.utils.errors import UserError
 
 

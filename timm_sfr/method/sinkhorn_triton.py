@@ -1,6 +1,6 @@
 """The transport loss of one problem in one Triton program: cost, plan, loss and gradient, without leaving the registers.
 
-The same arithmetic as `timm_sfr.transport.sinkhorn`, which is its oracle and stands in where it cannot run. Imported only
+The same arithmetic as `timm_sfr.method.transport.sinkhorn`, which is its oracle and stands in where it cannot run. Imported only
 where it is asked for (``--sfr-solver triton``).
 
 Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C channels.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from timm_sfr.transport import EPS, FLOOR, RELAXATION, STRETCH, UPDATES
+from timm_sfr.method.sinkhorn import EPS, FLOOR, RELAXATION, STRETCH, UPDATES
 
 _MOST = 64  # nodes on a side: a program holds the plan several times over in its registers
 _CHANNELS = 32  # read at a time
@@ -30,7 +30,7 @@ def fits(cost_shape: tuple[int, ...], device: torch.device) -> bool:
 
 @library.custom_op("timm_sfr::plans", mutates_args=())
 def plans(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`timm_sfr.transport.sinkhorn`'s plans (B, N, M) of cost (B, N, M), a (B, N), b (B, M); all float32."""
+    """`timm_sfr.method.transport.sinkhorn`'s plans (B, N, M) of cost (B, N, M), a (B, N), b (B, M); all float32."""
     cost, a, b = cost.contiguous(), a.contiguous(), b.contiguous()
     plan = torch.empty_like(cost)
     batch, rows, columns = cost.shape
@@ -134,7 +134,7 @@ def _fit_columns(plan, f, g, log_b, column_valid, relaxation, stretch):
 @triton.jit
 def _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, stretch, floor,
            FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr):  # fmt: skip
-    """`timm_sfr.transport.sinkhorn` of one problem, padded: (ROWS, COLUMNS)."""
+    """`timm_sfr.method.transport.sinkhorn` of one problem, padded: (ROWS, COLUMNS)."""
     valid = row_valid[:, None] & column_valid[None, :]
     far = float("inf")
     plan = cost - tl.min(tl.where(valid, cost, far), 1)[:, None]
@@ -158,7 +158,7 @@ def _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, 
         # The last update meets the column masses.
         g = _fit_columns(plan, f, g, log_b, column_valid, tl.where(step == THIRD - 1, 1.0, relaxation), stretch)
     plan = plan * tl.exp(f)[:, None] * tl.exp(g)[None, :]
-    # Shrink what is too much, spread what is missing (`timm_sfr.transport.round_plan`).
+    # Shrink what is too much, spread what is missing (`timm_sfr.method.transport.round_plan`).
     tiny = 1.1754943508222875e-38
     plan = plan * tl.minimum(a / _at_least(tl.sum(plan, 1), tiny), 1.0, propagate_nan=tl.PropagateNan.ALL)[:, None]
     missing_a, missing_b = _at_least(a - tl.sum(plan, 1), 0.0), _at_least(b - tl.sum(plan, 0), 0.0)

@@ -1,0 +1,83 @@
+"""The options of SFR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from timm_sfr.method.channels import CHANNEL_METHODS
+from timm_sfr.method.sinkhorn import MARGINALS
+from timm_sfr.method.smoothing import SCHEDULES, SOURCES
+from timm_sfr.method.transport import SOLVERS
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.options import Checked, option
+
+
+@dataclass(frozen=True)
+class SFRConfig(Checked):
+    """Self-Feature Regularization; see docs/method.md for what each option means."""
+
+    prefix: ClassVar[str] = "sfr_"
+
+    enabled: bool = option(True, "Self-Feature Regularization (--no-sfr: plain training)", name="sfr")
+    weight: float = option(1.0, "lambda, the weight of the feature loss; 0 leaves only the smoothing")
+    warmup_epochs: int | None = option(
+        None, "epochs over which lambda rises (default: a fifth of the epochs, at most 5)"
+    )
+    decay_epochs: int = option(0, "last epochs over which lambda falls towards 0")
+    taps: tuple[str, ...] | None = option(
+        None,
+        "features to tap, shallow ones first and the deep one last, by index, module name or stageK (default: chosen from "
+        "feature_info)",
+    )
+    channels: str = option("groups", "how deep channels match shallow ones", choices=CHANNEL_METHODS)
+    matching: str = option(
+        "divergence",
+        "how locations match: by a soft transport plan, debiased (the Sinkhorn divergence); by the optimal plan; as Gaussians; "
+        "or the same grid cell",
+        choices=("divergence", "emd", "gaussian", "grid"),
+    )
+    weights: str = option("uniform", "weights of the locations", choices=MARGINALS)
+    solver: str = option(
+        "auto",
+        "transport solver of emd; auto: exact for up to 4 locations, else sinkhorn; triton: sinkhorn as one program a problem, "
+        "on CUDA",
+        choices=SOLVERS,
+    )
+    max_nodes: int = option(16, "most locations a tap may have before it is average-pooled")
+    smoothing: float | None = option(
+        None, "label smoothing, a constant epsilon (default: SFR finds its own; 0.1 with --no-sfr)", name="smoothing"
+    )
+    smoothing_source: str | None = option(
+        None,
+        "what SFR smooths towards (default: uniform where --smoothing is given; else classes, for at most 1,024 of them)",
+        choices=SOURCES,
+    )
+    smoothing_schedule: str = option("constant", "how the epsilon of --smoothing moves", choices=SCHEDULES)
+
+    @property
+    def common_grid(self) -> bool:
+        """Whether a location of one tap must stand for the same place as that of the other: on a common grid alone."""
+        return self.matching == "grid" or self.channels == "transport"
+
+    @property
+    def smoothing_form(self) -> tuple[float | None, str | None, str]:
+        """What `DynamicLabelSmoothing` takes after the number of classes."""
+        return self.smoothing, self.smoothing_source, self.smoothing_schedule
+
+    @property
+    def plain_smoothing(self) -> float:
+        """The constant smoothing of training without SFR: timm's default where none is given."""
+        return 0.1 if self.smoothing is None else self.smoothing
+
+    def check(self) -> None:
+        """Weights non-negative, smoothing in [0, 1), at least 4 nodes."""
+        self.at_least(0, "weight", "warmup_epochs", "decay_epochs", "smoothing")
+        self.at_least(4, "max_nodes")
+        if self.smoothing is not None and self.smoothing >= 1:
+            raise UserError(f"smoothing: expected a value in [0, 1); got {self.smoothing}")
+        if self.enabled and self.smoothing is None and self.smoothing_schedule != "constant":
+            raise UserError(
+                f"sfr_smoothing_schedule: {self.smoothing_schedule} moves an epsilon that is given, and none is; add --smoothing "
+                "0.1, or leave the schedule out"
+            )
