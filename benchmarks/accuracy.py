@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.presets import PRESETS, SOURCES, Set
+from timm_sfr.runs.records import versions
 
 if TYPE_CHECKING:
-    from timm_sfr.engine import Trainer
+    from timm_sfr.training.trainer import Trainer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "accuracy.csv"
@@ -89,7 +90,7 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
     from benchmarks.images import DeviceBatches, open_sets, val_batches
     from benchmarks.methods import COMPANIONS, find
     from timm_sfr.config import RunConfig
-    from timm_sfr.fit import Parts, prepare
+    from timm_sfr.training.run import Parts, prepare
 
     torch.set_num_threads(threads)
     data, make = cell.data, find(cell.method)
@@ -108,7 +109,6 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
 
 def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[str, Any]:
     """Trains one cell, with `limit` batches an epoch if given; its row of the CSV."""
-    from timm_sfr import report
 
     data, started_from = cell.data, commit()
     with tempfile.TemporaryDirectory() as output:
@@ -124,7 +124,7 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[
         "train_seconds": sum(images / row["images_per_second"] for row in trainer.rows),
         "extra_parameters": total - trainer.facts["parameters"],
         "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.facts["hardware"],
-        "versions": json.dumps(report.versions()), "commit": started_from, "date": time.strftime("%Y-%m-%d"),
+        "versions": json.dumps(versions()), "commit": started_from, "date": time.strftime("%Y-%m-%d"),
         "args": json.dumps(cell.recorded() | {"threads": threads}),
     }  # fmt: skip
 
@@ -272,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs what is missing; the exit status."""
     from benchmarks.images import decode
     from benchmarks.pool import side_by_side
-    from timm_sfr.cli import fail
+    from timm_sfr.cli.parser import fail
     from timm_sfr.utils.errors import UserError
 
     args = parse(arguments)

@@ -29,7 +29,7 @@ from PIL import Image
 
 from benchmarks.accuracy import HERE
 from benchmarks.pages import fill, markdown
-from timm_sfr.checkpoint import checkpoints
+from timm_sfr.runs.checkpoints import checkpoints
 from train_sfr import main as train
 
 DOCUMENT = HERE.parent / "docs" / "reliability.md"

@@ -23,10 +23,10 @@ from timm.models import list_modules
 from torch import nn
 
 from timm_sfr import SFRTask, UserError, choose_taps
-from timm_sfr.build import create_model
+from timm_sfr.config import ModelConfig
 from timm_sfr.method.taps import TapPlan
 from timm_sfr.models import SMALL_IMAGE_MODELS
-from timm_sfr.sections import ModelConfig
+from timm_sfr.models.loading import new_model
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 CLASSES = 10
@@ -120,7 +120,7 @@ def smallest_size(name: str) -> int | None:
     for size in SIZES:
         try:
             with torch.device("meta"):
-                choose_taps(create_model(ModelConfig(model=name, img_size=size), CLASSES), (3, size, size))
+                choose_taps(new_model(ModelConfig(model=name, img_size=size), CLASSES), (3, size, size))
             return size
         except UserError:
             continue

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import HERE, positive
-from timm_sfr.checkpoint import checkpoints, load_checkpoint
+from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
 
 EVERYTHING = ("--mixup", "0.2", "--cutmix", "1", "--model-ema", "--model-ema-decay", "0.9", "--grad-accum-steps", "2",
               "--clip-grad", "1", "--aa", "rand-m5", "--reprob", "0.2", "--drop-path", "0.1", "-j", "1", "--epochs", "3",

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from timm_sfr.data import Split
+from timm_sfr.data.datasets import Split
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import replace_atomically
 

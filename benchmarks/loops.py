@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from benchmarks.accuracy import HERE
 from benchmarks.measured import Row, ratio_row, timed
-from timm_sfr import build, emd_l2, gaussian_l2, sinkhorn_divergence
-from timm_sfr.config import RunConfig
-from timm_sfr.data import open_splits
-from timm_sfr.fit import prepare
-from timm_sfr.loader import Preprocessing, TrainBatches, eval_loader
+from timm_sfr import emd_l2, gaussian_l2, sinkhorn_divergence
+from timm_sfr.config import AugConfig, DataConfig, RunConfig
+from timm_sfr.data.datasets import open_splits
+from timm_sfr.data.loaders import TrainBatches, eval_loader
+from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.method.transport import transport_plan
-from timm_sfr.sections import AugConfig, DataConfig
+from timm_sfr.training.optimizer import create_optimizer
+from timm_sfr.training.run import prepare
 from timm_sfr.utils.errors import UserError
 
 MODEL, BATCH = "resnet20_cifar", 128
@@ -43,8 +44,8 @@ def loop_rows(rounds: int) -> list[Row]:
         trainer = prepare(RunConfig.from_flat(options))
         device, config = trainer.accelerator.device, trainer.config
         model = timm.create_model(MODEL, num_classes=10).to(device)
-        optimizer = build.create_optimizer(config.optim, model, config.optim.lr)
-        criterion = nn.CrossEntropyLoss(label_smoothing=config.sfr.smoothing)
+        optimizer = create_optimizer(config.optim, model, config.optim.lr)
+        criterion = nn.CrossEntropyLoss(label_smoothing=config.sfr.plain_smoothing)
 
         def minimal() -> None:
             model.train()

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from timm_sfr.cli import make_parser
+from timm_sfr.cli.train import training_parser
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "options.md"
 HEAD = """# All options
@@ -33,7 +33,7 @@ def flag(action: argparse.Action) -> str:
 def render() -> str:
     """The page."""
     parts = [HEAD]
-    for group in make_parser()._action_groups[1:]:
+    for group in training_parser()._action_groups[1:]:
         rows = [action for action in group._group_actions if "-h" not in action.option_strings]
         if rows:
             title = "the run" if group.title in ("options", "optional arguments") else str(group.title)

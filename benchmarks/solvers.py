@@ -29,9 +29,9 @@ from benchmarks.libraries import OURS, Solve, candidates
 from benchmarks.measured import timed
 from benchmarks.pages import fill, markdown
 from benchmarks.timing import in_turns, ratios
-from timm_sfr import report
 from timm_sfr.method.sinkhorn import round_plan, uniform_marginals
 from timm_sfr.method.transport import exact
+from timm_sfr.runs.records import hardware, versions
 from timm_sfr.utils.errors import UserError
 
 RESULTS = HERE / "results" / "solvers.csv"
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         found = {"": random_costs(batch, nodes)} if kind == "random" else real_costs(args.images, batch, nodes)
         return {name: cost.to(device) for name, cost in found.items()}
 
-    about = {"hardware": report.hardware(device, 1), "threads": args.threads, "versions": json.dumps(report.versions()),
+    about = {"hardware": hardware(device, 1), "threads": args.threads, "versions": json.dumps(versions()),
              "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
     def write(rows: list[Row]) -> None:
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
                         rows += compare(kind, costs(kind, batch, nodes), chosen, args.rounds)
                         write(rows)  # after each size: one that takes too long loses nothing
     except UserError as error:
-        from timm_sfr.cli import fail
+        from timm_sfr.cli.parser import fail
 
         return fail(str(error))
     if args.document.is_file():

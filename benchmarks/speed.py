@@ -24,8 +24,8 @@ from benchmarks import loops, steps
 from benchmarks.accuracy import HERE, commit, positive, read
 from benchmarks.measured import Row
 from benchmarks.pages import fill, markdown
-from timm_sfr import report
-from timm_sfr.cli import fail
+from timm_sfr.cli.parser import fail
+from timm_sfr.runs.records import hardware, versions
 from timm_sfr.utils.errors import UserError
 
 RESULTS = HERE / "results" / "speed.csv"
@@ -117,8 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
         "growth": loops.growth_rows,
         "processes": lambda: loops.process_rows(min(args.rounds, 7)),
     }
-    about = {"hardware": report.hardware(device, 1), "threads": str(args.threads),
-             "versions": json.dumps(report.versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
+    about = {"hardware": hardware(device, 1), "threads": str(args.threads),
+             "versions": json.dumps(versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
     try:
         merge(args.csv, [], about)  # a file that cannot take the figures is said before them
         for name in args.parts:

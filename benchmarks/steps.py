@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.accuracy import HERE
 from benchmarks.measured import Row, ratio_row, timed
 from timm_sfr import SFRConfig, SFRTask
-from timm_sfr.machine import keep_freed_blocks
+from timm_sfr.training.devices import keep_freed_blocks
 
 
 @dataclass(frozen=True)

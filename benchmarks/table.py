@@ -19,8 +19,8 @@ from benchmarks import timing
 from benchmarks.accuracy import HERE, RESULTS, read
 from benchmarks.pages import fill, labels
 from benchmarks.presets import PRESETS
-from timm_sfr.compare import FEWEST, spread
-from timm_sfr.compare import half_interval as interval
+from timm_sfr.cli.compare import FEWEST, spread
+from timm_sfr.cli.compare import half_interval as interval
 
 DOCS = HERE.parent / "docs"
 BASES = ("ce", "ls")  # what differences are to
@@ -179,7 +179,7 @@ def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Renews the document and the plots; the exit status."""
-    from timm_sfr.cli import fail
+    from timm_sfr.cli.parser import fail
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path, nargs="+", default=[RESULTS, RESULTS.with_name("heldout.csv")])

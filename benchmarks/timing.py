@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.accuracy import HERE, Cell, asked, build, commit, positive, read
 from benchmarks.presets import PRESETS
+from timm_sfr.runs.records import versions
 
 RESULTS = HERE / "results" / "timing.csv"
 COLUMNS = ("preset", "set", "method", "ratio", "low", "high", "rounds", "batches", "ce_images_per_second",
@@ -88,7 +89,6 @@ def measure(
     preset: str, name: str, methods: list[str], root: Path, threads: int, rounds: int, batches: int
 ) -> list[dict[str, Any]]:
     """Rows of the CSV for one set."""
-    from timm_sfr import report
 
     started_from = commit()
     with contextlib.ExitStack() as stack:
@@ -109,7 +109,7 @@ def measure(
         {
             "preset": preset, "set": name, "method": method, "ratio": f"{middle:.4f}", "low": f"{low:.4f}",
             "high": f"{high:.4f}", "rounds": rounds, "batches": batches, "ce_images_per_second": f"{rate:.0f}",
-            "hardware": facts["hardware"], "threads": threads, "versions": json.dumps(report.versions()),
+            "hardware": facts["hardware"], "threads": threads, "versions": json.dumps(versions()),
             "commit": started_from, "date": time.strftime("%Y-%m-%d"),
         }
         for method, (middle, low, high) in ratios(times, around).items()
@@ -129,7 +129,7 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures what is asked for; the exit status."""
-    from timm_sfr.cli import fail
+    from timm_sfr.cli.parser import fail
     from timm_sfr.utils.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.timing", description=(__doc__ or "").splitlines()[0])

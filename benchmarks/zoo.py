@@ -20,12 +20,12 @@ import yaml
 
 from benchmarks.table import interval
 from timm_sfr import RunConfig
-from timm_sfr.checkpoint import checkpoints
-from timm_sfr.cli import fail
-from timm_sfr.fit import fit
+from timm_sfr.cli.parser import fail
+from timm_sfr.models.zoo import WEIGHTS, ZooEntry, zoo
+from timm_sfr.runs.checkpoints import checkpoints
+from timm_sfr.runs.folder import read_run
+from timm_sfr.training.run import fit
 from timm_sfr.utils.errors import UserError, near_matches
-from timm_sfr.workspace import read_run
-from timm_sfr.zoo import WEIGHTS, ZooEntry, zoo
 
 
 def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
@@ -53,7 +53,7 @@ def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
 
 
 def measured(runs: dict[int, dict], published: int) -> dict:
-    """The scores of `runs` by seed, as `timm_sfr.zoo.Measured`."""
+    """The scores of `runs` by seed, as `timm_sfr.models.zoo.Measured`."""
     last, best = [run["last"] for run in runs.values()], runs[published]["best"]
     scores, some = [row["val_top1"] for row in last], runs[published]
     half = interval(scores) if len(scores) > 1 else 0.0

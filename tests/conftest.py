@@ -17,13 +17,13 @@ from warm import HUB, SLOW, Warm, can_start
 
 import timm_sfr
 from benchmarks.faults import EVERYTHING
-from timm_sfr.checkpoint import checkpoints, load_checkpoint
-from timm_sfr.data import Digits
+from timm_sfr.data.datasets import Digits
 from timm_sfr.method.channels import group_channels
 from timm_sfr.method.probe import forward_taps
 from timm_sfr.method.sinkhorn import cost_matrix, unit
 from timm_sfr.method.tapped_model import to_nodes
 from timm_sfr.method.taps import choose_taps
+from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "train_sfr.py"), "--report-interval", "0"]  # test_report.py has reports

@@ -19,7 +19,7 @@ from doc_server import ROOT, checkout, install
 from hub_server import Hub
 from safetensors.torch import save
 
-from timm_sfr.data import Digits
+from timm_sfr.data.datasets import Digits
 
 PAGES = [ROOT / "README.md", ROOT / "hub_configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^(?P<indent> *)```(?P<kind>[\w-]*)\n(?P<code>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)

@@ -40,7 +40,7 @@ NETWORK = ("--dataset-download",)
 
 def train(words: list[str]) -> int:
     """``train_sfr.py`` and ``timm-sfr train``, cut short."""
-    from timm_sfr.cli import parse
+    from timm_sfr.cli.train import parse
     from train_sfr import main
 
     if "--resume" in words and "auto" not in words:
@@ -83,14 +83,14 @@ def python(words: list[str]) -> int:
 
 def timm_sfr(words: list[str]) -> int:
     """``timm-sfr VERB``."""
-    from timm_sfr.main import main
+    from timm_sfr.cli.main import main
 
     return train(words[1:]) if words[0] == "train" else main(words)
 
 
 def launched(script: str, words: list[str]) -> int:
     """A training in several processes: its options are right, and its script is there."""
-    from timm_sfr.cli import parse
+    from timm_sfr.cli.train import parse
 
     assert script == "train_sfr.py" and Path(script).is_file(), script
     parse(words)
@@ -250,7 +250,7 @@ def main(address: str) -> None:
     import torchvision
     import webdataset
 
-    import timm_sfr.main
+    import timm_sfr.cli.main
     import train_sfr
 
     del (

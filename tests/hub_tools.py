@@ -9,8 +9,8 @@ from hub_server import WRITE
 PICTURES = {"pictures/curves.png", "pictures/confusion.png", "pictures/reliability.png"}
 FILES = {"config.json", "model.safetensors", "README.md", "args.yaml", "summary.csv", "metrics.json"} | PICTURES
 STARTING = 10  # seconds that Python and the imports may take on two busy cores
-PUSH = [sys.executable, "-m", "timm_sfr.push"]
-PREDICT = [sys.executable, "-m", "timm_sfr.predict"]
+PUSH = [sys.executable, "-m", "timm_sfr.cli.main", "push"]
+PREDICT = [sys.executable, "-m", "timm_sfr.cli.main", "predict"]
 
 
 def push(folder, repo, hub, home, *words, token=WRITE, **env):

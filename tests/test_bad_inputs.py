@@ -14,8 +14,8 @@ from test_load import load_error
 
 from benchmarks.bad_inputs import CASES, DOCUMENT, QUICK, ask, finished_run
 from timm_sfr import RunConfig, UserError
-from timm_sfr.fit import prepare
-from timm_sfr.state import restore
+from timm_sfr.training.run import prepare
+from timm_sfr.training.run_state import restore
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def trainer(tmp_path_factory):
 @pytest.fixture(scope="module")
 def state(trainer):
     trainer.train_epoch(0)
-    from timm_sfr.state import collect
+    from timm_sfr.training.run_state import collect
 
     return collect(trainer, 0, 4, torch.zeros(5))
 

@@ -11,10 +11,10 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
-from timm_sfr import batched, samples
-from timm_sfr.batched import BatchTransform
-from timm_sfr.cache import Cached
-from timm_sfr.samples import _batched
+from timm_sfr.data import batch_transform, samples
+from timm_sfr.data.batch_transform import BatchTransform
+from timm_sfr.data.cache import Cached
+from timm_sfr.data.samples import _batched
 from timm_sfr.utils.seeding import seed_cpu
 
 
@@ -102,7 +102,7 @@ def test_a_cache_is_batched_where_it_shows_the_same_bits(monkeypatch):
     assert _batched(made(), cache_of(images)) is not None
     assert torch.equal(state, torch.get_rng_state())
     assert _batched(made(), cache_of([Image.fromarray(image).convert("L") for image in images])) is None
-    monkeypatch.setattr(batched, "_CHANGES", (batched._brightness, batched._saturation, batched._contrast))
+    monkeypatch.setattr(batch_transform, "_CHANGES", (batch_transform._brightness, batch_transform._saturation, batch_transform._contrast))
     assert _batched(made(), cache_of(images)) is None, "a library that has come to differ"
     assert _batched(made(color_jitter=None), cache_of(images)) is not None
 
@@ -112,8 +112,8 @@ def test_samples_are_those_of_the_images_one_by_one():
     one_by_one = samples.Samples(cache, transform, 7)
     ours = samples.Samples(cache, transform, 7, BatchTransform.of(transform))
     keys = [3, 25, 0, 11, 40]
-    images, targets = batched.collate(ours.__getitems__(keys))
-    expected = batched.collate(one_by_one.__getitems__(keys))
+    images, targets = batch_transform.collate(ours.__getitems__(keys))
+    expected = batch_transform.collate(one_by_one.__getitems__(keys))
     assert torch.equal(images, expected[0]) and torch.equal(targets, expected[1]) and targets.dtype == expected[1].dtype
     image, target = ours[25]
     assert np.array_equal(image, expected[0][1]) and target == 1

@@ -17,11 +17,11 @@ from conftest import ROOT, run
 from PIL import Image
 
 import timm_sfr
-from timm_sfr import compare, deploy
-from timm_sfr.data import Digits
-from timm_sfr.main import VERBS, main
-from timm_sfr.report import COLUMNS, write_summary
-from timm_sfr.zoo import zoo
+from timm_sfr.cli import compare, export
+from timm_sfr.cli.main import VERBS, main
+from timm_sfr.data.datasets import Digits
+from timm_sfr.models.zoo import zoo
+from timm_sfr.runs.records import COLUMNS, write_summary
 
 NAME = "resnet20_cifar.sfr_digits"
 
@@ -176,24 +176,24 @@ def test_compare_real_runs(digits_run, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
-@pytest.mark.parametrize("kind", deploy.FORMATS)
+@pytest.mark.parametrize("kind", export.FORMATS)
 def test_export(kind, capsys, tmp_path):
-    path = tmp_path / f"model{deploy.FORMATS[kind]}"
+    path = tmp_path / f"model{export.FORMATS[kind]}"
     assert "largest difference from PyTorch" in said(capsys, "export", NAME, "--format", kind, "--output", path)
     images = torch.randn(5, 3, 16, 16)
     expected = timm_sfr.create_model(NAME)(images).detach()
     if kind == "onnx":
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        text = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}[deploy.METADATA]
+        text = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}[export.METADATA]
     elif kind == "torchscript":
-        files = {deploy.METADATA: ""}
+        files = {export.METADATA: ""}
         found = torch.jit.load(str(path), _extra_files=files)(images)
-        text = files[deploy.METADATA]
+        text = files[export.METADATA]
     else:
-        files = {deploy.METADATA: ""}
+        files = {export.METADATA: ""}
         found = torch.export.load(str(path), extra_files=files).module()(images)
-        text = files[deploy.METADATA]
+        text = files[export.METADATA]
     assert torch.allclose(found.detach(), expected, atol=1e-4)
     about = json.loads(text)
     assert about["label_names"] == list("0123456789") and about["input_size"] == [3, 16, 16]
@@ -202,16 +202,16 @@ def test_export(kind, capsys, tmp_path):
 
 def test_export_refuses_what_differs(tmp_path, monkeypatch):
     model = timm_sfr.create_model(NAME)
-    write, load = deploy.WRITERS["torchscript"]
-    monkeypatch.setitem(deploy.WRITERS, "torchscript", (write, lambda path: lambda images: load(path)(images) + 0.1))
+    write, load = export.WRITERS["torchscript"]
+    monkeypatch.setitem(export.WRITERS, "torchscript", (write, lambda path: lambda images: load(path)(images) + 0.1))
     path = tmp_path / "model.pt"
     path.write_text("before")
     with pytest.raises(timm_sfr.UserError, match=r"differs from PyTorch by 0\.1"):
-        deploy.export(model, path, "torchscript", deploy.metadata(model, NAME))
+        export.export(model, path, "torchscript", export.metadata(model, NAME))
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-    monkeypatch.setitem(deploy.NEEDS, "onnx", ("no_such_package",))
+    monkeypatch.setitem(export.NEEDS, "onnx", ("no_such_package",))
     with pytest.raises(timm_sfr.UserError, match=r"pip install \"timm-sfr\[export\]\""):
-        deploy.export(model, path, "onnx", deploy.metadata(model, NAME))
+        export.export(model, path, "onnx", export.metadata(model, NAME))
 
 
 def test_the_readme_names_every_verb():

@@ -18,7 +18,7 @@ from benchmarks import accuracy, presets, timing
 from benchmarks.images import DeviceBatches, choose, decode, open_sets
 from benchmarks.pool import side_by_side
 from timm_sfr import RunConfig, SFRConfig, UserError
-from timm_sfr.data import Split
+from timm_sfr.data.datasets import Split
 
 
 def test_held_out_images_are_a_fixed_tenth_and_never_trained_on():

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from timm_sfr import RunConfig, SFRConfig, UserError
-from timm_sfr.cli import make_parser, parse
+from timm_sfr.cli.train import parse, training_parser
 from timm_sfr.config import options
 
 
@@ -77,7 +77,7 @@ def test_bad_command_lines_are_refused(words, message):
 def test_every_option_is_documented_once():
     names = [name for _, name, _ in options()]
     assert len(names) == len(set(names)) and all(item.metadata["help"] for _, _, item in options())
-    assert "--sfr-weight" in make_parser().format_help()
+    assert "--sfr-weight" in training_parser().format_help()
 
 
 def test_configs_are_frozen():

@@ -21,12 +21,13 @@ from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
 
 from timm_sfr import UserError
-from timm_sfr.build import create_model, preprocessing
-from timm_sfr.cache import Cached
-from timm_sfr.data import open_splits
-from timm_sfr.evaluate import Scores
-from timm_sfr.loader import EpochSampler, Preprocessing, TrainBatches, eval_loader
-from timm_sfr.sections import AugConfig, DataConfig, ModelConfig
+from timm_sfr.config import AugConfig, DataConfig, ModelConfig
+from timm_sfr.data.cache import Cached
+from timm_sfr.data.datasets import open_splits
+from timm_sfr.data.loaders import EpochSampler, TrainBatches, eval_loader
+from timm_sfr.data.transforms import Preprocessing, preprocessing
+from timm_sfr.models.loading import new_model
+from timm_sfr.training.evaluate import Scores
 from timm_sfr.utils.processes import one_at_a_time
 from timm_sfr.utils.seeding import random_state_kept, seed_cpu
 
@@ -214,7 +215,7 @@ def test_data_that_cannot_be_trained_on(folder, tmp_path):
                                           ({"in_chans": 1, "img_size": 24}, (1, 24, 24))])  # fmt: skip
 def test_channels_and_size_are_options_of_their_own(options, size):
     config = ModelConfig(model="resnet20_cifar", **options)
-    prep = preprocessing(config, create_model(config, 10))
+    prep = preprocessing(config, new_model(config, 10))
     assert prep.input_size == size and len(prep.mean) == len(prep.std) == size[0]
 
 

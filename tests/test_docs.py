@@ -13,9 +13,9 @@ from conftest import ROOT
 from doc_pages import PAGES, Page, Shell, blocks, seconds, shape
 
 from benchmarks import options as option_page
-from timm_sfr.cli import make_parser as training_parser
+from timm_sfr.cli.main import make_parser
+from timm_sfr.cli.train import training_parser
 from timm_sfr.config import RunConfig
-from timm_sfr.main import make_parser
 
 # What stands in the documents for the reader's own. Other such names (DIR, RUN, TARS, ...) are those of files that are there.
 PLACEHOLDERS = {
@@ -27,8 +27,8 @@ PLACEHOLDERS = {
 # Blocks that show something and are no command, by page and first line, and why they are not compared with an output.
 SHOWN = {
     ("docs/train.md", "DIR/"): "the layout of a folder; the block behind it trains on such a one",
-    ("docs/hub.md", "error: push-to-hub: USER/NAME is not published: REASON; nothing is lost; to try again: python -m "
-     "timm_sfr.push RUN USER/NAME"): "the form of a message; tests/test_push_faults.py has its instances",
+    ("docs/hub.md", "error: push-to-hub: USER/NAME is not published: REASON; nothing is lost; to try again: timm-sfr push RUN "
+     "USER/NAME"): "the form of a message; tests/test_push_faults.py has its instances",
     ("docs/logs.md", "estimate: 11.18 M parameters, 1408 images, 44 updates in 2 epochs; about 0:27 (13.3 s an epoch) and "
      "1.1 GiB of memory"): "of another run than the blocks train; tests/test_estimate.py compares such lines with the truth",
 }  # fmt: skip

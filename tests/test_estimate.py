@@ -16,11 +16,10 @@ from timm.task import ClassificationTask
 
 import timm_sfr  # noqa: F401  (registers the architectures for small images)
 from benchmarks.faults import differences
-from timm_sfr import RunConfig, measure
-from timm_sfr.advice import Circumstances, advice, total_reduction, usual_rate
-from timm_sfr.estimate import Estimate, estimate
-from timm_sfr.fit import prepare
-from timm_sfr.measure import cores
+from timm_sfr import RunConfig
+from timm_sfr.training import forecast
+from timm_sfr.training.forecast import Circumstances, Estimate, advice, cores, estimate, total_reduction, usual_rate
+from timm_sfr.training.run import prepare
 
 # All that draws random numbers in a step, or keeps statistics of it.
 STATEFUL = {"drop": 0.2, "drop_path": 0.1, "mixup": 0.2, "model_ema": True, "sfr_smoothing_source": "classes", "device": "cpu",
@@ -64,7 +63,7 @@ def test_measuring_leaves_all_as_it_was(sfr, tmp_path):
 def test_a_run_ends_in_the_same_weights_with_and_without_it(tmp_path):
     words = ["--epochs", "1", "--drop", "0.1", "--mixup", "0.2", "--model-ema", "--sfr-smoothing-source", "classes", "-b", "128",
              "--output", str(tmp_path), "--experiment"]  # fmt: skip
-    without = "import sys, timm_sfr.fit as f; f.foresee = lambda trainer: None; import train_sfr; sys.exit(train_sfr.main({}))"
+    without = "import sys, timm_sfr.training.run as f; f.foresee = lambda trainer: None; import train_sfr; sys.exit(train_sfr.main({}))"
     done = run(sys.executable, "-c", without.format([*words, "without"]), OMP_NUM_THREADS="1")
     assert done.returncode == 0 and "estimate: " not in done.stdout, done.stderr
     done = run(*TRAIN, *words, "with", OMP_NUM_THREADS="1")
@@ -133,7 +132,7 @@ def test_its_words():
 def test_loading_processes_are_timed_with_a_cache_too(folder, tmp_path):
     options = {"model": "resnet20_cifar", "data_dir": str(folder), "batch_size": 20, "workers": 1, "cache_dataset": True}
     trainer = prepare(RunConfig.from_flat({**options, "output": str(tmp_path), "device": "cpu"}))
-    assert trainer.batches.samples.batched is not None and measure._timed_loading(trainer) > 0
+    assert trainer.batches.samples.batched is not None and forecast._timed_loading(trainer) > 0
 
 
 def test_loading_processes_are_timed_and_too_many_told_in_one_line(folder, tmp_path):

@@ -10,9 +10,9 @@ from torch import nn
 
 from benchmarks.families import CLASSES, HEAD, LARGE, PAGE, Row, classifiers, on_meta, plan_of, smallest, step_of
 from timm_sfr import SFRTask, UserError
-from timm_sfr.card import Facts
-from timm_sfr.export import Exporter
-from timm_sfr.hub_options import HubConfig
+from timm_sfr.config import HubConfig
+from timm_sfr.hub.card import Facts
+from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.method.probe import forward_taps
 from timm_sfr.models import SMALL_IMAGE_MODELS
 

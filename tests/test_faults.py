@@ -15,11 +15,12 @@ from conftest import ALONE, ROOT, TORCHRUN, TRAIN, cut, run
 
 from benchmarks.faults import EVERYTHING, differences
 from timm_sfr import RunConfig, UserError
-from timm_sfr.checkpoint import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint, set_aside
-from timm_sfr.cli import INTERRUPTED, parse
-from timm_sfr.fit import prepare
+from timm_sfr.cli.parser import INTERRUPTED
+from timm_sfr.cli.train import parse
 from timm_sfr.method.smoothing import own_epsilon
-from timm_sfr.state import restore
+from timm_sfr.runs.checkpoints import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint, set_aside
+from timm_sfr.training.run import prepare
+from timm_sfr.training.run_state import restore
 
 
 def state(updates=0, value=0.0):

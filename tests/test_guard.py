@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from timm_sfr import RunConfig, UserError
-from timm_sfr.fit import prepare
-from timm_sfr.guard import FiniteGuard
+from timm_sfr.training.guards import FiniteGuard
+from timm_sfr.training.run import prepare
 
 
 def spoiled(tmp_path, policy, when, gradient=False):

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only 
 # Page faults of touching a fresh block of 64 MiB, the second time that one is taken and freed.
 FAULTS = """
 import ctypes, resource
-from timm_sfr.machine import keep_freed_blocks
+from timm_sfr.training.devices import keep_freed_blocks
 told = keep_freed_blocks() if {asked} else None
 c = ctypes.CDLL(None)
 c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]

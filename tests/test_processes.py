@@ -7,8 +7,8 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-from timm_sfr.data import Digits
-from timm_sfr.reporting.predictions import read_predictions
+from timm_sfr.data.datasets import Digits
+from timm_sfr.runs.predictions import read_predictions
 from timm_sfr.utils.processes import cpu_processes
 
 LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]

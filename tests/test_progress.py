@@ -18,10 +18,10 @@ from fcntl import ioctl
 import pytest
 from conftest import ALONE, ROOT, TRAIN, run
 
-from timm_sfr.checkpoint import checkpoints
-from timm_sfr.cli import INTERRUPTED
-from timm_sfr.progress import Progress
-from timm_sfr.utils.console import clock, show_log, told
+from timm_sfr.cli.parser import INTERRUPTED
+from timm_sfr.runs.checkpoints import checkpoints
+from timm_sfr.training.progress import Progress
+from timm_sfr.utils.console import clock, console_output, show_log
 
 
 def in_terminal(columns, *words):
@@ -81,7 +81,7 @@ def test_bars_in_a_terminal(columns, tmp_path):
 
 def test_quiet_without_a_terminal(tmp_path):
     """Nothing on standard error, a line an epoch, and within one where it is long."""
-    quick = "import timm_sfr.progress as p; p.LINE_EVERY = 0; import train_sfr; train_sfr.main({})"
+    quick = "import timm_sfr.training.progress as p; p.LINE_EVERY = 0; import train_sfr; train_sfr.main({})"
     words = ["--epochs", "2", "--log-interval", "8", "--output", str(tmp_path), "--experiment"]
     done = run(sys.executable, "-c", quick.format([*words, "often"]))
     lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
@@ -140,7 +140,7 @@ def test_what_others_print_does_not_come_between(capsys):
     logger = logging.getLogger("timm_sfr")
     before, logger.handlers = logger.handlers, []
     try:
-        with told(True):
+        with console_output(True):
             print("a download's noise")
             logger.warning("warning: a line")
             logger.info("nan", extra={"fields": {"event": "epoch", "loss": float("nan"), "val_top1": ""}})

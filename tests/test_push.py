@@ -43,7 +43,7 @@ def test_config_and_card(hub, finished, tmp_path):
     # The four lines of the card run, on the file that they name.
     code = card.text.split("```python\n")[1].split("```")[0]
     code = code.replace("image.png", str(tmp_path / "digit.png"))
-    from timm_sfr.data import Digits
+    from timm_sfr.data.datasets import Digits
 
     Digits(train=False, mode="RGB")[0][0].save(tmp_path / "digit.png")
     used = python(code, **hub.env(tmp_path / "other", token=None))
@@ -99,7 +99,7 @@ def test_a_card_that_the_hub_refuses(hub, finished, tmp_path):
     done = push(finished, "user/x", hub, tmp_path / "home", "--hub-license", "apace-2.0")
     said = """the Hub refuses the card: "license" must be one of [apache-2.0, """
     assert done.returncode == 3 and said in done.stderr and not hub.repos, done.stderr
-    assert f"once that is put right: python -m timm_sfr.push {finished} user/x --hub-license" in done.stderr
+    assert f"once that is put right: timm-sfr push {finished} user/x --hub-license" in done.stderr
 
 
 def test_what_belongs_to_other_weights_goes(hub, finished, tmp_path):

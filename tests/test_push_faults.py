@@ -59,7 +59,7 @@ def test_a_push_that_fails(name, hub, finished, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 3 and len(errors) == 1, done.stderr
     assert all(
-        word in errors[0] for word in (*words, f"{repo} is not published", f"python -m timm_sfr.push {finished} {repo}")
+        word in errors[0] for word in (*words, f"{repo} is not published", f"timm-sfr push {finished} {repo}")
     )
     assert contents(finished) == before
     assert token is None or token not in done.stdout + done.stderr
@@ -134,7 +134,7 @@ def test_the_command_to_try_again_is_whole(hub, finished, tmp_path):
     """What was private must not become public by it."""
     hub.faults["create"] = [403]
     done = push(finished, "user/x", hub, tmp_path / "home", "--private", "--revision", "v2", "--commit-message", "a b")
-    assert f"timm_sfr.push {finished} user/x --private --revision v2 --commit-message 'a b'" in done.stderr
+    assert f"timm-sfr push {finished} user/x --private --revision v2 --commit-message 'a b'" in done.stderr
 
 
 def test_a_commit_whose_answer_was_lost(hub, finished, tmp_path):

@@ -15,15 +15,16 @@ import yaml
 from conftest import ROOT, TRAIN, run
 
 import timm_sfr
-from timm_sfr.main import main
+from timm_sfr.cli.main import main
 from timm_sfr.method.config import SFRConfig
 from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.taps import choose_taps
+from timm_sfr.reporting.curves import own_panels
+from timm_sfr.reporting.gallery import Gallery
+from timm_sfr.reporting.lessons import lessons
 from timm_sfr.reporting.page import score_pictures, write_report
-from timm_sfr.reporting.predictions import Judged, read_predictions, write_predictions
-from timm_sfr.reporting.runs import own_panels, read_finished
-from timm_sfr.reporting.samples import Gallery
-from timm_sfr.reporting.teaching import lessons
+from timm_sfr.runs.predictions import Judged, read_predictions, write_predictions
+from timm_sfr.runs.records import read_finished
 from timm_sfr.utils.errors import UserError
 
 VOID = {"meta", "link", "img", "br", "image", "input"}
@@ -300,7 +301,7 @@ def test_samples_are_spread_over_the_classes(digits_run):
     finished = read_finished(digits_run[0])
     config = timm_sfr.config.RunConfig.from_flat(finished.options)
     model = timm_sfr.create_model(str(digits_run[0]))
-    gallery = Gallery(config, timm_sfr.build.preprocessing(config.model, model))
+    gallery = Gallery(config, timm_sfr.data.transforms.preprocessing(config.model, model))
     judged = read_predictions(digits_run[0] / "predictions.csv")
     samples = gallery.spread(judged.target, 16)
     assert [one.target for one in samples] == [*range(10), *range(6)]

@@ -9,11 +9,11 @@ import pytest
 from conftest import TRAIN, run
 from PIL import Image
 
-from timm_sfr.data import open_splits
-from timm_sfr.loader import Preprocessing
-from timm_sfr.machine import explained
-from timm_sfr.samples import BadImage, Decoded, bad_images, make_samples
-from timm_sfr.sections import AugConfig, DataConfig
+from timm_sfr.config import AugConfig, DataConfig
+from timm_sfr.data.datasets import open_splits
+from timm_sfr.data.samples import BadImage, Decoded, bad_images, make_samples
+from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.training.devices import explained
 
 PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
 
@@ -65,7 +65,7 @@ def test_an_image_of_too_many_pixels_is_refused(monkeypatch):
 
 def test_a_loading_process_that_dies_is_said_in_one_line(folder, tmp_path):
     script = (
-        "import os, sys, timm_sfr.samples as s, train_sfr; seed = s.seed_cpu;"
+        "import os, sys, timm_sfr.data.samples as s, train_sfr; seed = s.seed_cpu;"
         "s.seed_cpu = lambda *e: os._exit(9) if e[1:] == (0, 7) else seed(*e);"
         "sys.exit(train_sfr.main(sys.argv[1:]))"
     )

@@ -10,9 +10,9 @@ import pytest
 from conftest import ALONE, TORCHRUN, TRAIN, run
 
 from benchmarks.faults import EVERYTHING, differences
-from timm_sfr.checkpoint import checkpoints
-from timm_sfr.cli import INTERRUPTED
-from timm_sfr.signals import ECHO, Signals
+from timm_sfr.cli.parser import INTERRUPTED
+from timm_sfr.runs.checkpoints import checkpoints
+from timm_sfr.training.guards import ECHO, Signals
 
 DIGITS_PAIR = ("--epochs", "200", "-b", "32", "--checkpoint-interval", "5", "--device", "cpu", "--val-interval", "50")
 

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from conftest import TRAIN, run
 
-from timm_sfr.data import Digits
+from timm_sfr.data.datasets import Digits
 
 
 def images(training, count):

@@ -19,15 +19,15 @@ from timm.task import FeatureDistillationTask
 import timm_sfr
 from benchmarks.faults import differences
 from timm_sfr import RunConfig, SFRConfig, SFRTask, UserError
-from timm_sfr.checkpoint import checkpoints, load_checkpoint
-from timm_sfr.compare import read_finished
-from timm_sfr.fit import prepare
-from timm_sfr.hub import run_files
-from timm_sfr.kd import KDConfig
-from timm_sfr.loader import Preprocessing
-from timm_sfr.report import COLUMNS, TEACHERS
-from timm_sfr.state import collect, restore
-from timm_sfr.teacher import Teacher, load_teacher
+from timm_sfr.cli.compare import read_finished
+from timm_sfr.config import KDConfig
+from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.hub.push import run_files
+from timm_sfr.models.teacher import Teacher, load_teacher
+from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
+from timm_sfr.runs.records import COLUMNS, TEACHERS
+from timm_sfr.training.run import prepare
+from timm_sfr.training.run_state import collect, restore
 from train_sfr import main
 
 NAME = "resnet20_cifar.sfr_digits"

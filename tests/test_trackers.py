@@ -15,8 +15,8 @@ from accelerate.utils import ProjectConfiguration
 from conftest import TRAIN, run
 
 from timm_sfr import RunConfig, UserError
-from timm_sfr.checkpoint import checkpoints
-from timm_sfr.trackers import Trackers, chosen, hyperparameters, metric_name
+from timm_sfr.runs.checkpoints import checkpoints
+from timm_sfr.training.trackers import Trackers, chosen, hyperparameters, metric_name
 
 NAMES = {
     "train_loss": "train/loss", "task_loss": "train/task_loss", "sfr_loss": "train/sfr_loss", "sfr_weight": "train/sfr_weight",

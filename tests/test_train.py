@@ -15,9 +15,9 @@ from timm.scheduler import create_scheduler_v2
 
 from benchmarks.faults import differences
 from timm_sfr import RunConfig
-from timm_sfr.checkpoint import checkpoints, load_checkpoint
-from timm_sfr.fit import prepare
 from timm_sfr.method.smoothing import own_epsilon
+from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
+from timm_sfr.training.run import prepare
 
 
 def test_what_a_run_writes(digits_run):

@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 import timm_sfr
 from benchmarks.zoo import main as measure
 from timm_sfr import RunConfig
-from timm_sfr.data import Digits
-from timm_sfr.predict import find_images
-from timm_sfr.zoo import CONFIGS, Measured, ZooEntry, register, zoo
+from timm_sfr.cli.predict import find_images
+from timm_sfr.data.datasets import Digits
+from timm_sfr.models.zoo import CONFIGS, Measured, ZooEntry, register, zoo
 
 NAME = "resnet20_cifar.sfr_digits"
-PREDICT = [sys.executable, "-m", "timm_sfr.predict"]
+PREDICT = [sys.executable, "-m", "timm_sfr.cli.main", "predict"]
 SHIPPED = [name for name, entry in zoo().items() if entry.about.weights]
 
 
@@ -84,7 +84,7 @@ def test_a_namespace_that_is_none():
 
 def test_a_recipe_that_is_wrong_is_named(tmp_path, monkeypatch):
     (tmp_path / "resnet18.sfr_x.yaml").write_text("model: resnet18\nzoo: {parameter: 1}\n")
-    monkeypatch.setattr("timm_sfr.zoo.CONFIGS", tmp_path)
+    monkeypatch.setattr("timm_sfr.models.zoo.CONFIGS", tmp_path)
     with pytest.raises(timm_sfr.UserError, match=r"resnet18.sfr_x.yaml: the `zoo:` part does not read"):
         zoo.__wrapped__()
 

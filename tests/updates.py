@@ -8,8 +8,8 @@ import torch
 from accelerate.utils import gather_object
 
 from timm_sfr import DynamicLabelSmoothing, RunConfig
-from timm_sfr.fit import prepare
 from timm_sfr.method.smoothing import right_predictions, soft_targets, update_table
+from timm_sfr.training.run import prepare
 
 
 def table_error(process: int, processes: int) -> float:

@@ -2,7 +2,7 @@
 
 from timm_sfr import models as models
 from timm_sfr.config import RunConfig
-from timm_sfr.hub import push_to_hub
+from timm_sfr.hub.push import push_to_hub
 from timm_sfr.method.channels import match_channels
 from timm_sfr.method.config import SFRConfig
 from timm_sfr.method.losses import emd_l2, gaussian_l2, sinkhorn_divergence
@@ -10,10 +10,10 @@ from timm_sfr.method.smoothing import DynamicLabelSmoothing
 from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.method.task import SFRTask
 from timm_sfr.method.transport import transport_plan
-from timm_sfr.pretrained import create_model
+from timm_sfr.models.loading import create_model
+from timm_sfr.models.zoo import list_pretrained, register
 from timm_sfr.utils.errors import HubError, UserError
 from timm_sfr.version import __version__
-from timm_sfr.zoo import list_pretrained, register
 
 __all__ = [
     "DynamicLabelSmoothing",

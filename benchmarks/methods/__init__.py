@@ -20,8 +20,8 @@ from benchmarks.methods.sliced import SlicedLoss
 from benchmarks.methods.tffd import TfFD
 from benchmarks.methods.tfkd import TfKDReg
 from timm_sfr import SFRTask
-from timm_sfr.build import PlainLoss
 from timm_sfr.method.config import SFRConfig
+from timm_sfr.training.tasks import PlainLoss
 from timm_sfr.utils.errors import UserError, near_matches
 
 

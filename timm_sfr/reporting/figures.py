@@ -18,8 +18,8 @@ from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from timm_sfr.reporting.predictions import Judged
-from timm_sfr.reporting.runs import BLUE, GREY, ORANGE, Panel
+from timm_sfr.reporting.curves import BLUE, GREY, ORANGE, Panel
+from timm_sfr.runs.predictions import Judged
 
 INK = "#010203"  # stands for the page's own text colour
 HEAT = LinearSegmentedColormap.from_list("heat", [(0.23, 0.51, 0.77, 0.0), (0.23, 0.51, 0.77, 1.0)])

@@ -16,20 +16,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import nn
 
-from timm_sfr import build
-from timm_sfr.checkpoint import checkpoints, load_checkpoint
 from timm_sfr.config import RunConfig
-from timm_sfr.evaluate import ECE_BINS
-from timm_sfr.export import CONFIG
-from timm_sfr.loader import Preprocessing
+from timm_sfr.data.transforms import Preprocessing, preprocessing
 from timm_sfr.method.channels import ChannelProjection
 from timm_sfr.method.taps import TapPlan, choose_taps
-from timm_sfr.pretrained import create_model
+from timm_sfr.models.files import CONFIG
+from timm_sfr.models.loading import create_model
 from timm_sfr.reporting import figures
-from timm_sfr.reporting.predictions import PREDICTIONS, Judged, read_predictions
-from timm_sfr.reporting.runs import COLOURS, Panel, Run, own_panels, read_finished, shared_panels
-from timm_sfr.reporting.samples import SMALL, Gallery, Sample, data_uri
-from timm_sfr.reporting.teaching import Lesson, lessons
+from timm_sfr.reporting.curves import COLOURS, Panel, own_panels, shared_panels
+from timm_sfr.reporting.gallery import SMALL, Gallery, Sample, data_uri
+from timm_sfr.reporting.lessons import Lesson, lessons
+from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
+from timm_sfr.runs.predictions import ECE_BINS, PREDICTIONS, Judged, read_predictions
+from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import replace_atomically, write_whole
 
@@ -159,7 +158,7 @@ def _opened(
         # Making a model draws random numbers, which are not this page's to take.
         with torch.random.fork_rng(devices=[]):
             model = create_model(f"local-dir:{run.path.absolute() / 'model'}")
-        prep = build.preprocessing(config.model, model)
+        prep = preprocessing(config.model, model)
     except UserError as error:
         notes.append(f"The model cannot be loaded: {error}")
         return None, None

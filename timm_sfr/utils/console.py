@@ -24,7 +24,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-_logger = logging.getLogger("timm_sfr")
+logger = logging.getLogger("timm_sfr")
 
 
 class Lines(logging.StreamHandler):
@@ -62,17 +62,17 @@ def fields(event: str, **values: Any) -> dict[str, Any]:
 
 def show_log(as_json: bool | None = None) -> None:
     """Sends the package's log lines to standard output, once; as JSON or not, or as before where `as_json` is None."""
-    if not _logger.handlers:
-        _logger.addHandler(Lines(sys.stdout))
-        _logger.setLevel(logging.INFO)
-        _logger.propagate = False
-    for handler in _logger.handlers:
+    if not logger.handlers:
+        logger.addHandler(Lines(sys.stdout))
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    for handler in logger.handlers:
         if isinstance(handler, Lines) and as_json is not None:
             handler.as_json = as_json
 
 
 @contextlib.contextmanager
-def told(as_json: bool) -> Iterator[None]:
+def console_output(as_json: bool) -> Iterator[None]:
     """Within a run: with `as_json`, standard output gets our lines alone, the last of which says how the run has failed.
 
     What other libraries print goes to standard error then.
@@ -89,12 +89,12 @@ def told(as_json: bool) -> Iterator[None]:
                 yield
         except (Interrupted, KeyboardInterrupt) as stop:
             if main:
-                _logger.info(str(stop) or "interrupted", extra=fields("interrupted"))
+                logger.info(str(stop) or "interrupted", extra=fields("interrupted"))
             raise
         except Exception as error:
             if main:
                 text = one_line(error) if isinstance(error, UserError) else repr(error)
-                _logger.error(" ".join(text.split()), extra=fields("error"))
+                logger.error(" ".join(text.split()), extra=fields("error"))
             raise
 
 

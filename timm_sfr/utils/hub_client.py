@@ -36,7 +36,7 @@ HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 
 
 @contextlib.contextmanager
-def told(what: str, again: str = "", token: str | None = None) -> Iterator[None]:
+def hub_errors(what: str, again: str = "", token: str | None = None) -> Iterator[None]:
     """Turns what the Hub's client, the network and the disk raise inside into one `HubError`: ``what: reason; advice``.
 
     The advice is to do `again`, if given: at once where that may help, else once the reason is gone. The token never is a

@@ -1,0 +1,157 @@
+"""Runs side by side: ``timm-sfr compare RUN RUN ...``."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t
+
+from timm_sfr.runs.records import Run, read_finished
+from timm_sfr.utils.console import aligned
+from timm_sfr.utils.errors import UserError
+
+WHAT = "Put runs side by side: what differs in their options, their scores, and the differences, paired by seed."
+# What does not make two runs different experiments.
+INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
+              "hub_dataset", "workers", "log_interval", "report_interval", "report_to", "json_logs", "checkpoint_hist",
+              "checkpoint_interval")  # fmt: skip
+FEWEST = 3  # seeds that an interval is given for: that of two is several times their distance
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        name: A letter.
+        options: What sets them apart from the other groups.
+        runs: By seed.
+    """
+
+    name: str
+    options: dict[str, Any]
+    runs: dict[int, Run]
+
+    def values(self, score: str) -> list[float]:
+        """A score by seed."""
+        return [run.score(score) for _, run in sorted(self.runs.items())]
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Runs of the same options but for the seed together, in the order in which they were given.
+
+    Raises:
+        UserError: if two are the same, seed and all.
+    """
+    names = sorted({name for run in runs for name in run.options} - set(INCIDENTAL))
+    differing = [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
+    found: dict[str, Group] = {}
+    for run in runs:
+        apart = {name: run.options.get(name) for name in differing}
+        name = chr(ord("A") + len(found)) if len(found) < 26 else f"A{len(found)}"
+        group = found.setdefault(repr(apart), Group(name, apart, {}))
+        if run.seed in group.runs:
+            raise UserError(
+                f"run: {str(run.path)!r} and {str(group.runs[run.seed].path)!r} have the same options and seed {run.seed}; "
+                "give one of them"
+            )
+        group.runs[run.seed] = run
+    return list(found.values())
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % t-interval of the mean, t_{0.975, n-1} s / sqrt(n); nan for one value."""
+    if len(values) < 2:
+        return float("nan")
+    return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
+
+
+def spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
+    """The mean, and half the 95 % interval from three values on; empty for none."""
+    if not values:
+        return ""
+    half = f" ± {half_interval(values):.{digits}f}" if len(values) >= FEWEST else ""
+    return f"{mean(values):{sign}.{digits}f}{half}"
+
+
+def difference(one: Group, base: Group, score: str) -> list[float]:
+    """`one` minus `base` at every seed that both have; where they share none, of the means."""
+    shared = sorted(one.runs.keys() & base.runs.keys())
+    if not shared:
+        return [mean(one.values(score)) - mean(base.values(score))]
+    return [one.runs[seed].score(score) - base.runs[seed].score(score) for seed in shared]
+
+
+def table(groups: Sequence[Group]) -> str:
+    """Scores at the last epoch, and differences in top-1 to the first group, paired by seed."""
+    base = groups[0]
+    lines = [("", "seeds", "top-1", "top-5", "loss", "ECE", "best top-1", "minutes", f"top-1 - {base.name}")]
+    for group in groups:
+        best = [float(run.metrics["best"]["val_top1"]) for run in group.runs.values()]
+        minutes = [float(run.metrics["seconds"]) / 60 for run in group.runs.values()]
+        gain = difference(group, base, "val_top1") if group is not base else []
+        unpaired = " (no seed in both)" if gain and not group.runs.keys() & base.runs.keys() else ""
+        lines.append((group.name, ",".join(map(str, sorted(group.runs))), spread(group.values("val_top1")),
+                      spread(group.values("val_top5")), spread(group.values("val_loss"), 3),
+                      spread(group.values("ece"), 3), spread(best), f"{mean(minutes):.1f}",
+                      spread(gain, 2, "+") + unpaired))  # fmt: skip
+    text = aligned(lines)
+    text.append(
+        "at the last epoch, percent; ± half the 95 % interval over seeds, from three on; the best epoch is chosen on val"
+    )
+    options = [("", *(group.name for group in groups))]
+    options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]
+    return "\n".join([*text, "", *aligned(options)] if base.options else text)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"...{text[-37:]}"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the base")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a group")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with their curves over each other, too")
+
+
+def run(args: Namespace) -> int:
+    """Runs the command; 0."""
+    if len(args.runs) < 2:
+        raise UserError("run: expected two or more folders to compare; got one")
+    groups = grouped([read_finished(path) for path in args.runs])
+    if args.html is not None:
+        from timm_sfr.reporting.page import write_comparison  # only here: matplotlib takes a while
+
+        try:
+            write_comparison(
+                args.html, [(group.name, one) for group in groups for one in group.runs.values()], table(groups)
+            )
+        except OSError as error:
+            raise UserError(f"html: cannot write {str(args.html)!r}: {error.strerror or error}") from error
+    if not args.json:
+        print(table(groups))
+        return 0
+    for group in groups:
+        scores = {name: group.values(name) for name in ("val_top1", "val_top5", "val_loss", "ece")}
+        gain = difference(group, groups[0], "val_top1")
+        print(
+            json.dumps(
+                {
+                    "group": group.name,
+                    "options": group.options,
+                    "seeds": sorted(group.runs),
+                    **scores,
+                    "top1_minus_first": gain,
+                }
+            )
+        )
+    return 0

@@ -1,0 +1,170 @@
+"""Models for where there is no timm: ``timm-sfr export MODEL --format onnx|torchscript|pt2``, checked against PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from timm_sfr.cli.parser import add_model
+from timm_sfr.method.probe import MISFITS
+from timm_sfr.models.loading import create_model
+from timm_sfr.utils.errors import UserError, brief
+from timm_sfr.utils.files import replace_atomically
+from timm_sfr.version import __version__
+
+WHAT = (
+    "Write a model as ONNX, TorchScript or PT2, with its preprocessing and class names, and check it against PyTorch."
+)
+FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}
+NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+BATCHES = (1, 3, 8)  # any size works: the traced one is 2
+TOLERANCE = 1e-3  # of the largest logit; another runtime adds up in another order
+METADATA = "timm_sfr.json"
+
+
+def metadata(model: nn.Module, name: str) -> dict[str, Any]:
+    """What whoever runs the file needs: the image's size, range and normalisation, and the names of the classes."""
+    data = timm.data.resolve_model_data_config(model)
+    kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+    names = model.pretrained_cfg.get("label_names")
+    return {
+        "model": name,
+        "architecture": model.pretrained_cfg.get("architecture"),
+        "input": "images, (batch, channels, height, width), float32: pixels / 255, then (x - mean) / std",
+        "output": "logits, (batch, classes)",
+        **{key: data[key] for key in kept},
+        "num_classes": model.num_classes,
+        "label_names": list(names) if names else None,
+        "made_by": f"timm_sfr {__version__}, timm {timm.__version__}, torch {torch.__version__}",
+    }
+
+
+def export(model: nn.Module, path: Path, kind: str, about: dict[str, Any]) -> float:
+    """Writes a model for batches of any size, and runs what was written.
+
+    Args:
+        model: A timm model in evaluation mode.
+        path: The file; replaced whole.
+        kind: ``"onnx"``, ``"torchscript"`` or ``"pt2"``.
+        about: What goes into it beside the model, as `metadata` gives it.
+
+    Returns:
+        The largest difference of its logits from the model's, over batches of 1, 3 and 8 random images.
+
+    Raises:
+        UserError: if the model cannot be exported so, what was written differs from it, or a package is missing.
+    """
+    missing = [name for name in NEEDS.get(kind, ()) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'format: {kind} needs {", ".join(missing)}; pip install "timm-sfr[export]"')
+    write, load = WRITERS[kind]
+    size = tuple(about["input_size"])
+    example = torch.randn(2, *size)
+    largest = 0.0
+
+    def write_and_check(fresh: Path) -> None:
+        nonlocal largest
+        write(model, example, fresh, json.dumps(about))
+        run = load(fresh)
+        for batch in BATCHES:
+            images = torch.randn(batch, *size)
+            with torch.inference_mode():
+                expected = model(images)
+            difference = float((run(images) - expected).abs().max())
+            largest = max(largest, difference)
+            if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
+                raise UserError(f"format: the {kind} file differs from PyTorch by {difference:.2g} at batch {batch}; "
+                                "try another --format")  # fmt: skip
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the exporters' own, of what they plan to change
+            replace_atomically(path, write_and_check)
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
+    except (*MISFITS, torch.onnx.OnnxExporterError) as error:
+        raise UserError(f"format: {about['model']!r} does not export to {kind}: {brief(error)}; try another") from error
+    return largest
+
+
+def _write_onnx(model: nn.Module, example: Tensor, path: Path, about: str) -> None:
+    import onnx
+
+    batch = torch.export.Dim("batch", min=1)
+    torch.onnx.export(
+        model, (example,), str(path), dynamo=True, input_names=["images"], output_names=["logits"],
+        dynamic_shapes=({0: batch},), external_data=False, verbose=False,
+    )  # fmt: skip
+    written = onnx.load(str(path))
+    onnx.helper.set_model_props(written, {METADATA: about})
+    onnx.save(written, str(path))
+
+
+def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def _write_torchscript(model: nn.Module, example: Tensor, path: Path, about: str) -> None:
+    with torch.inference_mode():
+        traced = torch.jit.trace(model, example)
+    torch.jit.save(traced, str(path), _extra_files={METADATA: about})
+
+
+def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:
+    return _no_gradients(torch.jit.load(str(path)))
+
+
+def _write_pt2(model: nn.Module, example: Tensor, path: Path, about: str) -> None:
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    with path.open("wb") as file:  # a name that does not end in .pt2 would be refused
+        torch.export.save(program, file, extra_files={METADATA: about})
+
+
+def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    with path.open("rb") as file:
+        return _no_gradients(torch.export.load(file).module())
+
+
+def _no_gradients(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return torch.inference_mode()(run)
+
+
+WRITERS = {
+    "onnx": (_write_onnx, _load_onnx),
+    "torchscript": (_write_torchscript, _load_torchscript),
+    "pt2": (_write_pt2, _load_pt2),
+}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    add_model(parser)
+    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="what to write (default: onnx)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: the model's name here)")
+
+
+def run(args: Namespace) -> int:
+    """Runs the command; 0."""
+    model = create_model(args.model, revision=args.revision)
+    about = metadata(model, args.model)
+    name = Path(args.model.split(":")[-1].split("@")[0]).name
+    path = args.output or Path(name + FORMATS[args.format])
+    difference = export(model, path, args.format, about)
+    size = "x".join(map(str, about["input_size"]))
+    print(f"{path}: {args.format}, {path.stat().st_size / 2**20:.1f} MiB, images (batch, {size.replace('x', ', ')}); largest "
+          f"difference from PyTorch {difference:.2g} over batches of {', '.join(map(str, BATCHES))}")  # fmt: skip
+    return 0

@@ -1,0 +1,121 @@
+"""The command lines: options made from the configuration's fields, in groups, under timm's names; errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from timm_sfr.config import SECTIONS, options
+from timm_sfr.utils.errors import UserError, near_matches, one_line
+
+# Exit statuses beside 0 and 2: the run is done and whole, but not published; a signal stopped it, --resume goes on.
+PUSH_FAILED, INTERRUPTED = 3, 75
+
+
+# Options of timm's train.py that have another name here.
+OTHERS = {"--amp": "--mixed-precision fp16 (or bf16)", "--amp-dtype": "--mixed-precision", "--num-gpu": "accelerate launch",
+          "--native-amp": "--mixed-precision fp16 (or bf16)", "--no-prefetcher": "not needed"}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, with near matches for a mistyped option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError in place of printing the usage."""
+        if message.startswith("unrecognized arguments: "):
+            words = message.removeprefix("unrecognized arguments: ").split() or ["''"]  # an empty word
+            message = f"unrecognized arguments: {' '.join(words)}"
+            hint = f"; timm_sfr's is {OTHERS[words[0]]}" if words[0] in OTHERS else ""
+            message += hint or near_matches(words[0], self._option_string_actions) or "; --help lists them"
+        chosen = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
+        if chosen is not None:
+            message += near_matches(chosen[1], re.findall(r"[\w-]+", chosen[2]))
+        raise UserError(message)
+
+
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Adds some of a run's options, by their outside names; what is not given stays out of the result."""
+    known = {name: (section, item) for section, name, item in options()}
+    for name in names:
+        section, item = known[name]
+        add_option(parser, section, name, item)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL and --revision: what `timm_sfr.create_model` takes."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run's folder, USER/NAME on the Hub, zoo name, or any timm name"
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
+
+
+def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """Those of the options `names` that were given."""
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> None:
+    """Adds one option of a section, from its field."""
+    flag, hint = "--" + name.replace("_", "-"), typing.get_type_hints(SECTIONS[section])[item.name]
+    text = item.metadata["help"].replace("%", "%%")
+    kind = next(k for k in typing.get_args(hint) if k is not type(None)) if isinstance(hint, types.UnionType) else hint
+    if kind is bool:
+        if item.default:
+            flag, action, text = "--no-" + flag[2:], "store_false", f"turn off: {text}"
+        else:
+            action = "store_true"
+        group.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=text)
+        return
+    if item.default is not None and item.default != ():
+        default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        text += f" (default: {default})"
+    flags = [flag, *([item.metadata["short"]] if item.metadata["short"] else [])]
+    extra: dict[str, Any] = {"metavar": "|".join(item.metadata["choices"]) or "VALUE"}
+    if kind is dict:
+        extra |= {"nargs": "+", "action": _Pairs, "metavar": "KEY=VALUE"}
+    elif typing.get_origin(kind) is tuple:
+        extra |= {"nargs": "+", "type": _number(typing.get_args(kind)[0])}
+    elif name == "torchcompile":
+        extra |= {"nargs": "?", "const": "inductor"}
+    else:
+        extra |= {"type": _number(kind)}
+    group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **extra)
+
+
+def _number(kind: type) -> type:
+    return kind if kind in (int, float) else str
+
+
+class _Pairs(argparse.Action):
+    """KEY=VALUE words as a dictionary, values read as YAML."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs = dict(getattr(namespace, self.dest, None) or {})
+        for word in values:
+            key, sign, value = word.partition("=")
+            if not sign:
+                parser.error(f"argument {option_string}: expected KEY=VALUE; got {word!r}")
+            pairs[key] = yaml.safe_load(value)
+        setattr(namespace, self.dest, pairs)
+
+
+def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Sequence[str] | None) -> int:
+    """Parses and runs a command; its exit status, 2 with one line for a mistake."""
+    try:
+        return run(parser.parse_args(arguments))
+    except UserError as error:
+        return fail(one_line(error))
+
+
+def fail(message: str, status: int = 2) -> int:
+    """Prints one error line; the exit status, 2 for a failed run."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,194 @@
+"""What SFR would tap in a model, as a table and as a picture: ``timm-sfr taps MODEL``."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from timm_sfr.cli.parser import add_options, given
+from timm_sfr.config import RunConfig
+from timm_sfr.data.transforms import preprocessing
+from timm_sfr.method.channels import ChannelProjection
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.probe import Feature, probe
+from timm_sfr.method.taps import TapPlan, choose_taps
+from timm_sfr.models.loading import new_model
+from timm_sfr.utils.console import aligned
+from timm_sfr.utils.errors import UserError
+
+WHAT = "Show what SFR would tap in a model: which features teach which, and what that costs a step."
+OPTIONS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",
+           "sfr_solver", "sfr_max_nodes")  # fmt: skip
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class TapRow:
+    """One tap.
+
+    Attributes:
+        role: ``"shallow"`` or ``"deep"``.
+        stage: Which grid of the network it is on, 1 for the finest.
+        module: The tapped module.
+        channels: C.
+        reduction: Pixels of the image a location, along a side.
+        grid: Locations H x W of the feature map.
+        nodes: Locations that are matched, after pooling.
+        match: How the deep channels teach this tap's; empty for the deep tap.
+        milliseconds: Time that its loss adds to a step on this machine, forward and backward; 0 for the deep tap.
+    """
+
+    role: str
+    stage: int
+    module: str
+    channels: int
+    reduction: int
+    grid: tuple[int, int]
+    nodes: int
+    match: str
+    milliseconds: float
+
+
+def describe(plan: TapPlan, features: list[Feature], config: SFRConfig, batch: int) -> list[TapRow]:
+    """A row for each tap of `plan`, its loss timed on random features of a batch of `batch` images.
+
+    Args:
+        plan: The taps.
+        features: All features of the model.
+        config: SFR's options.
+        batch: Images.
+    """
+    stages = list(dict.fromkeys(feature.grid for feature in features))
+    *grids, deep_grid = plan.node_grids(config.max_nodes, config.common_grid)
+    deep = plan.deep
+    rows = []
+    for tap, grid in zip(plan.shallow, grids, strict=True):
+        cost = _milliseconds(tap, grid, deep, deep_grid, config, batch)
+        match = _match(deep.channels, tap.channels, config.channels)
+        rows.append(_row("shallow", tap, stages, grid, match, cost))
+    return [*rows, _row("deep", deep, stages, deep_grid, "", 0.0)]
+
+
+def _row(role: str, tap: Feature, stages: list[Any], grid: tuple[int, int], match: str, cost: float) -> TapRow:
+    place = stages.index(tap.grid) + 1
+    return TapRow(role, place, tap.module, tap.channels, tap.stride, tap.grid, grid[0] * grid[1], match, cost)
+
+
+def _match(deep: int, shallow: int, method: str) -> str:
+    if method == "projection":
+        return f"{shallow} projected to {deep}"
+    if deep == shallow and method == "groups":
+        return f"{deep} to {shallow}, one to one"
+    if deep < shallow:
+        return f"{deep} to {shallow}, each for {math.ceil(shallow / deep)}"
+    return f"{deep} to {shallow}, {deep / shallow:.3g} to 1" + ", by correlation" * (method == "transport")
+
+
+def _milliseconds(
+    tap: Feature, grid: tuple[int, int], deep: Feature, deep_grid: tuple[int, int], config: SFRConfig, batch: int
+) -> float:
+    """Median time of one tap's loss with its gradient."""
+    shallow = torch.randn(batch, grid[0] * grid[1], tap.channels, requires_grad=True)
+    teacher = torch.randn(batch, deep_grid[0] * deep_grid[1], deep.channels)
+    loss = FeatureLoss(config)
+    project = ChannelProjection((tap.channels,), deep.channels) if config.channels == "projection" else list
+    times = []
+    for _ in range(ROUNDS + 1):
+        started = time.perf_counter()
+        loss(project([shallow]), teacher).backward()
+        times.append(time.perf_counter() - started)
+    return 1e3 * median(times[1:])
+
+
+def table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> str:
+    """The rows under each other, and the rule that chose them."""
+    lines = [("role", "stage", "module", "channels", "reduction", "grid", "nodes", "deep channels teach", "ms a step")]
+    for row in rows:
+        cost = f"{row.milliseconds:.2f}" if row.role == "shallow" else ""
+        grid = f"{row.grid[0]}x{row.grid[1]}"
+        lines.append((row.role, str(row.stage), row.module, str(row.channels), str(row.reduction), grid, str(row.nodes),
+                      row.match, cost))  # fmt: skip
+    text = aligned(lines)
+    total = sum(row.milliseconds for row in rows)
+    size = "x".join(map(str, plan.input_size))
+    text.append(f"at {size}: {plan.why}; taken by {plan.mechanism}")
+    text.append(f"locations matched by {matching}; that takes {total:.1f} ms for a batch of {batch} here, "
+                f"{torch.get_num_threads()} CPU threads")  # fmt: skip
+    return "\n".join(text)
+
+
+def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: str, path: Path) -> None:
+    """Draws the features in the order of depth, the tapped ones coloured, with an arrow from the deep tap to each shallow one.
+
+    Raises:
+        UserError: if the file cannot be written, or matplotlib does not write such files.
+    """
+    from matplotlib.figure import Figure  # only here: it takes a while
+    from matplotlib.patches import Rectangle
+
+    tapped = {row.module: row for row in rows}
+    shown = [feature for feature in features if feature.module in tapped or len(features) <= 12]
+    figure = Figure(figsize=(max(6, 1.5 * len(shown)), 4.2))
+    axes = figure.add_subplot()
+    places = {feature.module: index for index, feature in enumerate(shown)}
+    for index, feature in enumerate(shown):
+        row = tapped.get(feature.module)
+        height = 0.25 + 0.75 * (feature.grid[0] / max(one.grid[0] for one in shown)) ** 0.5
+        width = 0.2 + 0.5 * (feature.channels / max(one.channels for one in shown)) ** 0.5
+        colour = "#d0d4da" if row is None else "#e8833a" if row.role == "deep" else "#3b76af"
+        axes.add_patch(Rectangle((index - width / 2, -height / 2), width, height, color=colour))
+        text = f"{feature.module}\n{feature.channels} x {feature.grid[0]}x{feature.grid[1]}"
+        axes.text(index, -0.62, text, ha="center", va="top", fontsize=8)
+    for row in rows[:-1]:
+        start, end = places[rows[-1].module], places[row.module]
+        arrow = {"arrowstyle": "->", "connectionstyle": "arc3,rad=0.3", "color": "#e8833a"}
+        axes.annotate("", (end, 0.5), (start, 0.5), arrowprops=arrow)
+        text = f"{row.match}\n{row.nodes} nodes"
+        axes.text(end, -0.98, text, ha="center", va="top", fontsize=7, color="#3b76af")
+    axes.set(xlim=(-0.8, len(shown) - 0.2), ylim=(-1.4, 0.8 + 0.15 * len(shown)))
+    axes.axis("off")
+    axes.set_title(
+        f"{name} at {plan.input_size[1]} pixels: the deep tap (orange) teaches the shallow ones (blue)", fontsize=9
+    )
+    try:
+        figure.savefig(path, dpi=150, bbox_inches="tight")
+    except (OSError, ValueError) as error:
+        raise UserError(f"picture: cannot write {str(path)!r}: {error}") from error
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("model", metavar="MODEL", help="any timm name, hf-hub:USER/NAME, or local-dir:FOLDER")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it, too: a .png, .svg or .pdf file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parser.add_argument_group("as in training"), OPTIONS)
+
+
+def run(args: Namespace) -> int:
+    """Runs the command; 0."""
+    config = RunConfig.from_flat({"dataset": "none", "model": args.model, **given(args, OPTIONS)})
+    model: nn.Module = new_model(config.model, 10)
+    size = preprocessing(config.model, model).input_size
+    plan, features = choose_taps(model, size, config.sfr.taps), probe(model, size).features
+    rows = describe(plan, features, config.sfr, config.data.batch_size)
+    if args.picture is not None:
+        picture(plan, features, rows, args.model, args.picture)
+    if args.json:
+        print(
+            json.dumps(
+                {"model": args.model, "input_size": size, "why": plan.why, "taps": [asdict(row) for row in rows]}
+            )
+        )
+    else:
+        print(table(plan, rows, config.data.batch_size, config.sfr.matching))
+    return 0

@@ -1,0 +1,106 @@
+"""``timm-sfr train`` and ``train_sfr.py``: parses the command line and trains."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from timm_sfr.cli.parser import INTERRUPTED, PUSH_FAILED, Parser, add_option, call, fail
+from timm_sfr.config import DEFAULT_MODEL, SECTIONS, RunConfig, options
+from timm_sfr.runs.folder import newest_run, read_run
+from timm_sfr.training.run import fit
+from timm_sfr.utils.console import logger, show_log
+from timm_sfr.utils.errors import HubError, Interrupted, UserError, one_line
+from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.processes import launch_id, restarts
+
+WHAT = "Train any timm model with Self-Feature Regularization. With no data given, on the built-in digits."
+
+
+def training_parser() -> Parser:
+    """The parser of the training's options; what is not given stays out of its result."""
+    parser = Parser(prog="train_sfr.py", description=WHAT, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds all options of a run, in groups."""
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; 'auto': with the newest "
+                        "of these options or this --experiment, or begin it")  # fmt: skip
+    groups = {
+        name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
+    }
+    for section, name, item in options():
+        add_option(groups[section], section, name, item)
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | None]:
+    """The run that the command line asks for, and the folder of the run to resume, if any.
+
+    Options on the command line win over the ``--config`` file, and both over the defaults.
+
+    Raises:
+        UserError: for an option that is unknown, of the wrong type or out of bounds.
+    """
+    return read_options(training_parser().parse_args(arguments))
+
+
+def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
+    """The same from parsed words."""
+    given = dict(vars(args))
+    config, resume = given.pop("config", None), given.pop("resume", None)
+    if resume is None and restarts() > 0:
+        resume = "auto"  # torchrun has started the processes again after a failure
+    if resume == "auto":
+        stored = _stored(config)
+        wanted = RunConfig.from_flat({**stored, **given}, where=config or "options")
+        same = {name: list(value) if isinstance(value, tuple) else value for name, value in {**stored, **given}.items()}
+        model, launch = wanted.model.model or DEFAULT_MODEL, launch_id() if restarts() > 0 else None
+        found = newest_run(wanted.engine.output, wanted.engine.experiment, model, same, launch)
+        if found is None:
+            if os.environ.get("RANK", "0") == "0":
+                show_log(wanted.engine.json_logs)
+                logger.info("no run of these options has a checkpoint to go on with: beginning one")
+            return wanted, None
+        config, resume = None, str(found)
+    if resume is not None:
+        if config is not None:
+            raise UserError("resume: the run has its own args.yaml; leave --config out")
+        return RunConfig.from_flat({**read_run(Path(resume)), **given}, where=resume), Path(resume)
+    stored = _stored(config)
+    return RunConfig.from_flat({**stored, **given}, where=config or "options"), None
+
+
+def _stored(config: str | None) -> dict[str, Any]:
+    """The options of a ``--config`` file."""
+    stored = read_yaml(Path(config)) if config is not None else {}
+    stored.pop("zoo", None)  # what a recipe in hub_configs says of its published model; no option
+    if config is not None and Path(config).resolve().parent.name == stored.get("experiment"):
+        del stored["experiment"]  # a run's own: to repeat it is to make another folder
+    return stored
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains; 0, 2 for an error, 3 if only the push failed, 75 if a signal stopped the run."""
+    try:
+        fit(*read_options(args))
+    except HubError as error:
+        return fail(one_line(error), PUSH_FAILED)
+    except Interrupted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        return fail("interrupted; --resume RUN continues from the last checkpoint")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``train_sfr.py``: as ``timm-sfr train``."""
+    return call(run, training_parser(), arguments)

@@ -1,0 +1,184 @@
+"""From samples to batches, in an order that depends on the seed alone.
+
+A training sample is drawn by a key that holds its epoch and its index (`timm_sfr.data.samples`): it looks the same in a given
+epoch whatever the number of workers and processes.
+
+Shape suffixes: B batch, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import logging
+import multiprocessing
+import multiprocessing.util
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timm.data.dataset import IterableImageDataset
+from timm.data.loader import PrefetchLoader
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from timm_sfr.config import AugConfig, DataConfig
+from timm_sfr.data.batch_transform import collate
+from timm_sfr.data.datasets import Split
+from timm_sfr.data.samples import file_name, make_samples
+from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.utils.errors import UserError
+
+from timm_sfr.utils.console import logger
+
+
+
+class EpochSampler(Sampler[int]):
+    """Keys of one process's samples in an order that depends on (seed, epoch) alone.
+
+    The order is cut into global batches of `batch_size` * `processes`; process r takes the r-th part of each, so any
+    number of processes sees the same global batches. What does not fill a global batch is left out of that epoch.
+    `start` batches are left out at its beginning, in a run that goes on in mid-epoch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, process: int = 0, processes: int = 1) -> None:
+        if count < batch_size * processes:
+            raise UserError(
+                f"batch-size: the training split has {count} images, fewer than one global batch of "
+                f"{batch_size} x {processes} processes; lower --batch-size"
+            )
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.process, self.processes = process, processes
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return self.count // (self.batch_size * self.processes) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self.keys(self.epoch)[self.start * self.batch_size :]
+
+    def keys(self, epoch: int) -> list[int]:
+        """All keys of this process in an epoch, batch after batch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.count, generator=generator)[: len(self) * self.processes]
+        own = order.view(-1, self.processes, self.batch_size)[:, self.process].flatten()
+        return (own + epoch * self.count).tolist()
+
+
+class TrainBatches:
+    """Training batches on the device: normalised images (B, C, H, W) and class indices (B,)."""
+
+    def __init__(
+        self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
+    ) -> None:
+        transform = prep.train_transform(aug)
+        self.split = split
+        self.sampler: EpochSampler | None = None
+        if split.streamed:
+            _check_shards(split.dataset, accelerator.num_processes * max(1, config.workers))
+            dataset = _streamed(split.dataset, transform, config)
+        else:
+            place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+            if config.cache_dataset and accelerator.is_main_process:
+                logger.info("decoding the images once, into memory")
+            dataset = make_samples(split, transform, config, prep.img_mode, None if aug.no_aug else seed)
+            self.sampler = EpochSampler(len(dataset), config.batch_size, seed, **place)
+        self.samples = dataset
+        self.loader = DataLoader(dataset, config.batch_size, sampler=self.sampler, drop_last=True, **_workers(config))
+        self.batches = PrefetchLoader(
+            self.loader,
+            mean=prep.mean,
+            std=prep.std,
+            channels=prep.input_size[0],
+            device=accelerator.device,
+        )
+        # timm's own, but called by the trainer: the loader is a batch ahead, and would draw from another batch's numbers.
+        self.erase: Callable[[Tensor], Tensor] | None = None
+        if aug.reprob > 0 and not aug.no_aug:
+            self.erase = RandomErasing(
+                aug.reprob, mode=aug.remode, max_count=aug.recount, num_splits=0, device=accelerator.device
+            )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `epoch`, in its own order, from batch `start` on; not yet erased (`erase`)."""
+        if self.sampler is not None:
+            self.sampler.epoch, self.sampler.start = epoch, start
+            return iter(self.batches)
+        self.split.dataset.set_epoch(epoch)
+        return itertools.islice(self.batches, start, None)  # a stream is read up to there again
+
+    def files(self, epoch: int, step: int) -> list[str]:
+        """The files of this process's batch `step` of epoch `epoch`; none for a stream."""
+        if self.sampler is None:
+            return []
+        keys = self.sampler.keys(epoch)[step * self.sampler.batch_size :][: self.sampler.batch_size]
+        return [file_name(self.split.dataset, key % self.sampler.count) for key in keys]
+
+
+def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:
+    """Validation batches, uint8 images (B, C, H, W) and class indices (B,), every sample once, in order."""
+    batch = config.validation_batch_size or config.batch_size
+    transform = prep.eval_transform()
+    if split.streamed:
+        return DataLoader(_streamed(split.dataset, transform, config), batch, **_workers(config))
+    dataset = make_samples(split, transform, config, prep.img_mode, None)
+    return DataLoader(dataset, batch, shuffle=False, **_workers(config))
+
+
+def _streamed(dataset: IterableImageDataset, transform: Callable, config: DataConfig) -> IterableImageDataset:
+    if config.cache_dataset:
+        raise UserError("cache-dataset: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
+                        "stream; leave the option out")  # fmt: skip
+    dataset.transform = transform
+    dataset.set_loader_cfg(num_workers=config.workers)
+    return dataset
+
+
+def _check_shards(dataset: IterableImageDataset, readers: int) -> None:
+    """Raises UserError where there are fewer shards than processes that read: some would get none, and others wait for them."""
+    reader = dataset.reader
+    files = getattr(getattr(reader, "split_info", None), "filenames", None)
+    known = getattr(getattr(reader, "dataset", None), "num_shards", None)
+    shards = len(files) if files else known
+    if isinstance(shards, int) and shards < readers:
+        raise UserError(f"workers: the stream has {shards} shards for {readers} reading processes (processes times workers); "
+                        "lower --workers, or cut the data into more shards")  # fmt: skip
+
+
+def _leave_signals(worker: int) -> None:
+    """A stop is for the training process, which ends its loading ones: launchers and terminals signal all of them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At the process's end: multiprocessing would wait for ever for children that do not heed its SIGTERM."""
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(0.1)
+        if child.is_alive():
+            child.kill()
+
+
+atexit.register(_end_workers)  # after multiprocessing's own, so that it runs before it
+
+
+def _workers(config: DataConfig) -> dict[str, Any]:
+    return {
+        "num_workers": config.workers,
+        "persistent_workers": config.workers > 0,
+        "pin_memory": config.pin_mem,
+        "collate_fn": collate,
+        "worker_init_fn": _leave_signals,
+        # Its own, since starting workers draws a number: a resumed run starts them in another epoch.
+        "generator": torch.Generator(),
+    }

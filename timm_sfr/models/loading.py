@@ -1,0 +1,215 @@
+"""Loading: a run's folder, a repository on the Hub, a model of the zoo, or any model of timm's, behind one function.
+
+Nothing is unpickled, nothing but ``config.json`` and ``model.safetensors`` is read, and only from the folder or the commit that
+was named: what a configuration says of other files or places is not followed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import timm
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from timm.models import load_checkpoint, resolve_model_input_args
+from torch import nn
+
+from timm_sfr.config import DEFAULT_MODEL, ModelConfig, check_repo_id
+from timm_sfr.method.probe import MISFITS
+from timm_sfr.models.files import CONFIG, WEIGHTS, _damaged, check_dtypes, check_folder
+from timm_sfr.models.zoo import ZooEntry, loading, zoo
+from timm_sfr.utils.errors import HubError, UserError, brief, near_matches, near_paths
+from timm_sfr.utils.hub_client import check_token, hub_errors, reason
+
+
+def create_model(
+    name: str,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model from wherever `name` points, in evaluation mode if its weights were loaded.
+
+    Args:
+        name: ``USER/NAME`` or ``hf-hub:USER/NAME[@REVISION]`` on the Hub; a folder with ``config.json`` and
+            ``model.safetensors``, or that of a run; a name of the zoo, such as ``resnet20_cifar.sfr_digits``; or any
+            other name that timm knows.
+        pretrained: Load the weights; without, only the architecture at its recorded size.
+        num_classes: Classes of the classifier; a number other than the weights' gives it new ones.
+        revision: A branch, tag or commit of the repository.
+        token: A token, for private repositories; by default that of ``hf auth login`` or HF_TOKEN.
+        cache_dir: Where downloads are kept; huggingface_hub's own cache by default. What is there needs no network.
+        kwargs: Further arguments of ``timm.create_model``.
+
+    Raises:
+        UserError: if there is no such model, or its files do not fit together. A repository with a pickle in the place
+            of safetensors is refused.
+        HubError: if it is on the Hub and cannot be had.
+    """
+    arguments = {"pretrained": pretrained, "num_classes": num_classes, **kwargs}
+    where = {"revision": revision, "token": check_token(token), "cache_dir": cache_dir}
+    entry = zoo().get(name)
+    if entry is not None and (entry.about.weights is None or revision is not None) and pretrained:
+        return _from_folder(_download(entry.repo_id, where, entry=entry), name, arguments)
+    folder = None if timm.is_model(name) else _local(name)
+    if revision is not None and (folder is not None or timm.is_model(name)):
+        raise UserError(f"revision: {name!r} is not on the Hub and has none")
+    if folder is not None:
+        return _from_folder(folder, name, arguments)
+    if ":" in name or "/" in name:
+        return _from_folder(_from_hub(name, where, pretrained), name, arguments)
+    if not timm.is_model(name):
+        known = [*zoo(), *timm.list_models()]
+        raise UserError(f"model: there is no {name!r}{near_matches(name, known) or '; timm.list_models() lists them'}")
+    return _create(name, name, arguments | {"cache_dir": cache_dir})
+
+
+def base_folder(name: str, weights: bool) -> Path:
+    """The folder with the configuration, and the weights where they are wanted, of ``hf-hub:`` or ``local-dir:`` something.
+
+    Raises:
+        UserError: if there is none, or what it holds is not ours or timm's.
+        HubError: if it is on the Hub and cannot be had.
+    """
+    folder = _local(name) or _from_hub(name, {"revision": None, "token": None, "cache_dir": None}, weights)
+    check_folder(folder, name, weights)
+    return folder
+
+
+def _local(name: str) -> Path | None:
+    """The folder that `name` means, if it means one: a model's, or the one within a run's."""
+    given = os.path.expanduser(name.removeprefix("local-dir:"))
+    for folder in (Path(given), Path(given) / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if name.startswith("local-dir:") or given.startswith((".", "/", "~")):
+        raise UserError(
+            f"model: {given!r} holds no {CONFIG} and no model/{CONFIG}{near_paths(given)}; give the folder that the training "
+            "printed"
+        )
+    return None
+
+
+def _from_hub(name: str, where: dict[str, Any], weights: bool) -> Path:
+    """The folder in the cache of ``[hf-hub:]USER/NAME[@REVISION]``."""
+    repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
+    if repo_id.count("/") != 1 and name == repo_id:
+        raise UserError(f"model: {name!r} is no folder here{near_paths(name)}, and no USER/NAME on the Hub")
+    check_repo_id(repo_id, "model")
+    return _download(repo_id, where | {"revision": where["revision"] or at or None}, weights)
+
+
+def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: ZooEntry | None = None) -> Path:
+    """The folder in the cache that holds the repository's configuration and weights."""
+    revision, token = where["revision"], where["token"]
+    what = f"model: cannot load {repo_id}{f' at {revision}' if revision else ''}"
+    try:
+        with loading(entry, token) if entry is not None else hub_errors(what, token=token):
+            config = hf_hub_download(repo_id, CONFIG, **where)
+            if weights:  # of the same commit
+                hf_hub_download(repo_id, WEIGHTS, **where | {"revision": Path(config).parent.name})
+    except HubError as error:
+        cause = error.reason
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            raise HubError(
+                f"{what}: expected {CONFIG} and {WEIGHTS} on {revision or 'main'}; they are not both there, and a pickle is not "
+                "loaded"
+            ) from error
+        raise
+    return Path(config).parent
+
+
+def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model in `folder`, by timm, from safetensors alone."""
+    check_folder(folder, name, arguments["pretrained"])
+    model = _create(f"local-dir:{folder}", name, arguments)
+    if arguments["pretrained"]:
+        check_dtypes(folder, model, name)
+    return model
+
+
+def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
+    with hub_errors(f"model: cannot load {name!r}"):
+        try:
+            model = timm.create_model(source, **arguments)
+        except UserError:
+            raise
+        except SafetensorError as error:
+            raise _damaged(name, error) from error
+        except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+            raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
+    names = model.pretrained_cfg.get("label_names")
+    if names and len(names) != model.num_classes:  # another classifier than the one that they belong to
+        model.pretrained_cfg = {
+            key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")
+        }
+    return model.eval() if arguments["pretrained"] else model
+
+
+def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """The timm model with `num_classes` outputs at the configured input.
+
+    Raises:
+        UserError: for a name that timm lacks (with near matches), or arguments or weights that do not fit the model.
+    """
+    name = source = config.model or DEFAULT_MODEL
+    plain = name.split(".")[0]
+    folder = None
+    if ":" in name or (not timm.is_model(plain) and Path(name).is_dir()):
+        try:
+            folder = base_folder(name, config.pretrained)
+        except HubError as error:  # which would say that a finished run was not published
+            raise UserError(str(error)) from error
+        source = f"local-dir:{folder}"
+    elif not timm.is_model(plain):
+        hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
+        raise UserError(f"model: timm has no model {name!r}{hint}")
+    arguments = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, **(config.model_kwargs or {})}
+    request = {"img_size": config.img_size, "in_chans": config.in_chans}
+    try:
+        model = timm.create_model(
+            pretrained=config.pretrained,
+            **resolve_model_input_args(source, request, num_classes=num_classes, **arguments),
+        )
+        if folder is not None and config.pretrained:
+            check_dtypes(folder, model, name)
+        if config.initial_checkpoint:
+            _load(model, config.initial_checkpoint)
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing(True)
+    except UserError:
+        raise
+    except (*MISFITS, OSError, SafetensorError, UnpicklingError, EOFError) as error:
+        raise UserError(f"model: cannot create {name!r}: {brief(error)}") from error
+    if folder is not None and name.startswith(("hf-hub:", "hf_hub:")):
+        model.pretrained_cfg["hf_hub_id"] = name.split(":", 1)[1]  # where the folder came from
+    if getattr(model, "num_classes", 0) != num_classes:
+        raise UserError(f"model: {name!r} has no classifier for {num_classes} classes")
+    return model
+
+
+def _load(model: nn.Module, path: str) -> None:
+    """Loads a file of weights, by timm, and nothing but tensors out of it.
+
+    Raises:
+        UserError: if it is missing or holds anything else.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"initial-checkpoint: no such file: {path!r}{near_paths(path)}")
+    try:
+        load_checkpoint(model, path)
+    except Exception as error:
+        if not isinstance(error, UnpicklingError) and "weights_only" not in str(error):
+            raise
+        raise UserError(
+            f"initial-checkpoint: {path!r} is no file of weights, or holds more than tensors, numbers and texts, and is not "
+            "unpickled; convert it to safetensors where you trust it"
+        ) from error

@@ -1,0 +1,285 @@
+"""A teacher: a frozen model that is loaded from wherever its name points, and sees each image as it was trained to.
+
+Shape suffixes: B batch, K classes, C channels, H x W pixels, D features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePath
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_input_data_config
+from timm.task import DistillationTeacher
+from torch import Tensor, nn
+
+from timm_sfr.config import KDConfig, in_words
+from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.method.probe import MISFITS, described
+from timm_sfr.models.loading import create_model
+from timm_sfr.utils.errors import UserError, first_line, near_paths
+from timm_sfr.utils.processes import one_at_a_time
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL makes grey images
+
+
+class Teacher(DistillationTeacher):
+    """timm's wrapper of a teacher, which turns the student's images into the teacher's own.
+
+    Beside other means and deviations, as timm's does: another size (bilinear, antialiased; timm's feeds the student's size),
+    grey images to a teacher of colour ones, and the other way round. Frozen, in evaluation mode, and no part of what is
+    trained, averaged, kept or exported.
+
+    Args:
+        model: The teacher, with its weights.
+        student: The preprocessing of the student's images.
+        config: The options that it came from.
+
+    Raises:
+        UserError: if it cannot see the student's images.
+
+    Attributes:
+        facts: What metrics.json and the model card say of it.
+        warning: What there is to be said of its classes, if anything.
+    """
+
+    student_mean: Tensor
+    student_std: Tensor
+    luma: Tensor
+
+    def __init__(self, model: nn.Module, student: Preprocessing, config: KDConfig) -> None:
+        super().__init__(model)
+        self.requires_grad_(False).eval()
+        self.config = config
+        own = resolve_input_data_config(model)
+        self.input_size: tuple[int, int, int] = tuple(own["input_size"])
+        theirs, ours = student.input_size[0], self.input_size[0]
+        if theirs != ours and {theirs, ours} != {1, 3}:
+            raise UserError(
+                f"kd-model-name: the teacher {config.model_name!r} sees images of {ours} channels, and the student's have "
+                f"{theirs}; expected the same, or 1 and 3"
+            )
+        for name, values, channels in (
+            ("mean_kd", own["mean"], ours),
+            ("std_kd", own["std"], ours),
+            ("student_mean", student.mean, theirs),
+            ("student_std", student.std, theirs),
+            ("luma", LUMA, 3),
+        ):
+            of_each = torch.tensor(values).expand(channels) if len(values) == 1 else torch.tensor(values)
+            self.register_buffer(name, of_each.view(1, -1, 1, 1), persistent=False)
+        self.same = (
+            student.input_size == self.input_size
+            and torch.equal(self.student_mean, self.mean_kd)
+            and torch.equal(self.student_std, self.std_kd)
+        )
+        self.facts, self.warning = _facts(model, config), None
+        self.features: nn.Module = PreLogits(model)
+
+    @torch.no_grad()
+    def normalize_input(self, input: Tensor, student_mean: Any = None, student_std: Any = None) -> Tensor:
+        """The student's normalised images (B, C, H, W) as the teacher's, (B, C', H', W').
+
+        timm's tasks hand in the statistics of the student's architecture; what the run normalises by may differ, and is
+        what is undone.
+        """
+        if self.same:
+            return input
+        images = input.float() * self.student_std + self.student_mean
+        channels, *size = self.input_size
+        if images.shape[1] == 3 and channels == 1:
+            images = (images * self.luma).sum(1, keepdim=True)
+        elif images.shape[1] == 1 and channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        if list(images.shape[2:]) != size:
+            images = F.interpolate(images, size, mode="bilinear", antialias=True)
+        return (images - self.mean_kd) / self.std_kd
+
+    def prepare(self, accelerator: Any, channels_last: bool) -> None:
+        """Puts it on the device, under the run's precision and compiler; never wrapped for gradients."""
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        if self.config.distill_type == "feature":
+            self.features = accelerator.prepare_model(self.features, evaluation_mode=True)
+        else:
+            self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+        self.to(accelerator.device)
+
+    def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
+        """Logits (B, K) of the teacher's images, or the features before its classifier, (B, D)."""
+        return self.features(input) if return_features else self.model(input)
+
+
+class PreLogits(nn.Module):
+    """A timm model up to its classifier, as one module: from images to pooled features (B, D)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features of images (B, C, H, W)."""
+        return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
+
+    def width(self, input_size: tuple[int, int, int], whose: str) -> int:
+        """D, measured on the model's device in evaluation mode.
+
+        Raises:
+            UserError: if it gives no such features.
+        """
+        like, training = next(self.model.parameters()), self.model.training
+        try:
+            with torch.no_grad():
+                found: Any = self.eval()(torch.zeros(2, *input_size, device=like.device))
+        except MISFITS as error:
+            raise UserError(
+                f"kd-distill-type: the {whose} gives no features before its classifier: {first_line(error)}; expected logit"
+            ) from error
+        finally:
+            self.train(training)
+        if not isinstance(found, Tensor) or found.ndim != 2:
+            raise UserError(
+                f"kd-distill-type: the {whose} gives {described(found)} before its classifier, expected features (batch, D); "
+                "take logit"
+            )
+        return found.shape[1]
+
+
+def open_teacher(
+    config: KDConfig,
+    num_classes: int,
+    class_names: tuple[str, ...] | None,
+    student: Preprocessing,
+    accelerator: Any,
+    channels_last: bool,
+) -> Teacher | None:
+    """The teacher on the device, or None where the options name none.
+
+    Raises:
+        UserError: as `load_teacher`.
+    """
+    if config.model_name is None:
+        return None
+    teacher = one_at_a_time(accelerator, lambda: load_teacher(config, num_classes, class_names, student))
+    teacher.prepare(accelerator, channels_last)
+    return teacher
+
+
+def load_teacher(
+    config: KDConfig, num_classes: int, class_names: tuple[str, ...] | None, student: Preprocessing
+) -> Teacher:
+    """The teacher that the options name, from safetensors alone where it is on the Hub.
+
+    The random state stays as it is: a student begins with the same weights with a teacher or without.
+
+    Raises:
+        UserError: if there is none, it is of other classes, or it cannot see the student's images.
+    """
+    name = str(config.model_name)
+    if "/" in name and ":" not in name and not Path(os.path.expanduser(name)).is_dir():
+        # create_model would ask the Hub for it: a run's folder that is gone must not become a stranger's weights.
+        raise UserError(f"kd-model-name: there is no folder {name!r}{near_paths(name)}; for a repository on the Hub, give "
+                        f"hf-hub:{name}")  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = create_model(name)
+        except UserError as error:  # not as a HubError, which would say that a finished run was not published
+            raise UserError(f"kd-model-name: {str(error).removeprefix('model: ')}") from error
+    architecture = model.pretrained_cfg.get("architecture")
+    if getattr(model, "num_classes", 0) != num_classes:
+        raise UserError(
+            f"kd-model-name: the teacher {name!r} has {getattr(model, 'num_classes', 0)} classes, expected the data's "
+            f"{num_classes}; train one on this data first (--model {architecture} --pretrained), and give its folder"
+        )
+    teacher = Teacher(model, student, config)
+    teacher.warning = _check_classes(name, model.pretrained_cfg.get("label_names"), class_names)
+    try:
+        with torch.no_grad():
+            logits = model(torch.zeros(2, *teacher.input_size))
+    except MISFITS as error:
+        raise UserError(
+            f"kd-model-name: the teacher {name!r} does not take its own images: {first_line(error)}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
+        raise UserError(f"kd-model-name: expected logits (batch, {num_classes}) of {name!r}; got {described(logits)}")
+    return teacher
+
+
+def _check_classes(name: str, theirs: Any, ours: tuple[str, ...] | None) -> str | None:
+    """A warning where it is not known whether the teacher's classes are the data's.
+
+    Raises:
+        UserError: if a class of the data is another one's number in the teacher.
+    """
+    if not theirs or ours is None or list(map(str, theirs)) == list(ours):
+        return None
+    place = {str(label): index for index, label in enumerate(theirs)}
+    for index, label in enumerate(ours):
+        if place.get(label, index) != index:
+            raise UserError(
+                f"kd-model-name: the teacher {name!r} was trained on these classes in another order: {label!r} is its class "
+                f"{place[label]} and the data's {index}; give a --class-map of its order, or train another teacher"
+            )
+    unknown = [label for label in ours if label not in place]
+    if not unknown:
+        return None
+    return (
+        f"warning: {len(unknown)} of the data's {len(ours)} classes have other names than the teacher's ({unknown[0]!r} is its "
+        f"{str(theirs[ours.index(unknown[0])])!r}); they are taken to be the same ones in the same order"
+    )
+
+
+def _facts(model: nn.Module, config: KDConfig) -> dict[str, Any]:
+    """Where the teacher is from and which weights it has; of a folder the last name alone: where it lies is nobody's business."""
+    name, about, digest = str(config.model_name), getattr(model, "pretrained_cfg", {}) or {}, hashlib.sha256()
+    place = Path(os.path.expanduser(name.removeprefix("local-dir:")))
+    folder = not timm.is_model(name) and place.is_dir()
+    source = about.get("hf_hub_id")
+    if folder:
+        place = place.resolve()
+        name, source = PurePath(place.parent if place.name == "model" else place).name, None
+    elif not timm.is_model(name):
+        source = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return {
+        "name": name,
+        "folder": folder,
+        "architecture": about.get("architecture"),
+        "source": source,
+        "license": about.get("license"),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "sha256": digest.hexdigest(),
+    }
+
+
+def headline(teacher: Teacher) -> str:
+    """The teacher in a few words."""
+    config, facts = teacher.config, teacher.facts
+    kind, heated = in_words(config.distill_type, config.token_distill_type)
+    heat = f", temperature {config.temperature:g}" if heated else ""
+    size = "x".join(map(str, teacher.input_size))
+    name = f"{'the run ' if facts['folder'] else ''}{facts['name']}"
+    known = facts.get("task_loss_weight") is not None  # a caller's own task may weigh them in its own way
+    weights = (
+        f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}" if known else "its own weights"
+    )
+    return f"taught by {name} ({facts['parameters'] / 1e6:.2f} M parameters, {size}; {kind}{heat}, {weights})"
+
+
+def changed(metrics: Path, facts: dict[str, Any]) -> str | None:
+    """A warning where a run that goes on has another teacher than its metrics.json says."""
+    try:
+        before = (json.loads(metrics.read_text()).get("teacher") or {}).get("sha256")
+    except (OSError, ValueError, AttributeError):
+        return None  # nothing was validated yet
+    now = (facts.get("teacher") or {}).get("sha256")
+    if before == now:
+        return None
+    return "warning: the teacher is not the one that this run began with; it does not go on to the same bits"

@@ -1,0 +1,213 @@
+"""The zoo: one recipe a model in ``hub_configs/``, each a pretrained tag of an architecture that timm knows."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fnmatch
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from timm.models import PretrainedCfg, get_pretrained_cfg, model_entrypoint, register_model
+from torch import nn
+
+from timm_sfr.config import check_repo_id
+from timm_sfr.models.files import own_config
+from timm_sfr.utils.console import aligned
+from timm_sfr.utils.errors import HubError, UserError
+from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.hub_client import hub_errors
+from timm_sfr.utils.options import Checked, option
+
+HERE = Path(__file__).resolve().parents[1]
+WEIGHTS = HERE / "weights"
+# In an installed package beside the modules, in a clone beside the package.
+CONFIGS = next((folder for folder in (HERE / "hub_configs", HERE.parent / "hub_configs") if folder.is_dir()), HERE)
+OWNER = "timm-sfr"
+
+
+@dataclass(frozen=True)
+class Measured(Checked):
+    """Scores of a recipe: over several seeds at the last epoch, and of the published weights; `benchmarks.zoo` measures them."""
+
+    split: str = option("validation", "split that they were measured on")
+    images: int = option(0, "images in it")
+    seeds: tuple[int, ...] = option((), "seeds")
+    top1: float = option(0.0, "mean top-1 at the last epoch, percent")
+    top1_interval: float = option(0.0, "half the width of its 95 % t-interval")
+    top5: float = option(0.0, "mean top-5 at the last epoch, percent")
+    published_top1: float = option(0.0, "top-1 of the published weights, percent")
+    published_top5: float = option(0.0, "top-5 of the published weights, percent")
+    published_seed: int = option(0, "their seed")
+    published_epoch: int = option(0, "their epoch, from 1")
+    hardware: str = option("", "what it was trained on")
+    versions: dict | None = option(None, "versions of what it was trained with")
+    date: str = option("", "when")
+
+
+@dataclass(frozen=True)
+class About(Checked):
+    """The ``zoo:`` part of a recipe, beside the options of its training."""
+
+    repo_id: str = option("", "repository on the Hub")
+    num_classes: int = option(10, "classes")
+    parameters: int = option(0, "parameters")
+    weights: str | None = option(None, "file of weights that comes with the package")
+    label_names: tuple[str, ...] | None = option(None, "names of the classes")
+    metrics: dict | None = option(None, "scores (`Measured`); nothing where they are not yet measured")
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """A model of the zoo.
+
+    Attributes:
+        name: timm's name of it, ``ARCHITECTURE.TAG``.
+        recipe: The recipe's file.
+        options: The options of its training.
+        about: What the recipe says of the published model.
+    """
+
+    name: str
+    recipe: Path
+    options: dict[str, Any]
+    about: About
+
+    @property
+    def repo_id(self) -> str:
+        """Its repository on the Hub, in the namespace that is set."""
+        owner, _, name = self.about.repo_id.rpartition("/")
+        return f"{namespace() if owner in ('', OWNER) else owner}/{name or self.name}"
+
+    @property
+    def measured(self) -> Measured | None:
+        """Its scores, if there are any."""
+        return Measured(**self.about.metrics) if self.about.metrics else None
+
+    @property
+    def command(self) -> str:
+        """The command that trains it."""
+        data = self.options.get("data_dir") or self.options.get("dataset")
+        return f"train-sfr --config {self.recipe}{'' if data else ' --data-dir DIR'}"
+
+    def pretrained_cfg(self) -> PretrainedCfg:
+        """timm's configuration of these weights: the architecture's own, with this recipe's input, classes and source."""
+        architecture, tag = self.name.split(".", 1)
+        base = get_pretrained_cfg(architecture)
+        known = own_config(dataclasses.asdict(base)) if base is not None else {}
+        given = {key: self.options.get(key) for key in ("mean", "std", "interpolation", "crop_pct")}
+        says = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v is not None}
+        size = self.options.get("img_size")
+        if size is not None:
+            says |= {"input_size": (self.options.get("in_chans") or 3, size, size), "pool_size": None}
+        source = {"file": str(WEIGHTS / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
+        source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # timm would take a pickle too
+        says |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
+                 "label_names": self.about.label_names, "license": self.options.get("hub_license")}  # fmt: skip
+        return PretrainedCfg(**known | says | source)
+
+
+class ZooTable(list):
+    """Entries of the zoo; printed, a table."""
+
+    def __str__(self) -> str:
+        lines = [("name", "parameters", "dataset", "top-1", "repository")]
+        for entry in self:
+            measured = entry.measured
+            score = "not yet measured" if measured is None else f"{measured.top1:.2f} ± {measured.top1_interval:.2f} %"
+            dataset = str(entry.options.get("dataset") or entry.options.get("hub_dataset") or "")
+            where = "comes with the package" if entry.about.weights else entry.repo_id
+            lines.append((entry.name, f"{entry.about.parameters / 1e6:.2f} M", dataset, score, where))
+        return "\n".join(aligned(lines))
+
+    __repr__ = __str__
+
+
+@functools.cache
+def namespace() -> str:
+    """The user or organisation whose repositories the zoo means: TIMM_SFR_NAMESPACE at import, or ``timm-sfr``."""
+    name = os.environ.get("TIMM_SFR_NAMESPACE") or OWNER
+    try:
+        check_repo_id(f"{name}/name", "TIMM_SFR_NAMESPACE")
+    except UserError:
+        warnings.warn(f"TIMM_SFR_NAMESPACE: expected the name of a user or an organisation on the Hub; got {name!r}; "
+                      f"{OWNER!r} is taken", stacklevel=2)  # fmt: skip
+        return OWNER
+    return name
+
+
+@functools.cache
+def zoo() -> dict[str, ZooEntry]:
+    """Every entry by its name.
+
+    Raises:
+        UserError: if a recipe cannot be read.
+    """
+    found = {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        options = read_yaml(path)
+        about = options.pop("zoo", None)
+        try:
+            entry = ZooEntry(path.stem, path, options, About(**about))
+            Measured(**entry.about.metrics or {})
+        except (TypeError, UserError) as error:
+            raise UserError(f"hub_configs: {path}: the `zoo:` part does not read: {error}") from error
+        found[path.stem] = entry
+    return found
+
+
+def list_pretrained(filter: str = "*") -> ZooTable:
+    """The zoo's entries whose names match `filter`; printed, a table of name, parameters, dataset, top-1 and repository."""
+    return ZooTable(entry for name, entry in zoo().items() if fnmatch.fnmatch(name, filter))
+
+
+def register() -> None:
+    """Makes the zoo known to timm: each entry is one more tag of its architecture, listed and created like timm's own.
+
+    timm registers a module's ``default_cfgs`` along with an architecture; a tag that comes later needs both again.
+    """
+    for entry in zoo().values():
+        architecture, tag = entry.name.split(".", 1)
+        entrypoint = model_entrypoint(architecture)
+        default = sys.modules[entrypoint.__module__].default_cfgs[architecture]
+        if tag in default.cfgs:
+            continue
+        default.tags.append(tag)
+        default.cfgs[tag] = entry.pretrained_cfg()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # timm's, that the architecture was there: it is the same one
+            register_model(_explaining(entrypoint))
+
+
+@contextlib.contextmanager
+def loading(entry: ZooEntry, token: str | None = None) -> Iterator[None]:
+    """Raises `HubError` for what goes wrong inside; for a repository that is not there yet with the command that trains it."""
+    what = f"model: cannot load {entry.repo_id}"
+    try:
+        with hub_errors(what, token=token):
+            yield
+    except HubError as error:
+        if isinstance(error.reason, RepositoryNotFoundError) and not isinstance(error.reason, GatedRepoError):
+            raise HubError(f"{what}: it is not published yet (or private); to train it: {entry.command}") from None
+        raise
+
+
+def _explaining(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """timm's entry point of an architecture, with `loading`'s errors for the zoo's tags."""
+
+    @functools.wraps(entrypoint)
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        given = kwargs.get("pretrained_cfg")
+        tag = given.get("tag") if isinstance(given, dict) else getattr(given, "tag", given)
+        entry = zoo().get(f"{entrypoint.__name__}.{tag}") if pretrained else None
+        with loading(entry) if entry is not None and not entry.about.weights else contextlib.nullcontext():
+            return entrypoint(pretrained=pretrained, **kwargs)
+
+    return create

@@ -1,0 +1,197 @@
+"""What a run says and writes: the log line of an epoch, summary.csv, args.yaml, metrics.json."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import huggingface_hub
+import safetensors
+import timm
+import torch
+import yaml
+
+from timm_sfr.utils.errors import UserError, near_paths
+from timm_sfr.utils.files import read_yaml, replace_atomically, write_whole
+from timm_sfr.version import __version__
+
+COLUMNS = (
+    "epoch", "lr", "train_loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing", "val_loss", "val_top1", "val_top5",
+    "images_per_second",
+)  # fmt: skip
+# Further ones where there is a teacher: task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+TEACHER_TERMS = ("cls_loss", "cls_weight", "kd_loss", "kd_weight")
+TEACHERS = (*COLUMNS[:4], *TEACHER_TERMS, *COLUMNS[4:])
+
+
+def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
+    """A row of summary.csv: train_loss = task_loss + sfr_weight * sfr_loss, each the mean over the epoch's images.
+
+    With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+    """
+    row = {
+        "epoch": epoch,
+        "lr": lr,
+        "train_loss": train["loss"],
+        **{name: train[name] for name in TEACHERS if name in train},
+    }
+    for name in ("loss", "top1", "top5"):
+        row[f"val_{name}"] = val[name] if val else ""
+    return {name: row[name] for name in _columns([row])}
+
+
+def _columns(rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns of a summary.csv with these rows."""
+    return TEACHERS if any("kd_loss" in row for row in rows) else COLUMNS
+
+
+def log_line(row: dict[str, Any], epochs: int) -> str:
+    """One line on an epoch."""
+    parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"lr {row['lr']:.3g}", f"loss {row['train_loss']:.4f}"]
+    terms = []
+    if "kd_loss" in row:
+        terms += [f"{row[f'{name}_weight']:.3g} x {name} {row[f'{name}_loss']:.4f}" for name in ("cls", "kd")]
+    if row["sfr_weight"]:
+        terms = terms or [f"task {row['task_loss']:.4f}"]
+        terms.append(f"{row['sfr_weight']:.3g} x sfr {row['sfr_loss']:.4f}")
+    if terms:
+        parts.append("= " + " + ".join(terms))
+    if row["val_top1"] != "":
+        parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f} top5 {row['val_top5']:.2f}")
+    return " ".join([*parts, f"| {row['images_per_second']:.0f} images/s"])
+
+
+def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Writes summary.csv whole, numbers to 8 digits."""
+
+    def write(fresh: Path) -> None:
+        with fresh.open("w", newline="") as file:
+            writer = csv.DictWriter(file, _columns(rows), restval="")
+            writer.writeheader()
+            for row in rows:
+                writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
+
+    replace_atomically(path, write)
+
+
+def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """The rows of the first `epochs` epochs of a summary.csv, to go on from.
+
+    Raises:
+        UserError: if it is not one.
+    """
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to go on without"
+        ) from error
+    if any(set(row) not in (set(COLUMNS), set(TEACHERS)) for row in rows):
+        raise UserError(
+            f"resume: expected the columns {', '.join(COLUMNS)} in {str(path)!r}; move it away to go on without"
+        )
+    return rows
+
+
+def write_args(path: Path, values: dict[str, Any]) -> None:
+    """Writes args.yaml, which ``--config`` reads back."""
+    write_whole(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a figure can depend on."""
+    modules = {"timm": timm, "torch": torch, "accelerate": accelerate, "safetensors": safetensors,
+               "huggingface_hub": huggingface_hub}  # fmt: skip
+    found = {name: str(module.__version__) for name, module in modules.items()}
+    return {"timm_sfr": __version__, "python": platform.python_version(), "POT": metadata.version("POT"), **found}
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{processes} x {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, {os.cpu_count()} cores, {processes} process{'es' if processes > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, read.
+
+    Attributes:
+        path: The folder.
+        options: Its args.yaml.
+        metrics: Its metrics.json.
+        rows: Its summary.csv.
+    """
+
+    path: Path
+    options: dict[str, Any]
+    metrics: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        """Its seed."""
+        return int(self.options.get("seed", 0))
+
+    def score(self, name: str) -> float:
+        """A score at the last epoch."""
+        return float(self.metrics["last"][name])
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """Epochs, from 1, and values of a column of summary.csv where it has any; ``weighted`` is sfr_weight * sfr_loss."""
+        if name == "weighted":
+            epochs, raw = self.column("sfr_loss")
+            return epochs, [one * weight for one, weight in zip(raw, self.column("sfr_weight")[1], strict=True)]
+        found = [(float(row["epoch"]) + 1, float(row[name])) for row in self.rows if row.get(name) not in ("", None)]
+        return [epoch for epoch, _ in found], [value for _, value in found]
+
+
+def read_finished(path: Path) -> Run:
+    """A run's folder.
+
+    Raises:
+        UserError: if it is none, or has not been validated yet.
+    """
+    missing = [name for name in ("args.yaml", "summary.csv", "metrics.json") if not (path / name).is_file()]
+    if not path.exists():
+        raise UserError(
+            f"run: there is no folder {str(path)!r}{near_paths(path)}; give the folder that the training printed"
+        )
+    if missing:
+        raise UserError(f"run: {str(path)!r} has no {missing[0]}; give the folder that the training printed")
+    try:
+        metrics = json.loads((path / "metrics.json").read_text())
+        run = Run(path, read_yaml(path / "args.yaml"), metrics, read_summary(path / "summary.csv", 10**9))
+        _check(run)
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"run: the files of {str(path)!r} are damaged: {error!r}") from error
+    return run
+
+
+def _check(run: Run) -> None:
+    """Raises an error of Python's where the run's files lack what is read from them, or hold something else."""
+    for when in ("best", "last"):
+        for name in ("epoch", "images", "ece", "val_top1", "val_top5", "val_loss"):
+            float(run.metrics[when][name])
+    for name in ("epochs", "parameters", "seconds", "seed"):
+        float(run.metrics[name])
+    for name in ("model", "dataset", "hardware", "mixed_precision", "eval_metric"):
+        str(run.metrics[name])
+    run.metrics["versions"].items()
+    int(run.options.get("num_classes") or 0)
+    for row in run.rows:
+        for value in row.values():
+            float(value or 0)

@@ -1,0 +1,90 @@
+"""Validation: exact sums over every image once, and the scores made from them.
+
+Shape suffixes: B batch, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.runs.predictions import ECE_BINS, Predictions
+
+
+class Scores:
+    """Sums of what validation counts, kept on the device: images, loss, top-1, top-5 and the calibration bins."""
+
+    def __init__(self, device: torch.device) -> None:
+        # float64 counts exactly and keeps long sums of losses; Apple's GPUs do not have it.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(4, dtype=dtype, device=device)
+        self.bins = torch.zeros(3, ECE_BINS, dtype=dtype, device=device)
+
+    def add(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts a batch: logits (B, K) and class indices (B,); the predicted classes (B,) and their probabilities (B,)."""
+        logits = logits.float()
+        order = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = order == target[:, None]
+        loss = F.cross_entropy(logits, target, reduction="sum")
+        counts = torch.stack([loss.new_tensor(len(target)), loss, hits[:, 0].sum(), hits.sum()])
+        self.sums += counts.to(self.sums.dtype)
+        confidence = logits.softmax(1).amax(1)
+        place = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
+        rows = torch.stack([torch.ones_like(confidence), confidence, hits[:, 0].float()])
+        self.bins.index_add_(1, place, rows.to(self.bins.dtype))
+        return order[:, 0], confidence
+
+    def result(self) -> dict[str, float]:
+        """``images``, ``loss``, ``top1`` and ``top5`` (percent), and ``ece``.
+
+        ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over 15 bins of equal width (Guo et al., arXiv 1706.04599).
+        """
+        images, loss, top1, top5 = self.sums.tolist()
+        count = max(images, 1)
+        gap = (self.bins[2] - self.bins[1]).abs().sum().item() / count
+        return {
+            "images": int(images),
+            "loss": loss / count,
+            "top1": 100 * top1 / count,
+            "top5": 100 * top5 / count,
+            "ece": gap,
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    prep: Preprocessing,
+    accelerator: Any,
+    seen: Predictions | None = None,
+    watch: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, float]:
+    """Scores of `model` over the whole split, the same on every process; `seen` takes what was said of each image.
+
+    An indexed split's `loader` was prepared by Accelerate: each process takes its part, and `gather_for_metrics` drops
+    what was repeated to make the parts even. A stream is split by timm's reader, and only the sums are added up: of
+    several processes, each has seen its own part of the images. `watch` is handed the loader and gives its batches on,
+    to count them.
+    """
+    streamed = isinstance(loader.dataset, torch.utils.data.IterableDataset)
+    scores = Scores(accelerator.device)
+    model.eval()
+    for images, target in watch(loader):
+        images, target = images.to(accelerator.device), target.to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(prep.normalize(images))
+        if not streamed:
+            logits, target = accelerator.gather_for_metrics((logits, target))
+        prediction, confidence = scores.add(logits, target)
+        if seen is not None:
+            seen.add(target, prediction, confidence)
+    if streamed:
+        scores.sums, scores.bins = accelerator.reduce((scores.sums, scores.bins), reduction="sum")
+    return scores.result()

@@ -1,0 +1,225 @@
+"""Non-finite losses and gradients, found before they reach the weights; the run stops, or leaves the update out."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import write_json
+
+# The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss. A teacher's are further ones.
+TERMS = ("loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing")
+WATCHED = ("cls_loss", "kd_loss", "task_loss", "sfr_loss", "loss")
+MOST_IN_A_ROW = 10  # updates left out one after another: more is no accident
+ADVICE = "try a lower --lr, --clip-grad 1, or --mixed-precision bf16 in place of fp16"
+
+
+class Watched:
+    """Numbers on the device, read by the host without making the device wait: they travel while it works on."""
+
+    def __init__(self, device: torch.device, count: int) -> None:
+        cuda = device.type == "cuda"
+        self.pinned = torch.zeros(count, pin_memory=True) if cuda else None
+        self.event = torch.cuda.Event() if cuda else None
+        self.values: Tensor | None = None
+
+    def send(self, values: Tensor) -> None:
+        """Takes (count,) numbers."""
+        if self.pinned is None or self.event is None:
+            self.values = values
+            return
+        self.values = self.pinned.copy_(values, non_blocking=True)
+        self.event.record()
+
+    def receive(self) -> list[float] | None:
+        """The numbers sent last, once; None if there are none."""
+        if self.values is None:
+            return None
+        if self.event is not None:
+            self.event.synchronize()
+        values, self.values = self.values.tolist(), None
+        return values
+
+
+class FiniteGuard:
+    """Watches the terms of the loss and the norm of the gradients.
+
+    The loss is looked at while the backward pass runs. The norm is looked at before the update where there is nothing to
+    wait for or the update may have to be left out; else, on a GPU, at the next update, and before anything is kept. In
+    fp16 the gradient scaler leaves updates out by itself: then only too many in a row count.
+
+    Args:
+        accelerator: Accelerate's.
+        policy: ``"stop"``, or ``"skip"``: leave the update out and put back the statistics that the batch changed.
+        names: The terms of the loss, in the order in which they are sent.
+    """
+
+    def __init__(self, accelerator: Any, policy: str = "stop", names: tuple[str, ...] = TERMS) -> None:
+        self.accelerator, self.policy, self.names = accelerator, policy, names
+        self.terms, self.norm = Watched(accelerator.device, len(names)), Watched(accelerator.device, 1)
+        self.bad: tuple[str, float] | None = None  # in this group of batches
+        self.late: tuple[int, int, int] | None = None  # which epoch, batch and update it was, where that was made since
+        self._sent: tuple[int, int, int] | None = None
+        self.in_a_row = self.skipped = 0
+        self.loss = math.nan  # of the batch looked at last
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a gradient scaler leaves updates out."""
+        return self.accelerator.scaler is not None
+
+    def begin(self, module: nn.Module, sums: dict[str, Tensor]) -> None:
+        """Before a group of batches: remembers what a bad one would spoil besides the gradients."""
+        self.bad = None
+        if self.policy == "skip" or self.scaled:
+            spoiled = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+            self._kept = [(tensor, tensor.clone()) for tensor in [*spoiled, *sums.values()]]
+
+    def check_terms(self) -> bool:
+        """Whether the terms sent last are finite, and the last update's gradients were, where nobody has looked yet."""
+        self.settle()
+        if self.late is not None:  # these terms are of weights that it has spoiled
+            return False
+        values = dict(zip(self.names, self.terms.receive() or [0.0] * len(self.names), strict=True))
+        self.loss = values["loss"]
+        watched = [name for name in WATCHED if name in values]
+        found = next(((name, values[name]) for name in watched if not math.isfinite(values[name])), None)
+        if not self.scaled:
+            self.bad = self.bad or found
+        return found is None
+
+    def check_gradients(self, module: nn.Module, place: tuple[int, int, int]) -> bool:
+        """Whether the update is to be made; the same on all processes.
+
+        Args:
+            module: What is trained.
+            place: Epoch and batch (from 0) and update (from 1).
+        """
+        if self.scaled:
+            return True
+        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        norm = get_total_norm(gradients)[None]
+        if self.policy == "stop" and norm.is_cuda:
+            self.norm.send(norm)
+            self._sent = place
+            return self.bad is None
+        self.norm.send(norm)
+        self._sent = None
+        self.settle()
+        if self.accelerator.num_processes > 1 and self.policy == "skip":
+            wrong = torch.tensor([float(self.bad is not None)], device=norm.device)
+            if self.accelerator.reduce(wrong, "sum").item() > 0:
+                self.bad = self.bad or ("gradient", math.nan)
+        return self.bad is None
+
+    def settle(self) -> None:
+        """Looks at the norm sent last."""
+        norm = self.norm.receive()
+        if norm is not None and not math.isfinite(norm[0]):
+            self.bad, self.late = self.bad or ("gradient", norm[0]), self._sent
+
+    def rollback(self) -> None:
+        """Puts back what the group's batches have spoiled."""
+        with torch.no_grad():
+            for tensor, kept in self._kept:
+                tensor.copy_(kept)
+
+    def count(self, made: bool) -> None:
+        """Counts an update that was made, or left out."""
+        self.in_a_row = 0 if made else self.in_a_row + 1
+        self.skipped += not made
+
+    def too_many(self) -> bool:
+        """Whether too many updates in a row were left out."""
+        return self.in_a_row > MOST_IN_A_ROW
+
+
+def write_event(path: Path, event: dict[str, Any]) -> None:
+    """Adds an event to a JSON list in a file."""
+    try:
+        events = json.loads(path.read_text())
+    except (OSError, ValueError):
+        events = []
+    write_json(path, [*events, event])
+
+
+def stopped(term: str, value: float, where: str, how: str, kept: str) -> UserError:
+    """The error of a run that a non-finite number stops."""
+    what = "gradients" if term == "gradient" else "loss"
+    return UserError(f"non-finite {what} at {where}: {term} is {value}; {how}, {kept}; {ADVICE}")
+
+
+# Several processes agree by a collective; a signal waits for at most so many updates.
+AGREE_EVERY = 10
+
+
+ECHO = 1.0  # seconds: a terminal sends Ctrl-C to all processes, and their launcher hands it on to them once more
+
+
+class Signals:
+    """A context in which signals are noted in place of ending the process.
+
+    Attributes:
+        stop: The signal that asked for a stop, or None.
+        save: Whether a checkpoint was asked for.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.stop: int | None = None
+        self.save = False
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        # Python lets the main thread alone set handlers; a run in another thread goes without.
+        if threading.current_thread() is threading.main_thread():
+            names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
+            numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before if before is not None else signal.SIG_DFL)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == getattr(signal, "SIGUSR1", None):
+            self.save = True
+        elif number == signal.SIGINT and self.stop == signal.SIGINT:
+            if time.monotonic() - self._since > ECHO:
+                raise KeyboardInterrupt
+        else:
+            self.stop, self._since = number, time.monotonic()
+
+    def asked(self, updates: int, now: bool = False) -> tuple[int | None, bool]:
+        """What any process was asked for, the same on all: the signal to stop for, and whether to keep a checkpoint.
+
+        Args:
+            updates: How many are done, the same on all processes.
+            now: All processes are here at the end of an epoch: agree at once.
+        """
+        if self.accelerator.num_processes == 1:
+            stop, save = self.stop, self.save
+        elif now or updates % AGREE_EVERY == 0:
+            own = torch.tensor([self.stop or 0, int(self.save)], device=self.accelerator.device)
+            flags = self.accelerator.gather(own[None]).amax(0).tolist()
+            stop, save = flags[0] or None, bool(flags[1])
+        else:
+            return None, False
+        if save:
+            self.save = False
+        return stop, save

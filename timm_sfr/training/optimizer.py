@@ -1,0 +1,125 @@
+"""Makes the parts of a run from its configuration, all with timm's factories: model, task, optimizer, schedule, mixing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
+from torch import nn
+
+from timm_sfr.config import OptimConfig
+from timm_sfr.method.smoothing import default_warmup
+from timm_sfr.utils.errors import UserError, near_matches
+
+
+def learning_rate(config: OptimConfig, global_batch: int) -> float:
+    """lr, or lr_base scaled with the global batch: linearly, or by the square root for adaptive optimizers, as timm."""
+    if config.lr is not None:
+        return config.lr
+    adaptive = any(part in config.opt.lower() for part in ("ada", "lamb"))
+    ratio = global_batch / config.lr_base_size
+    return config.lr_base * (
+        ratio**0.5 if (config.lr_base_scale or ("sqrt" if adaptive else "linear")) == "sqrt" else ratio
+    )
+
+
+def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer over the trainable module's parameters.
+
+    Raises:
+        UserError: for a name or arguments that timm does not take.
+    """
+    arguments: dict[str, Any] = dict(config.opt_kwargs or {})
+    if config.opt_eps is not None:
+        arguments["eps"] = config.opt_eps
+    if config.opt_betas is not None:
+        arguments["betas"] = config.opt_betas
+    try:
+        return create_optimizer_v2(
+            module,
+            opt=config.opt,
+            lr=lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            layer_decay=config.layer_decay,
+            **arguments,
+        )
+    except (ValueError, AssertionError, TypeError, KeyError) as error:
+        hint = near_matches(config.opt, list_optimizers())
+        raise UserError(f"opt: timm cannot make the optimizer {config.opt!r}: {error}{hint}") from error
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """timm's scheduler, stepped by hand: once per update whatever the number of processes (never `prepare` it)."""
+
+    scheduler: Any
+    epochs: int
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the rate depends on more than the count: on how the scores went (plateau)."""
+        return isinstance(self.scheduler, PlateauLRScheduler)
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps: the counters that timm's own state leaves out too."""
+        return self.scheduler.lr_scheduler.state_dict() if self.remembers else None
+
+    def resume(self, epoch: int, updates: int, state: dict[str, Any] | None) -> None:
+        """Sets the rate for the update after `updates` ones and `epoch` epochs.
+
+        timm's schedules are functions of that count alone, so that a resumed run may be given more epochs; plateau
+        is not, and takes its `state`.
+        """
+        if self.remembers and state is not None:
+            self.scheduler.lr_scheduler.load_state_dict(state)
+        elif self.scheduler is not None:
+            self.scheduler.step(epoch)
+            self.scheduler.step_update(num_updates=updates)
+
+    def after_update(self, updates: int) -> None:
+        """Sets the rate for the update after the first `updates` ones."""
+        if self.scheduler is not None:
+            self.scheduler.step_update(num_updates=updates)
+
+    def after_epoch(self, epoch: int, metric: float | None) -> None:
+        """Sets the rate for the epoch after epoch `epoch`; plateau looks at the metric."""
+        if self.scheduler is not None:
+            self.scheduler.step(epoch + 1, metric)
+
+
+def create_schedule(
+    config: OptimConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int, eval_metric: str = "top1"
+) -> Schedule:
+    """timm's schedule for `optimizer` and the number of epochs it takes (with cooldown and cycles).
+
+    Raises:
+        UserError: for a schedule that timm does not have or cannot make.
+    """
+    warmup = default_warmup(config.epochs) if config.warmup_epochs is None else config.warmup_epochs
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer,
+            sched=config.sched,
+            num_epochs=config.epochs,
+            warmup_epochs=warmup,
+            warmup_lr=config.warmup_lr,
+            warmup_prefix=config.warmup_prefix,
+            min_lr=config.min_lr,
+            cooldown_epochs=config.cooldown_epochs,
+            decay_epochs=config.decay_epochs,
+            decay_milestones=list(config.decay_milestones),
+            decay_rate=config.decay_rate,
+            patience_epochs=config.patience_epochs,
+            plateau_mode="min" if eval_metric == "loss" else "max",
+            step_on_epochs=not config.sched_on_updates or config.sched == "plateau",
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"sched: timm cannot make the schedule {config.sched!r}: {error}") from error
+    return Schedule(scheduler, epochs)
+
+

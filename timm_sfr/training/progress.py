@@ -1,0 +1,204 @@
+"""How far a run is: two bars in a terminal, now and then a line where there is none, or lines of JSON.
+
+All that the package says goes through its logger. A record carries its text and, where a program may want more, its
+fields; `show_log` chooses which of the two standard output gets.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch.utils.data import IterableDataset
+from tqdm import tqdm
+
+from timm_sfr.runs.records import log_line
+from timm_sfr.utils.console import clock, fields, logger
+
+if TYPE_CHECKING:
+    from timm_sfr.training.trainer import Trainer
+
+Batch = TypeVar("Batch")
+LINE_EVERY = 30.0  # seconds between the lines of an epoch where there are no bars
+VALIDATION = 1 / 3  # what a batch of validation counts for: a step goes forward once and backward for twice as much
+NARROW = 64  # columns: below, the text alone
+WIDE_FORMAT, NARROW_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {text}", "{desc} {percentage:3.0f}% {text}"
+
+
+class Progress:
+    """What is shown while a run trains: nothing here touches the device.
+
+    Args:
+        epochs: Of the whole run.
+        steps: Batches of an epoch, and of a validation (0 where that is not known).
+        val_interval: Epochs between validations.
+        log_interval: Batches between looks at whether a line is due.
+        main: Whether this process speaks.
+    """
+
+    def __init__(self, epochs: int, steps: tuple[int, int], val_interval: int, log_interval: int, main: bool) -> None:
+        self.epochs, self.steps, self.val_steps = epochs, max(1, steps[0]), steps[1]
+        self.val_interval, self.log_interval = val_interval, log_interval
+        self.main, self.bars = main, main and sys.stderr.isatty()
+        self.run_bar: _Bar | None = None
+        self.epoch_bar: _Bar | None = None
+        self.epoch, self.first, self.step, self.images, self.loss, self.finite = 0, 0, 0, 0, 0.0, 0
+        self.score = ""
+        self.done = self.before = 0.0  # in units of a training batch; before: what this process did not do itself
+        self.began = self.epoch_began = self.spoke = time.perf_counter()
+
+    def __enter__(self) -> Progress:
+        self.began = self.spoke = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in (self.epoch_bar, self.run_bar):
+            if bar is not None:
+                bar.close()
+        self.epoch_bar = self.run_bar = None
+
+    def work(self, epochs: int) -> float:
+        """What so many epochs take, in training batches: a batch of validation counts for a third."""
+        validations = epochs // self.val_interval + (epochs == self.epochs and epochs % self.val_interval > 0)
+        return epochs * self.steps + validations * self.val_steps * VALIDATION
+
+    def begin(self, epoch: int, start: int) -> None:
+        """An epoch begins, with batch `start`."""
+        now = time.perf_counter()
+        if self.done == 0:
+            self.before, self.began = self.work(epoch) + start, now
+        self.epoch, self.first, self.step, self.images, self.loss, self.finite = epoch, start, start, 0, 0.0, 0
+        self.done, self.epoch_began = self.work(epoch) + start, now
+        if self.bars:
+            self.run_bar = self.run_bar or _Bar("run", self.work(self.epochs), 0)
+            self._new_bar(f"epoch {epoch + 1}/{self.epochs}", self.steps, start)
+            self._draw()
+
+    def batch(self, images: int, loss: float) -> None:
+        """A batch is done: how many images that were on all processes, and its loss."""
+        self.step, self.images = self.step + 1, self.images + images
+        if math.isfinite(loss):  # one that is not is told by itself, and left out
+            self.loss, self.finite = self.loss + loss, self.finite + 1
+        self.done += 1
+        if not self.main:
+            return
+        if self.epoch_bar is not None:
+            self.epoch_bar.advance(1, self._epoch_text())
+            self._draw()
+        if self.step % self.log_interval == 0 and self.step < self.steps:
+            self._line(f"batch {self.step}/{self.steps} | {self._epoch_text()}", loss=self.mean_loss, batch=self.step,
+                        batches=self.steps, images_per_second=self.rate)  # fmt: skip
+
+    def validating(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of a validation, counted as they are asked for."""
+        if self.bars and self.val_steps > 0:
+            self._new_bar(f"validation {self.epoch + 1}/{self.epochs}", self.val_steps, 0)
+        for count, batch in enumerate(loader, 1):
+            yield batch
+            self.done += VALIDATION
+            if self.main and self.epoch_bar is not None:
+                self.epoch_bar.advance(1, f"{count}/{self.val_steps}")
+                self._draw()
+            elif self.main and count % self.log_interval == 0:
+                self._line(f"validation {count}/{self.val_steps}", validation=count)
+
+    def end(self, row: dict[str, Any]) -> None:
+        """An epoch is over: says its row of summary.csv in a line."""
+        if row["val_top1"] != "":
+            self.score = f"top-1 {row['val_top1']:.2f} (epoch {self.epoch + 1}), "
+        self._end_bar()
+        self._draw()
+        logger.info(log_line(row, self.epochs), extra=fields("epoch", **row))
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean over the epoch's batches so far, of those that are finite."""
+        return self.loss / max(1, self.finite)
+
+    @property
+    def rate(self) -> float:
+        """Images per second in this epoch, on all processes."""
+        return self.images / max(1e-9, time.perf_counter() - self.epoch_began)
+
+    @property
+    def left(self) -> float:
+        """Seconds that the run still takes, at the pace of this process so far."""
+        made = self.done - self.before
+        if made <= 0:
+            return math.inf
+        return (time.perf_counter() - self.began) / made * max(0.0, self.work(self.epochs) - self.done)
+
+    def _epoch_text(self) -> str:
+        made, elapsed = self.step - self.first, time.perf_counter() - self.epoch_began
+        left = elapsed / made * (self.steps - self.step) if made else math.inf
+        return f"loss {self.mean_loss:.4f}, {self.rate:.0f} images/s, {clock(left)} left"
+
+    def _draw(self) -> None:
+        if self.run_bar is not None:
+            made = min(self.done, self.work(self.epochs))
+            self.run_bar.advance(made - self.run_bar.n, f"{self.score}{clock(self.left)} left")
+
+    def _new_bar(self, name: str, total: int, start: int) -> None:
+        self._end_bar()
+        self.epoch_bar = _Bar(name, total, start)
+
+    def _end_bar(self) -> None:
+        if self.epoch_bar is not None:
+            self.epoch_bar.close()
+            self.epoch_bar = None
+
+    def _line(self, text: str, **values: Any) -> None:
+        """Says where an epoch is, if it is long since the last word; where bars say it, in JSON alone."""
+        now = time.perf_counter()
+        if now - self.spoke < LINE_EVERY or now - self.epoch_began < LINE_EVERY:
+            return
+        self.spoke, left = now, self.left
+        what = fields("progress", epoch=self.epoch, epochs=self.epochs, seconds_left=left, **values)
+        what["fields"]["json_only"] = self.bars
+        logger.info(f"epoch {self.epoch + 1}/{self.epochs}: {text}; {clock(left)} left of the run", extra=what)
+
+
+def progress_of(trainer: Trainer) -> Progress:
+    """That of a trainer; the length of a stream to validate on, which is no promise, does not count."""
+    engine, main = trainer.config.engine, trainer.accelerator.is_main_process
+    steps = len(trainer.batches), _count(trainer.val_loader)
+    return Progress(trainer.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
+
+
+def watched(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches of a loader, with a bar where there is a terminal."""
+    main = os.environ.get("RANK", "0") == "0"
+    yield from tqdm(loader, "validation", _count(loader) or None, leave=False, disable=None if main else True)
+
+
+def _count(loader: Any) -> int:
+    return 0 if isinstance(getattr(loader, "dataset", None), IterableDataset) else len(loader)
+
+
+class _Bar(tqdm):
+    """A bar with a text behind it that never wraps."""
+
+    text = ""
+
+    def __init__(self, name: str, total: float, start: float) -> None:
+        super().__init__(
+            total=total, initial=start, desc=name.ljust(12), leave=False, dynamic_ncols=True, file=sys.stderr
+        )
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm formats by."""
+        found = super().format_dict
+        narrow = found["ncols"] is not None and found["ncols"] < NARROW
+        return {**found, "text": self.text, "bar_format": NARROW_FORMAT if narrow else WIDE_FORMAT}
+
+    def advance(self, count: float, text: str) -> None:
+        """Moves on, to be drawn when tqdm finds it due."""
+        self.text = text
+        self.update(count)
+
+

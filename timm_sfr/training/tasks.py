@@ -1,0 +1,166 @@
+"""timm's distillation tasks, with their terms named and weighed, over a `Teacher`.
+
+L_cls  becomes  w_cls L_cls(z, y~) + w_kd L_kd
+
+logit    L_kd = T^2 KL(softmax(z_teacher / T) || softmax(z / T)), mean over the batch
+token    the same with the logits of the student's distillation head; hard: cross-entropy with argmax z_teacher
+feature  L_kd = mean (W f - f_teacher)^2 over the features before the classifier; W where their widths differ, learned
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+from timm.utils import unwrap_model
+from torch import Tensor, nn
+
+from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.probe import model_name
+from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss
+from timm_sfr.method.task import SFRTask
+from timm_sfr.models.teacher import PreLogits, Teacher
+from timm_sfr.utils.errors import UserError
+
+
+class _Taught(TrainingTask):
+    """What the two tasks below share: their terms' names.
+
+    loss = task_loss = cls_weight * cls_loss + kd_weight * kd_loss
+    """
+
+    task_loss_weight: float
+    distill_loss_weight: float
+    cls_weight: Tensor
+    kd_weight: Tensor
+
+    def weigh(self) -> TrainingTask:
+        """Puts the weights that timm's task has resolved on the device, once: a number would have to be sent every step."""
+        for name, value in (("cls_weight", self.task_loss_weight), ("kd_weight", self.distill_loss_weight)):
+            self.register_buffer(name, torch.tensor(float(value), device=self.device), persistent=False)
+        return self
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """timm's loss; its terms raw, each with its weight."""
+        result = super().forward(input, target)
+        kd_loss = result["kd_loss"] if "kd_loss" in result else result["distill_loss"]
+        return {
+            "loss": result["loss"],
+            "output": result["output"],
+            "task_loss": result["loss"],
+            "cls_loss": result["task_loss"],
+            "cls_weight": self.cls_weight,
+            "kd_loss": kd_loss,
+            "kd_weight": self.kd_weight,
+        }
+
+
+class LogitTask(_Taught, LogitDistillationTask):
+    """timm's `LogitDistillationTask`, its terms named."""
+
+
+class TokenTask(_Taught, TokenDistillationTask):
+    """timm's `TokenDistillationTask`, its terms named."""
+
+
+class FeatureTask(_Taught, FeatureDistillationTask):
+    """timm's `FeatureDistillationTask`, its terms named."""
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The plain student, also where what is trained is compiled."""
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        return None if module is None else unwrap_model(module).student
+
+
+def distillation_task(
+    model: nn.Module,
+    teacher: Teacher,
+    criterion: nn.Module,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+) -> TrainingTask:
+    """timm's distillation task of a student, with `criterion` for the labels.
+
+    Raises:
+        UserError: if the student has no distillation head, or one of the two no features, and they are asked for.
+    """
+    config = teacher.config
+    shared: dict[str, Any] = {
+        "distill_loss_weight": config.distill_loss_weight,
+        "task_loss_weight": config.task_loss_weight,
+        "device": device,
+        "verbose": False,
+    }
+    if config.distill_type == "logit":
+        task: Any = LogitTask(
+            model, teacher, criterion, loss_type=config.loss_type, temperature=config.temperature, **shared
+        )
+    elif config.distill_type == "feature":
+        task = FeatureTask(model, teacher, criterion, **_widths(model, teacher, input_size), **shared)
+    elif not hasattr(model, "set_distilled_training"):
+        raise UserError(
+            f"kd-distill-type: {model_name(model)} has no distillation head; expected a student such as "
+            "deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
+        )
+    else:
+        how = {"distill_type": config.token_distill_type, "temperature": config.temperature}
+        task = TokenTask(model, teacher, criterion, **how, **shared)
+    teacher.facts |= {"task_loss_weight": task.task_loss_weight, "distill_loss_weight": task.distill_loss_weight}
+    return task.weigh()
+
+
+def _widths(model: nn.Module, teacher: Teacher, input_size: tuple[int, int, int]) -> dict[str, int]:
+    """How wide the features of student and teacher are: measured, and as the options say, if they say."""
+    config = teacher.config
+    found = {
+        "student_feature_dim": PreLogits(model).width(input_size, "student"),
+        "teacher_feature_dim": PreLogits(teacher.model).width(teacher.input_size, "teacher"),
+    }
+    for name, width in found.items():
+        given = getattr(config, name)
+        if given is not None and given != width:
+            raise UserError(
+                f"kd-{name.replace('_', '-')}: expected {width}, as measured; got {given}; leave the option out"
+            )
+    return found
+
+
+def create_task(
+    model: nn.Module,
+    sfr: SFRConfig,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    teacher: Teacher | None = None,
+) -> TrainingTask:
+    """An `SFRTask`, over timm's distillation task where there is a teacher; one of timm's own tasks where SFR is off.
+
+    Raises:
+        UserError: if the model cannot be tapped, or cannot be taught as the teacher's options say.
+    """
+    model, base = model.to(device), None
+    if teacher is not None:
+        classes = int(model.num_classes)
+        dynamic = SmoothedLoss(DynamicLabelSmoothing(classes, *sfr.smoothing_form)) if sfr.enabled else None
+        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.plain_smoothing), input_size, device)
+    if sfr.enabled:
+        return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
+    return base or ClassificationTask(model, PlainLoss(sfr.plain_smoothing), device=device, verbose=False)
+
+
+class PlainLoss(nn.Module):
+    """Cross-entropy with constant uniform smoothing, of class indices or mixtures: PyTorch's own, in float32."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """A scalar from logits (B, K) and targets (B,) or (B, K)."""
+        return nn.functional.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)

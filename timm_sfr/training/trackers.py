@@ -1,0 +1,194 @@
+"""A run's figures in TensorBoard, Weights & Biases or Trackio, by Accelerate's trackers.
+
+Every column of summary.csv goes out after its epoch under a name that stays (`metric_name`), at step epoch + 1. What was
+sent is noted in the run's folder, so that a resumed run goes on in the same place and sends no epoch twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+import uuid
+from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import LoggerType
+
+from timm_sfr.utils.console import logger
+from timm_sfr.utils.errors import UserError, brief
+from timm_sfr.utils.files import write_json
+
+PROJECT, STATE = "timm_sfr", "trackers.json"
+SECRET = re.compile(
+    r"token|secret|passw|authorization|signature|credential|[?&]sig=|(api|access|private).?key", re.IGNORECASE
+)
+NO_SECRET = ("kd_distill_type", "kd_token_distill_type")  # distillation through a token
+
+
+def chosen(names: Iterable[str]) -> list[str]:
+    """The trackers that ``--report-to`` names, each once.
+
+    Raises:
+        UserError: if one is not installed.
+    """
+    found = [name for name in dict.fromkeys(names) if name != "none"]
+    for name in found:
+        if find_spec(name) is None:
+            raise UserError(f"report-to: {name} is not installed; pip install {name}, or leave it out of --report-to")
+        if name not in LoggerType.list():
+            raise UserError(f"report-to: this accelerate does not know {name}; pip install --upgrade accelerate")
+    return found
+
+
+def metric_name(column: str) -> str:
+    """``train/NAME`` or ``val/NAME`` for a column of summary.csv: ``train_loss`` is train/loss, ``val_top1`` val/top1."""
+    place, _, rest = column.partition("_")
+    return f"{place}/{rest}" if place in ("train", "val") else f"train/{column}"
+
+
+def metrics(row: dict[str, Any]) -> dict[str, float]:
+    """What a row of summary.csv sends: every number in it but the epoch, which is the step."""
+    return {metric_name(name): float(value) for name, value in row.items() if name != "epoch" and value != ""}
+
+
+def hyperparameters(options: dict[str, Any]) -> dict[str, bool | int | float | str]:
+    """The options that are set, as what trackers take; what looks like a secret is left out."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in options.items():
+        entries = {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
+        for key, entry in entries.items():
+            if entry is None:
+                continue
+            plain = entry if isinstance(entry, (bool, int, float)) else _text(entry)
+            secret = isinstance(plain, str) and name not in NO_SECRET and (SECRET.search(key) or SECRET.search(plain))
+            found[key] = "(left out)" if secret else plain
+    return found
+
+
+class Trackers:
+    """The trackers of a run; on all processes but the main one, and where none is asked for, it does nothing.
+
+    Args:
+        accelerator: Accelerate's, made with ``log_with``.
+        run: The run's folder.
+    """
+
+    def __init__(self, accelerator: Any, run: Path) -> None:
+        self.accelerator, self.run = accelerator, run
+        self.asked = list(accelerator.log_with) if accelerator.is_main_process else []
+        self.state: dict[str, dict[str, Any]] = {}
+        self._hook = threading.excepthook
+
+    def start(self, options: dict[str, Any], epoch: int, resumed: bool) -> None:
+        """Opens them, or goes on in the same places, at epoch `epoch`.
+
+        Raises:
+            UserError: if one does not start; a resumed run warns, and goes on without it.
+        """
+        self.state, live = self._read() if resumed else {}, []
+        threading.excepthook = self._thread_failed
+        for kind in self.asked:
+            name = str(kind)
+            state = self.state.setdefault(
+                name, {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8], "logged": 0}
+            )
+            if name == "tensorboard":
+                state["logged"] = min(state["logged"], epoch)  # the rest is struck out, and written again
+            try:
+                self.accelerator.log_with, self.accelerator.trackers = [kind], []
+                self.accelerator.project_configuration.logging_dir = str(self.run)
+                project = name if name == "tensorboard" else os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
+                arguments = self._arguments(name, state, hyperparameters(options))
+                self.accelerator.init_trackers(project, init_kwargs={name: arguments})
+                if name == "tensorboard" and not resumed:
+                    _write_hyperparameters(self.accelerator.trackers[0].tracker, hyperparameters(options))
+                live += self.accelerator.trackers
+            except Exception as error:
+                advice = "wandb login, or set WANDB_MODE=offline" if name == "wandb" else "leave it out of --report-to"
+                if not resumed:
+                    raise UserError(f"report-to: {name} does not start: {brief(error)}; {advice}") from error
+                logger.warning(f"warning: report-to: {name} does not start: {brief(error)}; going on without it")
+        self.accelerator.log_with, self.accelerator.trackers = self.asked, live
+        self._keep()
+
+    def log(self, rows: list[dict[str, Any]]) -> None:
+        """Sends what is new in the rows of summary.csv; a tracker that fails is told and left, and the training goes on."""
+        for tracker in list(self.accelerator.trackers) if self.asked else []:
+            state = self.state[tracker.name]
+            try:
+                for row in rows:
+                    step = int(row["epoch"]) + 1
+                    if step > state["logged"]:
+                        tracker.log(metrics(row), step=step)
+                        state["logged"] = step
+            except Exception as error:
+                self.accelerator.trackers.remove(tracker)
+                logger.warning(
+                    f"warning: report-to: {tracker.name} fails: {brief(error)}; the training goes on without it"
+                )
+
+        self._keep()
+
+    def _keep(self) -> None:
+        """Writes down which tracker runs these are, and how far."""
+        if not self.asked:
+            return
+        try:
+            write_json(self.run / STATE, self.state)
+        except OSError as error:
+            logger.warning(
+                f"warning: {STATE} cannot be written: {brief(error)}; resumed, the run may begin new tracker runs"
+            )
+
+    def finish(self) -> None:
+        """Closes them."""
+        for tracker in list(self.accelerator.trackers) if self.asked else []:
+            try:
+                tracker.finish()
+            except Exception as error:
+                logger.warning(f"warning: report-to: {tracker.name} did not end well: {brief(error)}")
+        self.accelerator.trackers, threading.excepthook = [], self._hook
+
+    def _thread_failed(self, what: Any) -> None:
+        """TensorBoard writes in a thread of its own, and hands on to `log` what goes wrong there: no traceback besides."""
+        if not type(what.thread).__module__.startswith("tensorboard"):
+            self._hook(what)
+
+    def _arguments(self, name: str, state: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+        """What a tracker is opened with."""
+        if name == "tensorboard":
+            return {"purge_step": state["logged"] + 1}
+        shared = {"name": self.run.resolve().name, "resume": "allow", "config": options}
+        if name == "trackio":
+            return {**shared, "name": f"{shared['name']}-{state['id']}"}  # it knows a run again by its name
+        import wandb
+
+        # Its copy of what is printed would stand between us and the terminal.
+        settings = wandb.Settings(console=os.environ.get("WANDB_CONSOLE", "off"))
+        return {**shared, "dir": str(self.run), "id": state["id"], "settings": settings}
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            found = json.loads((self.run / STATE).read_text())
+            return {name: {"id": str(one["id"]), "logged": int(one["logged"])} for name, one in found.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+
+def _write_hyperparameters(writer: Any, options: dict[str, Any]) -> None:
+    """Into the run's own event file: Accelerate would make a folder for them, which TensorBoard takes for another run."""
+    from torch.utils.tensorboard.summary import hparams
+
+    for summary in hparams(options, {}):
+        writer.file_writer.add_summary(summary)
+    writer.flush()
+
+
+def _text(value: Any) -> str:
+    """A value as text, without the name and password that an address may carry."""
+    words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return re.sub(r"//[^/@\s]+@", "//", words)

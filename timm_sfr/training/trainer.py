@@ -1,0 +1,300 @@
+"""`Trainer`: the epochs of a run, and what is written after each.
+
+One batch, top to bottom: `TrainBatches` -> mixup -> `task` (one pass, all losses) -> backward -> clip -> update ->
+schedule -> moving average. Accelerate holds devices, processes and precision; timm everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from timm_sfr.config import RunConfig
+from timm_sfr.data.loaders import TrainBatches
+from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.hub.model_folder import Exporter
+from timm_sfr.runs.folder import Workspace
+from timm_sfr.runs.predictions import Predictions
+from timm_sfr.runs.records import epoch_row
+from timm_sfr.training.evaluate import evaluate
+from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals, stopped, write_event
+from timm_sfr.training.optimizer import Schedule
+from timm_sfr.training.progress import Progress, progress_of
+from timm_sfr.training.recorder import interrupted, keep_checkpoint, refresh_report, say_bad_images, spared, write_epoch
+from timm_sfr.training.trackers import Trackers
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.seeding import reseed
+
+
+@dataclass
+class Trainer:
+    """The parts of a run and how far it is."""
+
+    config: RunConfig
+    accelerator: Any
+    workspace: Workspace
+    task: TrainingTask
+    optimizer: Any
+    schedule: Schedule
+    batches: TrainBatches
+    val_loader: DataLoader
+    val_images: Any  # the split's dataset, which knows the files
+    prep: Preprocessing
+    mixup: Any
+    guard: FiniteGuard
+    signals: Signals
+    exporter: Exporter | None
+    facts: dict[str, Any]
+    start_epoch: int = 0
+    start_step: int = 0
+    start_total: Tensor | None = None
+    updates: int = 0
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    seen: Predictions = field(default_factory=Predictions)  # of the last validation
+    lr: float = 0.0  # the rate that this epoch began with
+    started: float = field(default_factory=time.perf_counter)
+    reported: float = field(default_factory=time.perf_counter)  # when the last report was written
+    report_seconds: float = 3.0  # and what it took
+    progress: Progress = field(init=False)
+    trackers: Trackers = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.progress, self.trackers = progress_of(self), Trackers(self.accelerator, self.workspace.run)
+
+    @property
+    def module(self) -> Any:
+        """The prepared trainable module."""
+        return self.task.trainable_module
+
+    @property
+    def global_batch(self) -> int:
+        """Images that all processes together take a batch."""
+        return self.config.data.batch_size * self.accelerator.num_processes
+
+    def updates_before(self, epoch: int, step: int) -> int:
+        """Updates that `epoch` epochs and `step` batches make."""
+        accum = self.config.optim.grad_accum_steps
+        return epoch * -(-len(self.batches) // accum) + step // accum
+
+    def train_epoch(self, epoch: int, start: int = 0) -> dict[str, float]:
+        """Trains one epoch, from batch `start` on; the means of the loss's terms over its images, and images per second.
+
+        Raises:
+            Interrupted: if a signal stopped it, after a checkpoint.
+        """
+        optim, accum = self.config.optim, self.config.optim.grad_accum_steps
+        set_epoch = getattr(self.task, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch, self.schedule.epochs)
+        self.task.train()
+        if self.mixup is not None:
+            self.mixup.mixup_enabled = not (0 < self.config.aug.mixup_off_epoch <= epoch)
+        kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        names = self.guard.names
+        total = torch.zeros(len(names), dtype=kind, device=self.accelerator.device)
+        if start > 0 and self.start_total is not None:
+            total += self.start_total
+        steps, images, came, started = len(self.batches), 0, start, time.perf_counter()
+        self.progress.begin(epoch, start)
+        for step, (image, target) in enumerate(self.batches.epoch(epoch, start), start):
+            images, came = images + len(target), step + 1
+            # All that is drawn for a batch depends on these numbers alone, so that a run can go on from any batch.
+            reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
+            if self.batches.erase is not None:
+                image = self.batches.erase(image)
+            if self.config.model.channels_last:
+                image = image.contiguous(memory_format=torch.channels_last)
+            if self.mixup is not None:
+                image, target = self.mixup(image, target)
+            # The last group of an epoch may be smaller; its mean is still a mean.
+            group = min(accum, steps - step // accum * accum)
+            if step % accum == 0:
+                self.guard.begin(self.module, self._sums())
+            updates_now = (step + 1) % accum == 0 or step + 1 == steps
+            with contextlib.nullcontext() if updates_now else self.accelerator.no_sync(self.module):
+                result = self.task(image, target)
+                terms = torch.stack([_term(result, name) for name in names])
+                self.guard.terms.send(terms)
+                self.accelerator.backward(result["loss"] / group)
+            if self.guard.check_terms():
+                total += terms
+            elif not self.guard.scaled:
+                self._nonfinite(epoch, step)
+            if updates_now:
+                self._update(optim, epoch, step)
+                if step + 1 < steps:
+                    self._between_updates(epoch, step + 1, total)
+            self.progress.batch(len(target) * self.accelerator.num_processes, self.guard.loss)
+        if came != steps:
+            raise UserError(f"data: expected {steps} batches in epoch {epoch + 1}; {came} came: a stream held fewer samples "
+                            "than --train-num-samples says, or its shards do not divide evenly among the processes and "
+                            f"workers; stopped, {self.workspace.kept()}")  # fmt: skip
+        self._settle(epoch, steps - 1)
+        means = self.accelerator.reduce(total / max(1, steps), reduction="mean").tolist()
+        elapsed = time.perf_counter() - started
+        end_epoch = getattr(self.task, "end_epoch", None)
+        if end_epoch is not None:
+            end_epoch()
+        self._share_batchnorm()
+        rate = images * self.accelerator.num_processes / max(elapsed, 1e-9)
+        return {**dict(zip(names, means, strict=True)), "images_per_second": rate}
+
+    def validate(self) -> dict[str, float]:
+        """Scores of what gets exported: the moving average where there is one."""
+        self.seen, watch = Predictions(), self.progress.validating
+        return evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen, watch)
+
+    def exported_model(self) -> Any:
+        """The plain timm model behind all wrappers."""
+        return unwrap_model(self.task.get_eval_model(ema=self.task.has_ema()))
+
+    def fit(self) -> None:
+        """Runs the remaining epochs, writing everything after each.
+
+        Raises:
+            Interrupted: if a signal stopped the run, after a checkpoint.
+            UserError: for a non-finite loss, or where the disk is full.
+        """
+        with self.signals, self.progress:
+            self._fit()
+
+    def _fit(self) -> None:
+        engine, epochs, bad = self.config.engine, self.schedule.epochs, 0
+        self.started = time.perf_counter() - self.seconds
+        for epoch in range(self.start_epoch, epochs):
+            start = self.start_step if epoch == self.start_epoch else 0
+            if start == 0:
+                self.lr = self.optimizer.param_groups[0]["lr"]
+            train = self.train_epoch(epoch, start)
+            due = (epoch + 1) % engine.val_interval == 0 or epoch + 1 == epochs
+            val = self.validate() if due else None
+            self.schedule.after_epoch(epoch, val[engine.eval_metric] if val else None)
+            self.seconds = time.perf_counter() - self.started
+            row = epoch_row(epoch, self.lr, train, val)
+            self.rows.append(row)
+            improved = val is not None and self._record(epoch, val)
+            bad = say_bad_images(self, bad)
+            if self.accelerator.is_main_process:
+                self.progress.end(row)
+                write_epoch(self, improved)
+                self.trackers.log(self.rows)
+            keep_checkpoint(self, epoch + 1, 0, None, improved)
+            refresh_report(self, epoch + 1 == epochs)
+            self.accelerator.wait_for_everyone()
+            stop, _ = self.signals.asked(self.updates, now=True)
+            if stop is not None and epoch + 1 < epochs:
+                raise interrupted(self, stop)
+
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json holds."""
+        return {
+            "best": self.best,
+            "last": self.last,
+            "eval_metric": self.config.engine.eval_metric,
+            "epochs": self.schedule.epochs,
+            "seconds": round(self.seconds, 1),
+            **self.facts,
+        }
+
+    def _update(self, optim: Any, epoch: int, step: int) -> None:
+        if optim.clip_grad is not None:
+            self.accelerator.unscale_gradients()
+            parameters = self.task.get_clip_parameters(exclude_head="agc" in optim.clip_mode)
+            dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
+        seen = self.guard.bad
+        made = self.guard.check_gradients(self.module, (epoch, step, self.updates + 1))
+        if made:
+            self.optimizer.step()
+            made = not self.accelerator.optimizer_step_was_skipped
+        elif seen is None:
+            self._nonfinite(epoch, step)
+        if not made:
+            self.guard.rollback()
+        self.guard.count(made)
+        if self.guard.too_many():
+            where = f"epoch {epoch + 1}, update {self.updates + 1}"
+            raise UserError(f"non-finite: {self.guard.in_a_row} updates in a row were left out, the last at {where}; "
+                            f"stopped, {self.workspace.kept()}; {ADVICE}")  # fmt: skip
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if made:
+            self.task.update_ema(step=self.updates)
+        self.schedule.after_update(self.updates)
+
+    def _nonfinite(self, epoch: int, step: int) -> None:
+        """Writes down which batch it was, and stops unless the update is only to be left out."""
+        term, value = self.guard.bad or ("loss", math.nan)
+        skip, rank, late = self.guard.policy == "skip", self.accelerator.process_index, self.guard.late
+        epoch, step, update = late or (epoch, step, self.updates + 1)
+        place = {"epoch": epoch + 1, "batch": step + 1, "update": update, "process": rank}
+        event = {**place, "term": term, "value": str(value), "action": self.guard.policy,
+                 "files": self.batches.files(epoch, step)}  # fmt: skip
+        with spared(self, "the list of what was not finite"):
+            write_event(self.workspace.run / ("nonfinite.json" if rank == 0 else f"nonfinite-{rank}.json"), event)
+        if not skip:
+            where, how = f"epoch {epoch + 1}, update {update}", "after" if late else "before"
+            raise stopped(term, value, where, f"stopped {how} the update", self.workspace.kept())
+
+    def _sums(self) -> dict[str, Tensor]:
+        return getattr(self.task, "get_sums", dict)()
+
+    def _share_batchnorm(self) -> None:
+        """Makes BatchNorm's running statistics the same on all processes; each saw its own part of the batches."""
+        mode, processes = self.config.engine.dist_bn, self.accelerator.num_processes
+        if processes == 1 or mode == "none":
+            return
+        distribute_bn(self.module, processes, reduce=mode == "reduce")
+        if self.task.has_ema():
+            distribute_bn(self.task.get_trainable_module(ema=True), processes, reduce=mode == "reduce")
+
+    def _record(self, epoch: int, val: dict[str, float]) -> bool:
+        """Notes the scores of an epoch; whether they are the best so far."""
+        scores = {"epoch": epoch, "images": val["images"], "ece": val["ece"],
+                  **{f"val_{name}": val[name] for name in ("top1", "top5", "loss")}}  # fmt: skip
+        self.last = scores
+        metric = f"val_{self.config.engine.eval_metric}"
+        sign = -1 if metric == "val_loss" else 1
+        if not math.isfinite(scores[metric]):
+            return False
+        if self.best and sign * scores[metric] <= sign * self.best[metric]:
+            return False
+        self.best = scores
+        return True
+
+    def _between_updates(self, epoch: int, step: int, total: Tensor) -> None:
+        """After an update in mid-epoch: keeps a checkpoint where one is due or asked for, and stops where that is."""
+        stop, save = self.signals.asked(self.updates)
+        interval = self.config.engine.checkpoint_interval
+        if save or stop is not None or (interval is not None and self.updates % interval == 0):
+            self._settle(epoch, step - 1)
+            keep_checkpoint(self, epoch, step, total, False)
+        if stop is not None:
+            # A launcher that sees one process end gives the others seconds: the first may still be writing.
+            self.accelerator.wait_for_everyone()
+            raise interrupted(self, stop)
+
+    def _settle(self, epoch: int, step: int) -> None:
+        """Before anything is kept: the last update's gradients must have been finite, where nobody has looked yet."""
+        self.guard.settle()
+        if self.guard.late is not None:
+            self._nonfinite(epoch, step)
+
+
+def _term(result: dict[str, Tensor], name: str) -> Tensor:
+    """A term of the loss, or of that of SFR's base task; a task without SFR has its loss alone."""
+    value = result.get(name, result.get(f"base_{name}"))
+    if value is None:
+        value = result["loss"] if name == "task_loss" else result["loss"].new_zeros(())
+    return value.detach().float()
