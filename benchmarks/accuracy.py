@@ -90,21 +90,15 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
     from benchmarks.images import DeviceBatches, open_sets, val_batches
     from benchmarks.methods import COMPANIONS, find
     from timm_sfr.config import RunConfig
-    from timm_sfr.training.run import Parts, prepare
+    from timm_sfr.training.run import Data, prepare
 
     torch.set_num_threads(threads)
     data, make = cell.data, find(cell.method)
     if data.source is not None:
         SOURCES[data.source](cell.weights(output))
-    parts = Parts(
-        splits=lambda *_: open_sets(
-            root, data.name, data.pixels, data.per_class, cell.split == "heldout", SPLITS[cell.split]
-        ),
-        task=lambda model, sfr, size, device, _: make(model, size, device),
-        batches=partial(DeviceBatches, companions=COMPANIONS.get(cell.method.partition(":")[0]), limit=limit),
-        val_loader=val_batches,
-    )
-    return prepare(RunConfig.from_flat(cell.options(output)), parts=parts)
+    splits = open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout", SPLITS[cell.split])
+    batches = partial(DeviceBatches, companions=COMPANIONS.get(cell.method.partition(":")[0]), limit=limit)
+    return prepare(RunConfig.from_flat(cell.options(output)), task=make, data=Data(*splits, batches, val_batches))
 
 
 def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[str, Any]:
@@ -115,15 +109,15 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[
         trainer = build(cell, root, threads, output, limit)
         trainer.fit()
     images = len(trainer.batches) * data.batch
-    last, best = trainer.last, trainer.best
+    last, best = trainer.state.last, trainer.state.best
     total = sum(p.numel() for p in trainer.module.parameters())
     return {
         **dataclasses.asdict(cell),
         "top1": last["val_top1"], "top5": last["val_top5"], "nll": last["val_loss"], "ece": last["ece"],
         "best_top1": best["val_top1"], "best_epoch": best["epoch"] + 1,
-        "train_seconds": sum(images / row["images_per_second"] for row in trainer.rows),
-        "extra_parameters": total - trainer.facts["parameters"],
-        "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.facts["hardware"],
+        "train_seconds": sum(images / row["images_per_second"] for row in trainer.state.rows),
+        "extra_parameters": total - trainer.recorder.facts["parameters"],
+        "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.recorder.facts["hardware"],
         "versions": json.dumps(versions()), "commit": started_from, "date": time.strftime("%Y-%m-%d"),
         "args": json.dumps(cell.recorded() | {"threads": threads}),
     }  # fmt: skip

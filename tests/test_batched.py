@@ -102,7 +102,8 @@ def test_a_cache_is_batched_where_it_shows_the_same_bits(monkeypatch):
     assert _batched(made(), cache_of(images)) is not None
     assert torch.equal(state, torch.get_rng_state())
     assert _batched(made(), cache_of([Image.fromarray(image).convert("L") for image in images])) is None
-    monkeypatch.setattr(batch_transform, "_CHANGES", (batch_transform._brightness, batch_transform._saturation, batch_transform._contrast))
+    brightness, contrast, saturation = batch_transform._CHANGES
+    monkeypatch.setattr(batch_transform, "_CHANGES", (brightness, saturation, contrast))
     assert _batched(made(), cache_of(images)) is None, "a library that has come to differ"
     assert _batched(made(color_jitter=None), cache_of(images)) is not None
 

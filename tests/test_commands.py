@@ -21,7 +21,7 @@ from timm_sfr.cli import compare, export
 from timm_sfr.cli.main import VERBS, main
 from timm_sfr.data.datasets import Digits
 from timm_sfr.models.zoo import zoo
-from timm_sfr.runs.records import COLUMNS, write_summary
+from timm_sfr.runs.records import columns, write_summary
 
 NAME = "resnet20_cifar.sfr_digits"
 
@@ -141,7 +141,7 @@ def fake_run(place, top1, **options):
     """The files of a finished run that `compare` reads."""
     place.mkdir()
     (place / "args.yaml").write_text(yaml.safe_dump({"model": "m", "lr": 0.1, "output": str(place), **options}))
-    write_summary(place / "summary.csv", [dict.fromkeys(COLUMNS, 0)])
+    write_summary(place / "summary.csv", [dict.fromkeys(columns(False), 0)])
     scores = {"val_top1": top1, "val_top5": 90.0, "val_loss": 1.0, "ece": 0.1, "epoch": 0, "images": 100}
     texts = dict.fromkeys(("model", "dataset", "hardware", "mixed_precision", "eval_metric"), "m")
     numbers = {"seconds": 60, "epochs": 1, "parameters": 1, "seed": options.get("seed", 0)}

@@ -116,7 +116,7 @@ def test_the_commands_on_several_cpu_processes(shell, tmp_path, monkeypatch):
     monkeypatch.setitem(shell.env, "DOCS_SLOW", "1")
     folder = shell.folder(tmp_path / "here")
     lines = [line for page in PAGES for block in blocks(page) for line in block.code.splitlines()]
-    commands = {line for line in lines if line.startswith("accelerate launch --cpu")}
+    commands = {line for line in lines if line.startswith("torchrun --nproc-per-node")}
     assert commands
     for command in commands:
         done = shell.bash(command, folder)

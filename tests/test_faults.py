@@ -136,8 +136,8 @@ def test_other_options_on_resume_take_effect(whole, tmp_path):
         restore(trainer, load_newest(path / "checkpoints", print))
         trainer.workspace.release()
         accum, batches = config.optim.grad_accum_steps, len(trainer.batches)
-        assert trainer.start_step % accum == 0 and trainer.start_step * trainer.global_batch <= kept["images"]
-        assert trainer.updates == kept["epoch"] * -(-batches // accum) + trainer.start_step // accum
+        assert trainer.state.step % accum == 0 and trainer.state.step * trainer.global_batch <= kept["images"]
+        assert trainer.state.updates == kept["epoch"] * -(-batches // accum) + trainer.state.step // accum
         group = trainer.optimizer.param_groups[0]
         assert group["momentum"] == config.optim.momentum
         assert trainer.optimizer.param_groups[-1]["weight_decay"] in (0, config.optim.weight_decay)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from timm_sfr import RunConfig, UserError
-from timm_sfr.cli.train import parse
 from timm_sfr.cli.predict import predict
+from timm_sfr.cli.train import parse
 from timm_sfr.config import options
 from timm_sfr.runs.checkpoints import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint
 from timm_sfr.utils.files import read_yaml

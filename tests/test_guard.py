@@ -41,7 +41,7 @@ def finite(trainer):
 def test_a_batch_that_is_not_finite_is_left_out_and_written_down(tmp_path, gradient):
     trainer = spoiled(tmp_path, "skip", {3, 4}, gradient)
     means = trainer.train_epoch(0)
-    assert trainer.guard.skipped == 2 and trainer.updates == len(trainer.batches) and finite(trainer)
+    assert trainer.guard.skipped == 2 and trainer.state.updates == len(trainer.batches) and finite(trainer)
     assert gradient or 0 < means["loss"] < 10
     events = json.loads((tmp_path / "run/nonfinite.json").read_text())
     assert [(event["epoch"], event["batch"], event["update"]) for event in events] == [(1, 4, 4), (1, 5, 5)]
@@ -68,7 +68,7 @@ def test_by_default_it_stops_the_run(tmp_path, gradient):
         UserError, match=r"non-finite (loss|gradients) at epoch 1, update 4: .* stopped before the update"
     ):
         trainer.train_epoch(0)
-    assert trainer.updates == 3 and all(p.isfinite().all() for p in trainer.task.plain_model.parameters())
+    assert trainer.state.updates == 3 and all(p.isfinite().all() for p in trainer.task.plain_model.parameters())
     assert len(json.loads((tmp_path / "run/nonfinite.json").read_text())) == 1
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     error = table_error(trainer.accelerator.process_index, len(everyone))
     if trainer.accelerator.is_main_process:
         result = {"losses": losses, "identical": all(other == everyone[0] for other in everyone), "val": val,
-                  "processes": len(everyone), "updates": trainer.updates, "lr": trainer.optimizer.param_groups[0]["lr"],
+                  "processes": len(everyone), "updates": trainer.state.updates, "lr": trainer.optimizer.param_groups[0]["lr"],
                   "table": smoothing.table.tolist(),
                   "table_error": error}  # fmt: skip
         out.write_text(json.dumps(result))

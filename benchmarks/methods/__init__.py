@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import yaml
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import TrainingTask
 from torch import nn
 
 from benchmarks.methods.byot import BYOT
@@ -21,7 +21,7 @@ from benchmarks.methods.tffd import TfFD
 from benchmarks.methods.tfkd import TfKDReg
 from timm_sfr import SFRTask
 from timm_sfr.method.config import SFRConfig
-from timm_sfr.training.tasks import PlainLoss
+from timm_sfr.training.tasks import PlainLoss, PlainTask
 from timm_sfr.utils.errors import UserError, near_matches
 
 
@@ -43,7 +43,7 @@ class Plain:
 
     def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
         """The task over `model`."""
-        return ClassificationTask(model.to(device), PlainLoss(self.smoothing), device=device, verbose=False)
+        return PlainTask(model.to(device), PlainLoss(self.smoothing), device=device, verbose=False)
 
     def recorded(self) -> dict[str, Any]:
         """The smoothing."""

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, is_initialized
-from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_sfr.method.probe import forward_taps
 from timm_sfr.method.taps import choose_taps
+from timm_sfr.method.task import EpochTask
 
 
 class Mapped(nn.Module):
@@ -40,7 +40,7 @@ class Logits(nn.Module):
         return self.model(x)
 
 
-class PeerTask(TrainingTask):
+class PeerTask(EpochTask):
     """A task over `module`, whose ``model`` is the plain timm model that is evaluated and saved."""
 
     def __init__(self, module: nn.Module, device: Any) -> None:

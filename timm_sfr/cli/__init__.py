@@ -1,1 +1,4 @@
-"""The command ``timm-sfr``: the verb VERB is in ``VERB.py`` (``list`` in ``list_zoo.py``), found by `main`, parsed by `parser`."""
+"""The command ``timm-sfr``.
+
+`main` finds the verb, `parser` reads its options, and the verb VERB runs in ``VERB.py`` (``list`` in ``list_zoo.py``).
+"""

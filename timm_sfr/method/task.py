@@ -34,7 +34,24 @@ def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
     return config.weight * min(1.0, (epoch + 1) / (warmup + 1), (epochs - epoch) / (config.decay_epochs + 1))
 
 
-class SFRTask(TrainingTask):
+class EpochTask(TrainingTask):
+    """A timm task that the trainer tells about epochs: what a task without SFR ignores."""
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        """Called before epoch `epoch` (from 0) of `epochs`."""
+
+    def end_epoch(self) -> None:
+        """Called after an epoch."""
+
+    def get_sums(self) -> dict[str, Tensor]:
+        """Sums over this process's images of the epoch so far, which a checkpoint in mid-epoch keeps."""
+        return {}
+
+    def add_sums(self, sums: dict[str, Tensor]) -> None:
+        """Adds what `get_sums` returned, in a run that is resumed in mid-epoch."""
+
+
+class SFRTask(EpochTask):
     """Trains a timm classifier with Self-Feature Regularization.
 
         L = L_cls(z, y~) + lambda(t) (1/S) sum_s L_feat(f_s, sg f_d)

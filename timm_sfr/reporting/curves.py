@@ -1,11 +1,11 @@
-"""A run's folder, read: what comparisons and reports are made from."""
+"""The curves of a run, or of several over each other: which columns of summary.csv share which axes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from timm_sfr.runs.records import Run
+from timm_sfr.runs.records import TERMS, Run
 
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b82c4", "#e07b39", "#3f9c66", "#9467bd", "#d1495b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)
@@ -13,12 +13,9 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)
 # What is compared between runs: a column of summary.csv, and its title.
 SHARED = (
     ("train_loss", "training loss"), ("val_loss", "validation loss"), ("val_top1", "validation top-1, %"),
-    ("val_top5", "validation top-5, %"), ("task_loss", "task term of the training loss"), ("sfr_loss", "feature loss, raw"),
-    ("cls_loss", "loss of the labels beside a teacher's, raw"), ("kd_loss", "distillation loss, raw"),
-    ("sfr_weight", "weight λ of the feature loss"), ("smoothing", "smoothing ε"), ("lr", "learning rate"),
-    ("images_per_second", "training images/s"),
+    ("val_top5", "validation top-5, %"), *((term.name, term.title) for term in TERMS[1:] if term.title),
+    ("lr", "learning rate"), ("images_per_second", "training images/s"),
 )  # fmt: skip
-DERIVED = ("weighted", "task_loss")  # which would cover another line
 # What the curves of one run show: file name, title, and the columns of summary.csv that share the axes.
 PANELS = (
     ("loss", "loss", (("train_loss", "training", BLUE), ("val_loss", "validation", ORANGE),

@@ -1,4 +1,4 @@
-"""What a run says and writes: the log line of an epoch, summary.csv, args.yaml, metrics.json."""
+"""The records of a run: the loss's terms, the log line of an epoch, summary.csv, args.yaml, metrics.json."""
 
 from __future__ import annotations
 
@@ -22,13 +22,51 @@ from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import read_yaml, replace_atomically, write_whole
 from timm_sfr.version import __version__
 
-COLUMNS = (
-    "epoch", "lr", "train_loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing", "val_loss", "val_top1", "val_top5",
-    "images_per_second",
-)  # fmt: skip
-# Further ones where there is a teacher: task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
-TEACHER_TERMS = ("cls_loss", "cls_weight", "kd_loss", "kd_weight")
-TEACHERS = (*COLUMNS[:4], *TEACHER_TERMS, *COLUMNS[4:])
+
+@dataclass(frozen=True)
+class Term:
+    """A term of the loss, as the task returns it and summary.csv logs it.
+
+    Attributes:
+        name: Its key in the task's result.
+        title: Its title in curves; empty where there is nothing to draw.
+        loss: Whether it is a loss, which must stay finite, rather than a weight.
+        teacher: Whether it is only there with a teacher.
+    """
+
+    name: str
+    title: str = ""
+    loss: bool = False
+    teacher: bool = False
+
+
+# loss = task_loss + sfr_weight * sfr_loss, and with a teacher task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+# Checkpoints in mid-epoch hold sums in this order.
+TERMS = (
+    Term("loss", "training loss", loss=True),
+    Term("task_loss", "task term of the training loss", loss=True),
+    Term("sfr_loss", "feature loss, raw", loss=True),
+    Term("sfr_weight", "weight λ of the feature loss"),
+    Term("smoothing", "smoothing ε"),
+    Term("cls_loss", "loss of the labels beside a teacher's, raw", loss=True, teacher=True),
+    Term("cls_weight", teacher=True),
+    Term("kd_loss", "distillation loss, raw", loss=True, teacher=True),
+    Term("kd_weight", teacher=True),
+)
+
+
+def term_names(teacher: bool) -> tuple[str, ...]:
+    """The names of the loss's terms, in the order of `TERMS`."""
+    return tuple(term.name for term in TERMS if teacher or not term.teacher)
+
+
+def columns(teacher: bool) -> tuple[str, ...]:
+    """The columns of summary.csv."""
+    taught = [term.name for term in TERMS if term.teacher and teacher]
+    terms = [term.name for term in TERMS if not term.teacher and term.name not in ("loss", "task_loss")]
+    return (
+        "epoch", "lr", "train_loss", "task_loss", *taught, *terms, "val_loss", "val_top1", "val_top5", "images_per_second"
+    )  # fmt: skip
 
 
 def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
@@ -40,16 +78,11 @@ def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, flo
         "epoch": epoch,
         "lr": lr,
         "train_loss": train["loss"],
-        **{name: train[name] for name in TEACHERS if name in train},
+        **{name: value for name, value in train.items() if name != "loss"},
     }
     for name in ("loss", "top1", "top5"):
         row[f"val_{name}"] = val[name] if val else ""
-    return {name: row[name] for name in _columns([row])}
-
-
-def _columns(rows: list[dict[str, Any]]) -> tuple[str, ...]:
-    """The columns of a summary.csv with these rows."""
-    return TEACHERS if any("kd_loss" in row for row in rows) else COLUMNS
+    return {name: row[name] for name in columns("kd_loss" in row)}
 
 
 def log_line(row: dict[str, Any], epochs: int) -> str:
@@ -73,7 +106,7 @@ def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
 
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="") as file:
-            writer = csv.DictWriter(file, _columns(rows), restval="")
+            writer = csv.DictWriter(file, columns(any("kd_loss" in row for row in rows)), restval="")
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -96,9 +129,9 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
         raise UserError(
             f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to go on without"
         ) from error
-    if any(set(row) not in (set(COLUMNS), set(TEACHERS)) for row in rows):
+    if any(set(row) not in (set(columns(False)), set(columns(True))) for row in rows):
         raise UserError(
-            f"resume: expected the columns {', '.join(COLUMNS)} in {str(path)!r}; move it away to go on without"
+            f"resume: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to go on without"
         )
     return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import signal
 import threading
 import time
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from timm_sfr.utils.errors import UserError
+from timm_sfr.runs.folder import Workspace
+from timm_sfr.runs.records import TERMS, term_names
+from timm_sfr.utils.errors import Interrupted, UserError
 from timm_sfr.utils.files import write_json
 
-# The terms of the loss, logged as they are optimised: loss = task_loss + sfr_weight * sfr_loss. A teacher's are further ones.
-TERMS = ("loss", "task_loss", "sfr_loss", "sfr_weight", "smoothing")
-WATCHED = ("cls_loss", "kd_loss", "task_loss", "sfr_loss", "loss")
+# Which term is told when several are not finite: the parts of a sum before the sum.
+WATCHED = [term.name for term in sorted((t for t in TERMS if t.loss), key=lambda t: (t.name == "loss", not t.teacher))]
 MOST_IN_A_ROW = 10  # updates left out one after another: more is no accident
 ADVICE = "try a lower --lr, --clip-grad 1, or --mixed-precision bf16 in place of fp16"
 
@@ -62,10 +64,11 @@ class FiniteGuard:
     Args:
         accelerator: Accelerate's.
         policy: ``"stop"``, or ``"skip"``: leave the update out and put back the statistics that the batch changed.
-        names: The terms of the loss, in the order in which they are sent.
+        names: The terms of the loss, in the order in which they are sent; by default those without a teacher.
     """
 
-    def __init__(self, accelerator: Any, policy: str = "stop", names: tuple[str, ...] = TERMS) -> None:
+    def __init__(self, accelerator: Any, policy: str = "stop", names: tuple[str, ...] | None = None) -> None:
+        names = names or term_names(teacher=False)
         self.accelerator, self.policy, self.names = accelerator, policy, names
         self.terms, self.norm = Watched(accelerator.device, len(names)), Watched(accelerator.device, 1)
         self.bad: tuple[str, float] | None = None  # in this group of batches
@@ -223,3 +226,15 @@ class Signals:
         if save:
             self.save = False
         return stop, save
+
+
+def interrupted(number: int, updates: int, workspace: Workspace, accelerator: Any) -> Interrupted:
+    """The exception of a run that signal `number` has stopped after so many updates."""
+    launcher, count = "python", accelerator.num_processes
+    if count > 1:
+        cpu = accelerator.device.type == "cpu"
+        launcher = f"torchrun --nproc-per-node {count}" if cpu else f"accelerate launch --num_processes {count}"
+    return Interrupted(
+        f"stopped by {signal.Signals(number).name} after update {updates}, {workspace.kept()}; continue with: "
+        f"{launcher} train_sfr.py --resume {shlex.quote(str(workspace.run))}"
+    )

@@ -11,16 +11,13 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from timm_sfr.runs.records import log_line
 from timm_sfr.utils.console import clock, fields, logger
-
-if TYPE_CHECKING:
-    from timm_sfr.training.trainer import Trainer
 
 Batch = TypeVar("Batch")
 LINE_EVERY = 30.0  # seconds between the lines of an epoch where there are no bars
@@ -162,20 +159,14 @@ class Progress:
         logger.info(f"epoch {self.epoch + 1}/{self.epochs}: {text}; {clock(left)} left of the run", extra=what)
 
 
-def progress_of(trainer: Trainer) -> Progress:
-    """That of a trainer; the length of a stream to validate on, which is no promise, does not count."""
-    engine, main = trainer.config.engine, trainer.accelerator.is_main_process
-    steps = len(trainer.batches), _count(trainer.val_loader)
-    return Progress(trainer.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
-
-
 def watched(loader: Iterable[Batch]) -> Iterator[Batch]:
     """The batches of a loader, with a bar where there is a terminal."""
     main = os.environ.get("RANK", "0") == "0"
-    yield from tqdm(loader, "validation", _count(loader) or None, leave=False, disable=None if main else True)
+    yield from tqdm(loader, "validation", length_of(loader) or None, leave=False, disable=None if main else True)
 
 
-def _count(loader: Any) -> int:
+def length_of(loader: Any) -> int:
+    """Batches of a loader; 0 for a stream, whose length is no promise."""
     return 0 if isinstance(getattr(loader, "dataset", None), IterableDataset) else len(loader)
 
 

@@ -1,134 +1,162 @@
-"""What a run writes as it goes: the files of an epoch, checkpoints, the list of bad images."""
+"""What a run writes while it trains: the files of an epoch, checkpoints, the report, and lists of what went wrong."""
 
 from __future__ import annotations
 
 import contextlib
-import shlex
-import signal
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import nn
 from torch.utils.data import IterableDataset
 
-from timm_sfr.data.samples import bad_images, file_name
+from timm_sfr.config import RunConfig
+from timm_sfr.data.samples import BadImages, file_name
 from timm_sfr.hub.card import Facts
+from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.runs.checkpoints import save_checkpoint
-from timm_sfr.runs.predictions import PREDICTIONS, write_predictions
-from timm_sfr.runs.records import write_summary
-from timm_sfr.training.run_state import collect
+from timm_sfr.runs.folder import Workspace
+from timm_sfr.runs.predictions import PREDICTIONS, Predictions, write_predictions
+from timm_sfr.runs.records import write_args, write_summary
+from timm_sfr.training.run_state import RunState
 from timm_sfr.utils.console import logger
-from timm_sfr.utils.errors import Interrupted, UserError, brief
+from timm_sfr.utils.errors import UserError, brief
 from timm_sfr.utils.files import write_json
-
-if TYPE_CHECKING:
-    from timm_sfr.training.trainer import Trainer
 
 REPORT_SHARE = 0.02  # of the time
 
 
+@dataclass
+class Recorder:
+    """Writes a run's files, on the main process; the other processes have one that writes nothing.
 
-def write_epoch(trainer: Trainer, improved: bool) -> None:
-    """Summary, best model and metrics of an epoch, each whole; the checkpoint comes after them: it is what counts."""
-    run, exporter = trainer.workspace.run, trainer.exporter
-    with spared(trainer, "the epoch's files"):
-        write_summary(run / "summary.csv", trainer.rows)
-        metrics = trainer.metrics()
-        if exporter is not None and trainer.best:
-            facts = Facts(metrics, trainer.config.flat(), trainer.rows)
-            if improved:
-                exporter.write(run / "model", trainer.exported_model().state_dict(), facts)
-                _keep_predictions(trainer)
-            elif (run / "model").is_dir():
-                exporter.describe(run / "model", facts)
-        if trainer.best:
+    Attributes:
+        workspace: The run's folder.
+        config: The run's resolved options.
+        facts: What metrics.json says besides the scores.
+        epochs: Epochs of the whole run.
+        exporter: Writes the model's files; None on all processes but the main one.
+        val_images: The validation split's dataset, which knows the files' names.
+        ordered: Whether the predictions come in the split's order; those of several processes on a stream do not.
+        bad: The list of training images that do not decode, if there is one.
+    """
+
+    workspace: Workspace
+    config: RunConfig
+    facts: dict[str, Any]
+    epochs: int
+    exporter: Exporter | None
+    val_images: Any
+    ordered: bool = True
+    bad: BadImages | None = None
+    _bad_before: int = 0
+    _reported: float = field(default_factory=time.perf_counter)  # when the last report was written
+    _report_seconds: float = 3.0  # how long it took
+
+    def start(self) -> None:
+        """Writes args.yaml. A resumed run calls this only once its checkpoint has fitted the options."""
+        if self.workspace.main:
+            with self.disk("args.yaml"):
+                write_args(self.workspace.run / "args.yaml", self.config.flat())
+
+    def metrics(self, state: RunState) -> dict[str, Any]:
+        """The content of metrics.json."""
+        return {
+            "best": state.best,
+            "last": state.last,
+            "eval_metric": self.config.engine.eval_metric,
+            "epochs": self.epochs,
+            "seconds": round(state.seconds, 1),
+            **self.facts,
+        }
+
+    def write_epoch(self, state: RunState, improved: bool, model: nn.Module, seen: Predictions) -> None:
+        """Writes the files of an epoch, each whole: summary, best model, its predictions, metrics.
+
+        The checkpoint is written after them, because it decides where a resumed run continues.
+
+        Args:
+            state: How far the run is.
+            improved: Whether this epoch is the best so far.
+            model: The model to export.
+            seen: What it predicted for every validation image.
+        """
+        run = self.workspace.run
+        with self.disk("the epoch's files"):
+            write_summary(run / "summary.csv", state.rows)
+            if not state.best:
+                return
+            metrics = self.metrics(state)
+            facts = Facts(metrics, self.config.flat(), state.rows)
+            if self.exporter is not None and improved:
+                self.exporter.write(run / "model", model.state_dict(), facts)
+                self._write_predictions(seen)
+            elif self.exporter is not None and (run / "model").is_dir():
+                self.exporter.describe(run / "model", facts)
             write_json(run / "metrics.json", metrics)
 
+    def _write_predictions(self, seen: Predictions) -> None:
+        path = self.workspace.run / PREDICTIONS
+        path.unlink(missing_ok=True)  # it is of other weights, whatever happens to the new one
+        if not self.ordered:
+            return
+        rows = seen.rows()
+        named = not isinstance(self.val_images, IterableDataset) and len(rows) == len(self.val_images)
+        write_predictions(path, rows, lambda index: file_name(self.val_images if named else None, index))
 
-def _keep_predictions(trainer: Trainer) -> None:
-    """What the best model said of every validation image; several processes' streams have no order to write it in."""
-    path, images = trainer.workspace.run / PREDICTIONS, trainer.val_images
-    path.unlink(missing_ok=True)  # of other weights, whatever becomes of the new one
-    streamed = isinstance(images, IterableDataset)
-    if streamed and trainer.accelerator.num_processes > 1:
-        return
-    rows = trainer.seen.rows()
-    named = not streamed and len(rows) == len(images)
-    write_predictions(path, rows, lambda index: file_name(images if named else None, index))
+    def keep_checkpoint(self, state: dict[str, Any], improved: bool) -> None:
+        """Writes a checkpoint of a collected state."""
+        with self.disk("a checkpoint"):
+            save_checkpoint(self.workspace.run / "checkpoints", state, self.config.engine.checkpoint_hist, improved)
 
+    def refresh_report(self, state: RunState, last: bool) -> float:
+        """Writes the report if it is due; returns the seconds that took. A report that fails does not stop the training."""
+        interval, started = self.config.engine.report_interval, time.perf_counter()
+        if interval == 0 or not state.best or not self.workspace.main:
+            return 0.0
+        if interval is None:  # by default, as often as REPORT_SHARE of the time allows
+            due = started - self._reported > self._report_seconds / REPORT_SHARE
+        else:
+            due = len(state.rows) % interval == 0
+        if not (due or last):
+            return 0.0
+        try:
+            from timm_sfr.reporting.page import write_report  # only here: matplotlib takes a while
 
-def refresh_report(trainer: Trainer, last: bool) -> None:
-    """Writes the report where it is due, on the main process; whatever becomes of it, the training goes on."""
-    interval, started = trainer.config.engine.report_interval, time.perf_counter()
-    if interval == 0 or not trainer.best or not trainer.accelerator.is_main_process:
-        return
-    if interval is None:  # when what the last one took is this share of the time since
-        due = started - trainer.reported > trainer.report_seconds / REPORT_SHARE
-    else:
-        due = len(trainer.rows) % interval == 0
-    if not (due or last):
-        return
-    try:
-        from timm_sfr.reporting.page import write_report  # only here: matplotlib takes a while
+            page = write_report(self.workspace.run, dataset=self.val_images, training=not last)
+            if last:
+                self.workspace.say(f"the report is {page}")
+        except Exception as error:  # a picture is not worth a run
+            self.workspace.say(f"warning: the report could not be written: {brief(error)}")
+        self._reported = time.perf_counter()
+        self._report_seconds = self._reported - started
+        return self._report_seconds
 
-        page = write_report(trainer.workspace.run, dataset=trainer.val_images, training=not last)
-        if last:
-            trainer.workspace.say(f"the report is {page}")
-    except Exception as error:  # a picture is not worth a run
-        trainer.workspace.say(f"warning: the report could not be written: {brief(error)}")
-    trainer.reported = time.perf_counter()
-    trainer.report_seconds = trainer.reported - started
-    trainer.started += trainer.report_seconds  # no part of the training's time
+    def say_bad_images(self) -> None:
+        """Prints how many training images do not decode, if there are more than before."""
+        count = 0 if self.bad is None else len(self.bad.names())
+        if self.bad is not None and count > self._bad_before:
+            self.workspace.say(
+                f"warning: {count} images do not decode and others stand in for them: {self.bad.path}"
+            )
+        self._bad_before = count
 
+    @contextlib.contextmanager
+    def disk(self, what: str) -> Iterator[None]:
+        """Handles a disk that does not take `what`: stops with one line, or warns and continues where the options say so.
 
-def keep_checkpoint(trainer: Trainer, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
-    """Keeps a checkpoint; every process has to come here, for what each alone knows in mid-epoch."""
-    trainer.seconds = time.perf_counter() - trainer.started
-    if step == 0 and not trainer.accelerator.is_main_process:
-        return
-    state = collect(trainer, epoch, step, total)
-    if trainer.accelerator.is_main_process:
-        folder, count = trainer.workspace.run / "checkpoints", trainer.config.engine.checkpoint_hist
-        with spared(trainer, "a checkpoint"):
-            save_checkpoint(folder, state, count, improved)
-
-
-@contextlib.contextmanager
-def spared(trainer: Trainer, what: str) -> Iterator[None]:
-    """Says in one line that the disk does not take `what`, and stops, or goes on where the options say so.
-
-    Raises:
-        UserError: to stop.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of the former
-        reason = f"{what} cannot be written: {getattr(error, 'strerror', None) or error}"
-        if trainer.config.engine.on_full_disk == "stop":
-            raise UserError(
-                f"output: {reason}; stopped, {trainer.workspace.kept()}; make room and --resume, or give --on-full-disk skip"
-            ) from error
-        logger.warning(f"warning: {reason}; going on without (--on-full-disk skip)")
-
-
-def interrupted(trainer: Trainer, stop: int) -> Interrupted:
-    """What a run that a signal has stopped ends with."""
-    accelerator, launcher = trainer.accelerator, "python"
-    if accelerator.num_processes > 1:
-        cpu = "--cpu " if accelerator.device.type == "cpu" else ""
-        launcher = f"accelerate launch {cpu}--num_processes {accelerator.num_processes}"
-    return Interrupted(
-        f"stopped by {signal.Signals(stop).name} after update {trainer.updates}, {trainer.workspace.kept()}; go on with: "
-        f"{launcher} train_sfr.py --resume {shlex.quote(str(trainer.workspace.run))}"
-    )
-
-
-def say_bad_images(trainer: Trainer, before: int) -> int:
-    """Says how many images did not decode, if that are more than `before`; how many there are."""
-    bad = bad_images(getattr(trainer.batches, "samples", None))
-    count = 0 if bad is None else len(bad.names())
-    if count > before:
-        trainer.workspace.say(f"warning: {count} images do not decode and others stand in for them: {bad.path}")
-    return count
+        Raises:
+            UserError: to stop.
+        """
+        try:
+            yield
+        except (OSError, SafetensorError) as error:  # safetensors raises its own for the system's
+            reason = f"{what} cannot be written: {getattr(error, 'strerror', None) or error}"
+            if self.config.engine.on_full_disk == "stop":
+                raise UserError(
+                    f"output: {reason}; stopped, {self.workspace.kept()}; make room and --resume, or give "
+                    "--on-full-disk skip"
+                ) from error
+            logger.warning(f"warning: {reason}; going on without (--on-full-disk skip)")

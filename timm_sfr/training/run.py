@@ -18,26 +18,27 @@ from torch.utils.data import DataLoader
 from timm_sfr.config import DEFAULT_MODEL, RunConfig
 from timm_sfr.data.datasets import Split, open_splits
 from timm_sfr.data.loaders import TrainBatches, eval_loader
-from timm_sfr.data.samples import bad_images
+from timm_sfr.data.samples import BadImages, bad_images
 from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, preprocessing
 from timm_sfr.hub.card import base_model
 from timm_sfr.hub.model_folder import Exporter, resolve_hub
 from timm_sfr.hub.push import check_card, check_push, loading_line, published, push_to_hub
 from timm_sfr.method.smoothing import default_warmup
-from timm_sfr.method.task import SFRTask
+from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.files import CONFIG
 from timm_sfr.models.loading import new_model
 from timm_sfr.models.teacher import Teacher, changed, headline, open_teacher
 from timm_sfr.runs.checkpoints import load_newest, set_aside
 from timm_sfr.runs.folder import Workspace, open_workspace
-from timm_sfr.runs.records import TEACHER_TERMS, hardware, read_summary, versions, write_args
+from timm_sfr.runs.records import hardware, read_summary, term_names, versions
 from timm_sfr.training.devices import explained, keep_freed_blocks, make_accelerator
-from timm_sfr.training.forecast import foresee
-from timm_sfr.training.guards import TERMS, FiniteGuard, Signals
+from timm_sfr.training.forecast import Circumstances, advice, cores
+from timm_sfr.training.guards import FiniteGuard, Signals
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
-from timm_sfr.training.recorder import spared
-from timm_sfr.training.run_state import restore
+from timm_sfr.training.recorder import Recorder
+from timm_sfr.training.run_state import RunState, restore
 from timm_sfr.training.tasks import create_task
+from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
 from timm_sfr.utils.console import console_output, show_log
 from timm_sfr.utils.errors import UserError
@@ -45,81 +46,77 @@ from timm_sfr.utils.processes import on_main, one_at_a_time
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What a caller may put in the place of the trainer's own parts, to train another task or on other batches.
+class Data:
+    """What a run trains on, for a caller that brings its own.
 
     Attributes:
-        splits: Opens the data, as `open_splits`.
-        task: Makes the task, as `build.create_task`.
-        batches: Makes the training batches, as `TrainBatches`.
-        val_loader: Makes the validation batches, as `eval_loader`.
+        train: The training split.
+        val: The validation split.
+        batches: Makes the training batches; takes what `TrainBatches` takes.
+        val_loader: Makes the validation batches; takes what `eval_loader` takes.
     """
 
-    splits: Callable[..., tuple[Split, Split]] = open_splits
-    task: Callable[..., TrainingTask] = create_task
+    train: Split
+    val: Split
     batches: Callable[..., Any] = TrainBatches
     val_loader: Callable[..., DataLoader] = eval_loader
 
 
-def fit(config: RunConfig, resume: Path | None = None, parts: Parts | None = None) -> Path:
-    """Trains as configured, or goes on with the run in `resume`; returns the run's folder.
+# Makes a task from (model, input size (C, H, W), device).
+TaskMaker = Callable[[nn.Module, tuple[int, int, int], torch.device], EpochTask]
+
+
+def fit(
+    config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None
+) -> Path:
+    """Trains as configured, or continues the run in `resume`; returns the run's folder.
+
+    Args:
+        config: The options.
+        resume: The folder of a run to continue.
+        task: Makes another task than SFR's or timm's plain one.
+        data: Other data than the options name.
 
     Raises:
         UserError: for anything in the options, the data or the model that fits no run, and for a non-finite loss.
     """
+    trainer = None
     with console_output(config.engine.json_logs):
-        return _fit(config, resume, parts)
-
-
-def _fit(config: RunConfig, resume: Path | None, parts: Parts | None) -> Path:
-    begun: list[Trainer] = []
-    try:
-        begun.append(prepare(config, resume, parts))
-        return _run(begun[0], resume)
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
-        explanation = explained(error, begun[0].workspace.kept() if begun else "nothing was begun")
-        if explanation is None:
+        try:
+            trainer = prepare(config, resume, task=task, data=data)
+            return _run(trainer, resume)
+        except UserError:
             raise
-        raise explanation from error
+        except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
+            explanation = explained(error, trainer.workspace.kept() if trainer is not None else "nothing was begun")
+            if explanation is None:
+                raise
+            raise explanation from error
 
 
 def _run(trainer: Trainer, resume: Path | None) -> Path:
-    """Trains, or goes on; says where everything is, and publishes it where that is asked for."""
-    say, run = trainer.workspace.say, trainer.workspace.run
+    """Trains what is left, says where everything is, and publishes it if asked to."""
+    say, run, state = trainer.workspace.say, trainer.workspace.run, trainer.state
     try:
         if resume is not None:
-            state = load_newest(run / "checkpoints", say)
-            restore(trainer, state)
-            if trainer.workspace.main:
-                set_aside(run / "checkpoints", state)
-            trainer.rows = read_summary(run / "summary.csv", trainer.start_epoch)
-            within = f", batch {trainer.start_step + 1}" if trainer.start_step else ""
-            say(f"resuming {run} at epoch {trainer.start_epoch + 1}{within}")
-            other = changed(run / "metrics.json", trainer.facts)
-            if other is not None:
-                say(other)
-        left = trainer.start_epoch < trainer.schedule.epochs
-        if not left:
-            say(f"nothing is left to train: {trainer.start_epoch} epochs are done; to go on, raise --epochs")
-        if trainer.accelerator.is_main_process and left:
-            # Only now: options that do not fit the run to resume must not replace its own.
-            with spared(trainer, "args.yaml"):
-                write_args(run / "args.yaml", trainer.config.flat())
-        if left:
+            state = _restore(trainer)
+        if state.epoch < trainer.schedule.epochs:
+            trainer.recorder.start()
             options, resumed = trainer.config.flat(), resume is not None
-            on_main(trainer.accelerator, lambda: trainer.trackers.start(options, trainer.start_epoch, resumed))
-            foresee(trainer)
+            on_main(trainer.accelerator, lambda: trainer.trackers.start(options, state.epoch, resumed))
+            _forecast(trainer)
+        else:
+            say(f"nothing is left to train: {state.epoch} epochs are done; to continue, raise --epochs")
         trainer.fit()
     finally:
         trainer.trackers.finish()
         trainer.workspace.release()
         trainer.accelerator.end_training()
-    best, last = trainer.best, trainer.last
+    best, last = state.best, state.last
     if not best:
-        raise UserError(f"epochs: {trainer.start_epoch} epochs of {run} are done, none was validated, and none is left to train; "
-                        "raise --epochs")  # fmt: skip
+        raise UserError(
+            f"epochs: {state.epoch} epochs of {run} are done, none was validated, and none is left to train; raise --epochs"
+        )
     say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}", "best",
         best=best, last=last)  # fmt: skip
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
@@ -137,74 +134,136 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     return run
 
 
-def prepare(config: RunConfig, resume: Path | None = None, parts: Parts | None = None) -> Trainer:
-    """Everything that `Trainer.fit` needs, on the device and wrapped by Accelerate.
+def _restore(trainer: Trainer) -> RunState:
+    """Restores the newest whole checkpoint of the run's folder."""
+    say, run = trainer.workspace.say, trainer.workspace.run
+    saved = load_newest(run / "checkpoints", say)
+    restore(trainer, saved, str(run / "args.yaml"))
+    state = trainer.state
+    if trainer.workspace.main:
+        set_aside(run / "checkpoints", saved)
+    state.rows = read_summary(run / "summary.csv", state.epoch)
+    within = f", batch {state.step + 1}" if state.step else ""
+    say(f"resuming {run} at epoch {state.epoch + 1}{within}")
+    other = changed(run / "metrics.json", trainer.recorder.facts)
+    if other is not None:
+        say(other)
+    return state
+
+
+def _forecast(trainer: Trainer) -> None:
+    """Says what looks wrong in the options, and how much there is to train."""
+    config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.schedule.epochs, trainer.state
+    model, processes = trainer.exported_model(), trainer.accelerator.num_processes
+    images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
+    update = trainer.global_batch * config.optim.grad_accum_steps
+    run = Circumstances(model, images, update, config.optim.lr or 0.0, epochs, cores(), processes)
+    for line in advice(config, run):
+        say(line)
+    left, updates = epochs - state.epoch, trainer.updates_before(epochs, 0) - state.updates
+    seen = len(trainer.batches) * trainer.global_batch
+    say(f"{seen} images an epoch, {updates} updates in {left} epoch{'s' * (left != 1)}", "length", images=seen,
+        updates=updates, epochs=left)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What a run is made of, before Accelerate has wrapped it."""
+
+    data: Data
+    model: nn.Module
+    prep: Preprocessing
+    num_classes: int
+    teacher: Teacher | None
+    exporter: Exporter | None
+    task: EpochTask
+
+
+def prepare(
+    config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None
+) -> Trainer:
+    """Everything that `Trainer.fit` needs, on the device and wrapped by Accelerate; the arguments are those of `fit`.
 
     Raises:
         UserError: as `fit`.
     """
-    parts = parts or Parts()
     show_log(config.engine.json_logs)
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_blocks()
     set_seed(config.engine.seed)
     reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
+    built = _build(config, accelerator, reachable, task, data)
+    batches = built.data.batches(built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator)
+    optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches))
+    loader = built.data.val_loader(built.data.val, config.data, built.prep)
+    if not built.data.val.streamed:
+        loader = accelerator.prepare(loader)
+    # The schedule stays out of this: Accelerate would step it once per process.
+    built.task.trainable_module, optimizer = accelerator.prepare(built.task.trainable_module, optimizer)
+    engine = config.engine
+    workspace = open_workspace(
+        engine.output, engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator
+    )
+    resolved = resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision)
+    facts = _facts(config, accelerator, built.model, built.teacher)
+    bad = _bad_images(batches, loader, workspace)
+    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs)
+    ordered = not built.data.val.streamed or accelerator.num_processes == 1
+    return Trainer(
+        config=resolved,
+        accelerator=accelerator,
+        task=built.task,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches,
+        guard=FiniteGuard(accelerator, engine.on_nonfinite, term_names(built.teacher is not None)),
+        workspace=workspace,
+        recorder=Recorder(
+            workspace, resolved, facts, schedule.epochs, built.exporter, built.data.val.dataset, ordered, bad
+        ),
+        trackers=Trackers(accelerator, workspace.run),
+        signals=Signals(accelerator),
+        val_loader=loader,
+        prep=built.prep,
+        mixup=create_mixup(config.aug, built.num_classes),
+    )
+
+
+def _build(
+    config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data | None
+) -> _Built:
+    """Opens the data, makes the model, its teacher and the task; checks what a push would fail by."""
     img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
-    train, val = one_at_a_time(accelerator, lambda: parts.splits(config.data, img_mode, config.engine.seed))
-    num_classes = _num_classes(config, train)
+    if data is None:
+        data = Data(*one_at_a_time(accelerator, lambda: open_splits(config.data, img_mode, config.engine.seed)))
+    num_classes = _num_classes(config, data.train)
     model = new_model(config.model, num_classes)
     prep = preprocessing(config.model, model)
     check_mode(img_mode, prep.input_size[0])
-    device = accelerator.device
-    names = train.class_names if train.class_names and len(train.class_names) == num_classes else None
+    known = data.train.class_names
+    names = known if known and len(known) == num_classes else None
     teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
+    if task is not None and teacher is not None:
+        raise UserError("kd-model-name: a task of your own gets no teacher; leave one of the two out")
     hub = resolve_hub(config, model, teacher.facts if teacher is not None else None)
     if reachable:
         on_main(accelerator, lambda: check_card(hub, config.flat()))
     exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
-    task = parts.task(model, config.sfr, prep.input_size, device, teacher)
-    batches = parts.batches(train, config.data, config.aug, prep, config.engine.seed, accelerator)
+    size, device = prep.input_size, accelerator.device
+    made = create_task(model, config.sfr, size, device, teacher) if task is None else task(model, size, device)
+    if not isinstance(made, EpochTask):
+        raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
+    return _Built(data, model, prep, num_classes, teacher, exporter, made)
 
-    optimizer, schedule, lr = _optimisation(config, accelerator, task, len(batches))
-    loader = parts.val_loader(val, config.data, prep)
-    if not val.streamed:
-        loader = accelerator.prepare(loader)
-    # The schedule stays out of this: Accelerate would step it once per process.
-    task.trainable_module, optimizer = accelerator.prepare(task.trainable_module, optimizer)
 
-    workspace = open_workspace(
-        config.engine.output, config.engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator
-    )
-    for samples in (getattr(batches, "samples", None), getattr(loader, "dataset", None)):
-        bad = bad_images(samples)
+def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadImages | None:
+    """Says where the lists of images that do not decode are; returns the training images' list."""
+    found = [bad_images(getattr(batches, "samples", None)), bad_images(getattr(loader, "dataset", None))]
+    for bad in found:
         if bad is not None:
             bad.write_to(workspace.run / "bad_images.txt")
-    resolved = resolve(config, prep, num_classes, lr, accelerator.mixed_precision)
-    parameters = sum(p.numel() for p in model.parameters())
-    opening = _headline(resolved, task, accelerator, train, val, parameters, teacher, schedule.epochs)
-    started = {"run": str(workspace.run), "model": resolved.model.model, "parameters": parameters, "epochs": schedule.epochs}
-    workspace.say(opening, "start", **started)
-    _announce(workspace, config, task, train, teacher, accelerator.num_processes)
-    return Trainer(
-        config=resolved,
-        accelerator=accelerator,
-        workspace=workspace,
-        task=task,
-        optimizer=optimizer,
-        schedule=schedule,
-        batches=batches,
-        val_loader=loader,
-        val_images=val.dataset,
-        prep=prep,
-        mixup=create_mixup(config.aug, num_classes),
-        guard=FiniteGuard(
-            accelerator, config.engine.on_nonfinite, TERMS if teacher is None else TERMS + TEACHER_TERMS
-        ),
-        signals=Signals(accelerator),
-        exporter=exporter,
-        facts=_facts(config, accelerator, model, parameters, teacher),
-    )
+    return found[0]
 
 
 def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batches: int) -> tuple[Any, Any, float]:
@@ -227,24 +286,26 @@ def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batch
 
 
 def _announce(
-    workspace: Workspace, config: RunConfig, task: TrainingTask, train: Split, teacher: Teacher | None, processes: int
+    workspace: Workspace, config: RunConfig, built: _Built, accelerator: Any, parameters: int, epochs: int
 ) -> None:
-    """Says where the run is written, and what of it deserves a word before it starts."""
-    if teacher is not None and teacher.warning is not None:
-        workspace.say(teacher.warning)
+    """Says what is trained, where it is written, and what deserves a word before it starts."""
+    opening = _headline(config, built, accelerator, parameters, epochs)
+    started = {"run": str(workspace.run), "model": config.model.model, "parameters": parameters, "epochs": epochs}
+    workspace.say(opening, "start", **started)
+    if built.teacher is not None and built.teacher.warning is not None:
+        workspace.say(built.teacher.warning)
     workspace.say(f"the run is written to {workspace.run}")
+    train = built.data.train
     images = 0 if train.streamed else len(train.dataset)
-    dropped = images % (config.data.batch_size * processes)
+    dropped = images % (config.data.batch_size * accelerator.num_processes)
     if dropped > 0.1 * max(1, images):
         workspace.say(f"note: {dropped} of {images} images fill no batch and sit out each epoch, others each time; "
                       "with a smaller --batch-size fewer do")  # fmt: skip
-    if getattr(task, "plan", None) is not None:
-        workspace.say(str(task.plan))
+    if isinstance(built.task, SFRTask) and built.task.plan is not None:
+        workspace.say(str(built.task.plan))
 
 
-def _facts(
-    config: RunConfig, accelerator: Any, model: nn.Module, parameters: int, teacher: Teacher | None
-) -> dict[str, Any]:
+def _facts(config: RunConfig, accelerator: Any, model: nn.Module, teacher: Teacher | None) -> dict[str, Any]:
     """What metrics.json says of a run besides its scores."""
     name = config.model.model or DEFAULT_MODEL
     return {
@@ -253,7 +314,7 @@ def _facts(
         "sfr": config.sfr.enabled,
         "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in model.parameters()),
         "seed": config.engine.seed,
         "hardware": hardware(accelerator.device, accelerator.num_processes),
         "mixed_precision": accelerator.mixed_precision,
@@ -314,16 +375,9 @@ def _num_classes(config: RunConfig, train: Split) -> int:
     return config.model.num_classes
 
 
-def _headline(
-    config: RunConfig,
-    task: TrainingTask,
-    accelerator: Any,
-    train: Split,
-    val: Split,
-    parameters: int,
-    teacher: Teacher | None,
-    epochs: int,
-) -> str:
+def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: int, epochs: int) -> str:
+    """One line on the whole run."""
+    task, teacher = built.task, built.teacher
     if isinstance(task, SFRTask):
         sfr, smoothing = task.config, task.smoothing.describe(epochs)
         method = f"SFR (lambda {sfr.weight:g}, {sfr.matching}, {sfr.channels}; smoothing {smoothing})"
@@ -332,7 +386,7 @@ def _headline(
     else:
         method = f"plain training (smoothing {config.sfr.plain_smoothing:g})"
     method += f", {headline(teacher)}" if teacher is not None else ""
-    counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (train, val))
+    counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (built.data.train, built.data.val))
     return (
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
         f"{config.model.img_size} px; {counts} train/val images; {method}; {config.optim.epochs} epochs on "

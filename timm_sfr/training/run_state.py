@@ -1,94 +1,170 @@
-"""What a run is between two updates: gathered from all processes to be kept, and put back into one process or many."""
+"""How far a run is, and what it is between two updates: collected from all processes for a checkpoint, and restored from one.
+
+A checkpoint may be restored into another number of processes or another batch size.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from timm.utils import unwrap_model
 from torch import Tensor
 
+from timm_sfr.config import RunConfig
+from timm_sfr.training.guards import FiniteGuard
+from timm_sfr.training.optimizer import Schedule
 from timm_sfr.utils.errors import UserError, brief
-
-if TYPE_CHECKING:
-    from timm_sfr.training.trainer import Trainer
 
 Part = dict[str, dict[str, Tensor]]
 
 
-def collect(trainer: Trainer, epoch: int, step: int, total: Tensor | None) -> dict[str, Any]:
+@dataclass
+class RunState:
+    """How far a run is.
+
+    Attributes:
+        epoch: Epochs that are done.
+        step: Batches of the next epoch that are done.
+        total: This process's sums of the loss's terms over those batches; None at the start of an epoch.
+        updates: Updates that are done.
+        seconds: Training time.
+        lr: The learning rate that this epoch began with.
+        best: Scores of the best epoch.
+        last: Scores of the last validated epoch.
+        rows: The rows of summary.csv.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    total: Tensor | None = None
+    updates: int = 0
+    seconds: float = 0.0
+    lr: float = 0.0
+    best: dict[str, Any] = field(default_factory=dict)
+    last: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Learner:
+    """What training changes and a checkpoint keeps, on the device and prepared by Accelerate.
+
+    Attributes:
+        config: The run's options.
+        accelerator: Accelerate's.
+        task: The task, with the weights that are trained.
+        optimizer: Of these weights.
+        schedule: Of the learning rate.
+        batches: The training batches; their number is an epoch's length.
+        guard: Watches the terms of the loss.
+        state: How far the run is.
+    """
+
+    config: RunConfig
+    accelerator: Any
+    task: Any
+    optimizer: Any
+    schedule: Schedule
+    batches: Any
+    guard: FiniteGuard
+    state: RunState = field(default_factory=RunState, kw_only=True)
+
+    @property
+    def module(self) -> Any:
+        """The prepared trainable module."""
+        return self.task.trainable_module
+
+    @property
+    def global_batch(self) -> int:
+        """Images that all processes together take in one batch."""
+        return self.config.data.batch_size * self.accelerator.num_processes
+
+    def updates_before(self, epoch: int, step: int) -> int:
+        """Updates in `epoch` epochs and `step` batches."""
+        accum = self.config.optim.grad_accum_steps
+        return epoch * -(-len(self.batches) // accum) + step // accum
+
+
+def collect(learner: Learner, epoch: int, step: int, total: Tensor | None) -> dict[str, Any]:
     """All that a resumed run needs; to be called by every process at the same update.
 
     Args:
-        trainer: The run.
+        learner: What is kept.
         epoch: The epoch under way, or the next one.
         step: How many of its batches are done.
         total: This process's sums of the loss's terms over those; None between epochs.
     """
-    ema = trainer.task.get_trainable_module(ema=True)
-    scaler = trainer.accelerator.scaler
-    parts = gather_object([_own_part(trainer, total)]) if step > 0 else []
+    ema = learner.task.get_trainable_module(ema=True)
+    scaler = learner.accelerator.scaler
+    parts = gather_object([_own_part(learner, total)]) if step > 0 else []
     return {
         "epoch": epoch,
         "step": step,
-        "updates": trainer.updates,
-        "images": step * trainer.global_batch,
-        "lr": trainer.lr,
-        "seconds": trainer.seconds,
-        "best": trainer.best,
-        "last": trainer.last,
-        "module": unwrap_model(trainer.module).state_dict(),
+        "updates": learner.state.updates,
+        "images": step * learner.global_batch,
+        "lr": learner.state.lr,
+        "seconds": learner.state.seconds,
+        "best": learner.state.best,
+        "last": learner.state.last,
+        "module": unwrap_model(learner.module).state_dict(),
         "ema": ema.module.state_dict() if ema is not None else None,
-        "task": trainer.task.get_task_state(),
-        "optimizer": trainer.optimizer.state_dict(),
-        "schedule": trainer.schedule.state(),
+        "task": learner.task.get_task_state(),
+        "optimizer": learner.optimizer.state_dict(),
+        "schedule": learner.schedule.state(),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "parts": parts,
     }
 
 
-def restore(trainer: Trainer, state: dict[str, Any]) -> None:
-    """Takes up what `collect` gave, also where it came from another number of processes or another batch size.
+def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml") -> None:
+    """Restores what `collect` returned, also from another number of processes or another batch size.
+
+    Args:
+        learner: What to restore into.
+        state: A checkpoint's content.
+        options: The file with the run's own options, for the error message.
 
     Raises:
         UserError: if it belongs to another model or optimizer.
     """
     try:
-        _check(trainer, state)
-        _take(trainer, state)
+        _check(learner, state)
+        _take(learner, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
-        raise UserError(f"resume: the checkpoint does not fit these options: {reason}; leave out what differs from "
-                        f"{trainer.workspace.run / 'args.yaml'}") from error  # fmt: skip
+        raise UserError(
+            f"resume: the checkpoint does not fit these options: {reason}; leave out what differs from {options}"
+        ) from error
 
 
-def _take(trainer: Trainer, state: dict[str, Any]) -> None:
-    ema = trainer.task.get_trainable_module(ema=True)
-    unwrap_model(trainer.module).load_state_dict(state["module"])
+def _take(learner: Learner, state: dict[str, Any]) -> None:
+    ema = learner.task.get_trainable_module(ema=True)
+    unwrap_model(learner.module).load_state_dict(state["module"])
     if ema is not None:
         # An average that is turned on at resume starts from the weights reached, not from random ones.
         ema.module.load_state_dict(state["ema"] or state["module"])
-    trainer.task.load_task_state(state["task"])
-    _check_optimizer(trainer.optimizer.param_groups, state["optimizer"])
-    options = [_options(trainer, group) for group in trainer.optimizer.param_groups]
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(trainer.optimizer.param_groups, options, strict=True):
+    learner.task.load_task_state(state["task"])
+    _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
+    options = [_options(learner, group) for group in learner.optimizer.param_groups]
+    learner.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(learner.optimizer.param_groups, options, strict=True):
         group.update(own)
-    if trainer.accelerator.scaler is not None and state["scaler"] is not None:
-        trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.start_epoch, trainer.start_step = state["epoch"], state["step"]
-    trainer.seconds, trainer.lr = state["seconds"], state["lr"]
-    trainer.best, trainer.last = state["best"], state["last"]
-    if state["images"] != trainer.start_step * trainer.global_batch:
-        # Another global batch: go on after the images seen, to the last whole batch.
-        trainer.start_step = state["images"] // trainer.global_batch
-    trainer.start_step -= trainer.start_step % trainer.config.optim.grad_accum_steps
-    trainer.updates = trainer.updates_before(trainer.start_epoch, trainer.start_step)
-    if trainer.start_step > 0:
+    if learner.accelerator.scaler is not None and state["scaler"] is not None:
+        learner.accelerator.scaler.load_state_dict(state["scaler"])
+    step = state["step"]
+    if state["images"] != step * learner.global_batch:
+        # Another global batch: continue after the images seen, at the last whole batch.
+        step = state["images"] // learner.global_batch
+    step -= step % learner.config.optim.grad_accum_steps
+    kept = {name: state[name] for name in ("epoch", "seconds", "lr", "best", "last")}
+    learner.state = RunState(step=step, updates=learner.updates_before(state["epoch"], step), **kept)
+    if step > 0:
         # Sums over batches of another size count as so many of this one.
-        _take_part(trainer, state["parts"], trainer.start_step / max(1, state["step"]))
-    trainer.schedule.resume(trainer.start_epoch, trainer.updates, state["schedule"])
+        _take_part(learner, state["parts"], step / max(1, state["step"]))
+    learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"])
 
 
 KINDS = {"epoch": int, "step": int, "images": int, "updates": int, "lr": (int, float), "seconds": (int, float),
@@ -98,22 +174,22 @@ SIGNS = ("momentum", "betas", "alpha", "rho")  # an option that one optimizer ha
 ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
 
 
-def _check(trainer: Trainer, state: dict[str, Any]) -> None:
+def _check(learner: Learner, state: dict[str, Any]) -> None:
     """Raises ValueError for what loading would take without a word, and training would fail on or be changed by."""
     for name, kind in KINDS.items():
         if not isinstance(state[name], kind) or (isinstance(state[name], int) and state[name] < 0):
             raise ValueError(f"{name} is {str(state[name])[:40]!r}")
-    own = unwrap_model(trainer.module).state_dict()
+    own = unwrap_model(learner.module).state_dict()
     for name in ("module", "ema"):
         for key, value in (state[name] or {}).items():
             if key in own and value.is_floating_point() != own[key].is_floating_point():
                 raise ValueError(f"expected {key} to be {own[key].dtype}; got {value.dtype}")
 
 
-def _options(trainer: Trainer, group: dict[str, Any]) -> dict[str, Any]:
+def _options(learner: Learner, group: dict[str, Any]) -> dict[str, Any]:
     """What the run's options say of a group: it wins over what was saved, so that a resumed run may change it."""
-    names = {"momentum", "betas", "eps", "weight_decay", *(trainer.config.optim.opt_kwargs or {})}
-    if not trainer.schedule.remembers:
+    names = {"momentum", "betas", "eps", "weight_decay", *(learner.config.optim.opt_kwargs or {})}
+    if not learner.schedule.remembers:
         names |= {"lr", "initial_lr"}
     return {name: value for name, value in group.items() if name in names}
 
@@ -137,21 +213,21 @@ def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> Non
                     )
 
 
-def _own_part(trainer: Trainer, total: Tensor | None) -> Part:
+def _own_part(learner: Learner, total: Tensor | None) -> Part:
     """What this process alone knows in mid-epoch: sums over its images, and the averages of its own statistics.
 
     The buffers of the model itself are not among them: before every forward pass DDP hands out the first process's.
     """
-    sums = getattr(trainer.task, "get_sums", dict)()
-    ema = trainer.task.get_trainable_module(ema=True)
+    sums = learner.task.get_sums()
+    ema = learner.task.get_trainable_module(ema=True)
     buffers = {} if ema is None else dict(ema.module.named_buffers())
     part = {"total": {} if total is None else {"total": total}, "sums": sums, "ema": buffers}
     return {kind: {name: value.detach().cpu().clone() for name, value in one.items()} for kind, one in part.items()}
 
 
-def _take_part(trainer: Trainer, parts: list[Part], scale: float) -> None:
+def _take_part(learner: Learner, parts: list[Part], scale: float) -> None:
     """Gives this process its part: its own where there are as many processes as before; else the sums go to the first."""
-    rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
+    rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
     if len(parts) == processes:
         part = parts[rank]
     else:
@@ -160,16 +236,16 @@ def _take_part(trainer: Trainer, parts: list[Part], scale: float) -> None:
         share = 1.0 if rank == 0 else 0.0
         sums = {name: share * sum(part["sums"][name] for part in parts) for name in parts[0]["sums"]}
         part = {"total": totals, "sums": sums, "ema": parts[0]["ema"]}
-    device, terms = trainer.accelerator.device, len(trainer.guard.names)
+    device, terms = learner.accelerator.device, len(learner.guard.names)
     if part["total"]["total"].shape != (terms,):
         raise ValueError(
             f"it was kept in mid-epoch, and has {part['total']['total'].numel()} terms of the loss, expected {terms}: a teacher "
             "came or went"
         )
-    trainer.start_total = part["total"]["total"].to(device) * scale
-    if part["sums"] and hasattr(trainer.task, "add_sums"):
-        trainer.task.add_sums(part["sums"])
-    ema = trainer.task.get_trainable_module(ema=True)
+    learner.state.total = part["total"]["total"].to(device) * scale
+    if part["sums"]:
+        learner.task.add_sums(part["sums"])
+    ema = learner.task.get_trainable_module(ema=True)
     if ema is not None:
         for name, buffer in ema.module.named_buffers():
             if name in part["ema"]:

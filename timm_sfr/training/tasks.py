@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from timm_sfr.method.config import SFRConfig
 from timm_sfr.method.probe import model_name
 from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss
-from timm_sfr.method.task import SFRTask
+from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.teacher import PreLogits, Teacher
 from timm_sfr.utils.errors import UserError
 
 
-class _Taught(TrainingTask):
+class _Taught(EpochTask):
     """What the two tasks below share: their terms' names.
 
     loss = task_loss = cls_weight * cls_loss + kd_weight * kd_loss
@@ -151,7 +151,11 @@ def create_task(
         base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.plain_smoothing), input_size, device)
     if sfr.enabled:
         return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
-    return base or ClassificationTask(model, PlainLoss(sfr.plain_smoothing), device=device, verbose=False)
+    return base or PlainTask(model, PlainLoss(sfr.plain_smoothing), device=device, verbose=False)
+
+
+class PlainTask(EpochTask, ClassificationTask):
+    """timm's `ClassificationTask`."""
 
 
 class PlainLoss(nn.Module):

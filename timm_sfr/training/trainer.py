@@ -13,80 +13,54 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from timm_sfr.config import RunConfig
-from timm_sfr.data.loaders import TrainBatches
 from timm_sfr.data.transforms import Preprocessing
-from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.runs.folder import Workspace
 from timm_sfr.runs.predictions import Predictions
 from timm_sfr.runs.records import epoch_row
 from timm_sfr.training.evaluate import evaluate
-from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals, stopped, write_event
-from timm_sfr.training.optimizer import Schedule
-from timm_sfr.training.progress import Progress, progress_of
-from timm_sfr.training.recorder import interrupted, keep_checkpoint, refresh_report, say_bad_images, spared, write_epoch
+from timm_sfr.training.guards import ADVICE, Signals, interrupted, stopped, write_event
+from timm_sfr.training.progress import Progress, length_of
+from timm_sfr.training.recorder import Recorder
+from timm_sfr.training.run_state import Learner, collect
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.seeding import reseed
 
 
 @dataclass
-class Trainer:
-    """The parts of a run and how far it is."""
+class Trainer(Learner):
+    """The loop over a run's epochs.
 
-    config: RunConfig
-    accelerator: Any
+    Attributes:
+        workspace: The run's folder.
+        recorder: Writes its files.
+        trackers: Send its figures elsewhere.
+        signals: What the process was asked for from outside.
+        val_loader: The validation batches.
+        prep: Image size and normalisation.
+        mixup: timm's mixup and CutMix, None where both are off.
+        seen: What the last validation predicted for every image.
+    """
+
     workspace: Workspace
-    task: TrainingTask
-    optimizer: Any
-    schedule: Schedule
-    batches: TrainBatches
+    recorder: Recorder
+    trackers: Trackers
+    signals: Signals
     val_loader: DataLoader
-    val_images: Any  # the split's dataset, which knows the files
     prep: Preprocessing
     mixup: Any
-    guard: FiniteGuard
-    signals: Signals
-    exporter: Exporter | None
-    facts: dict[str, Any]
-    start_epoch: int = 0
-    start_step: int = 0
-    start_total: Tensor | None = None
-    updates: int = 0
-    seconds: float = 0.0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)
-    seen: Predictions = field(default_factory=Predictions)  # of the last validation
-    lr: float = 0.0  # the rate that this epoch began with
-    started: float = field(default_factory=time.perf_counter)
-    reported: float = field(default_factory=time.perf_counter)  # when the last report was written
-    report_seconds: float = 3.0  # and what it took
+    seen: Predictions = field(default_factory=Predictions, kw_only=True)
+    _started: float = field(default_factory=time.perf_counter, kw_only=True)
     progress: Progress = field(init=False)
-    trackers: Trackers = field(init=False)
 
     def __post_init__(self) -> None:
-        self.progress, self.trackers = progress_of(self), Trackers(self.accelerator, self.workspace.run)
-
-    @property
-    def module(self) -> Any:
-        """The prepared trainable module."""
-        return self.task.trainable_module
-
-    @property
-    def global_batch(self) -> int:
-        """Images that all processes together take a batch."""
-        return self.config.data.batch_size * self.accelerator.num_processes
-
-    def updates_before(self, epoch: int, step: int) -> int:
-        """Updates that `epoch` epochs and `step` batches make."""
-        accum = self.config.optim.grad_accum_steps
-        return epoch * -(-len(self.batches) // accum) + step // accum
+        steps = len(self.batches), length_of(self.val_loader)
+        engine, main = self.config.engine, self.accelerator.is_main_process
+        self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
 
     def train_epoch(self, epoch: int, start: int = 0) -> dict[str, float]:
         """Trains one epoch, from batch `start` on; the means of the loss's terms over its images, and images per second.
@@ -95,17 +69,15 @@ class Trainer:
             Interrupted: if a signal stopped it, after a checkpoint.
         """
         optim, accum = self.config.optim, self.config.optim.grad_accum_steps
-        set_epoch = getattr(self.task, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch, self.schedule.epochs)
+        self.task.set_epoch(epoch, self.schedule.epochs)
         self.task.train()
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (0 < self.config.aug.mixup_off_epoch <= epoch)
         kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         names = self.guard.names
         total = torch.zeros(len(names), dtype=kind, device=self.accelerator.device)
-        if start > 0 and self.start_total is not None:
-            total += self.start_total
+        if start > 0 and self.state.total is not None:
+            total += self.state.total
         steps, images, came, started = len(self.batches), 0, start, time.perf_counter()
         self.progress.begin(epoch, start)
         for step, (image, target) in enumerate(self.batches.epoch(epoch, start), start):
@@ -121,7 +93,7 @@ class Trainer:
             # The last group of an epoch may be smaller; its mean is still a mean.
             group = min(accum, steps - step // accum * accum)
             if step % accum == 0:
-                self.guard.begin(self.module, self._sums())
+                self.guard.begin(self.module, self.task.get_sums())
             updates_now = (step + 1) % accum == 0 or step + 1 == steps
             with contextlib.nullcontext() if updates_now else self.accelerator.no_sync(self.module):
                 result = self.task(image, target)
@@ -144,9 +116,7 @@ class Trainer:
         self._settle(epoch, steps - 1)
         means = self.accelerator.reduce(total / max(1, steps), reduction="mean").tolist()
         elapsed = time.perf_counter() - started
-        end_epoch = getattr(self.task, "end_epoch", None)
-        if end_epoch is not None:
-            end_epoch()
+        self.task.end_epoch()
         self._share_batchnorm()
         rate = images * self.accelerator.num_processes / max(elapsed, 1e-9)
         return {**dict(zip(names, means, strict=True)), "images_per_second": rate}
@@ -171,42 +141,45 @@ class Trainer:
             self._fit()
 
     def _fit(self) -> None:
-        engine, epochs, bad = self.config.engine, self.schedule.epochs, 0
-        self.started = time.perf_counter() - self.seconds
-        for epoch in range(self.start_epoch, epochs):
-            start = self.start_step if epoch == self.start_epoch else 0
+        engine, epochs, state = self.config.engine, self.schedule.epochs, self.state
+        self._started = time.perf_counter() - state.seconds
+        for epoch in range(state.epoch, epochs):
+            start, state.step = state.step, 0
             if start == 0:
-                self.lr = self.optimizer.param_groups[0]["lr"]
+                state.lr = self.optimizer.param_groups[0]["lr"]
             train = self.train_epoch(epoch, start)
             due = (epoch + 1) % engine.val_interval == 0 or epoch + 1 == epochs
             val = self.validate() if due else None
             self.schedule.after_epoch(epoch, val[engine.eval_metric] if val else None)
-            self.seconds = time.perf_counter() - self.started
-            row = epoch_row(epoch, self.lr, train, val)
-            self.rows.append(row)
+            state.epoch, state.seconds = epoch + 1, time.perf_counter() - self._started
+            state.rows.append(epoch_row(epoch, state.lr, train, val))
             improved = val is not None and self._record(epoch, val)
-            bad = say_bad_images(self, bad)
-            if self.accelerator.is_main_process:
-                self.progress.end(row)
-                write_epoch(self, improved)
-                self.trackers.log(self.rows)
-            keep_checkpoint(self, epoch + 1, 0, None, improved)
-            refresh_report(self, epoch + 1 == epochs)
+            self._write(improved)
             self.accelerator.wait_for_everyone()
-            stop, _ = self.signals.asked(self.updates, now=True)
+            stop, _ = self.signals.asked(state.updates, now=True)
             if stop is not None and epoch + 1 < epochs:
-                raise interrupted(self, stop)
+                raise interrupted(stop, state.updates, self.workspace, self.accelerator)
 
-    def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds."""
-        return {
-            "best": self.best,
-            "last": self.last,
-            "eval_metric": self.config.engine.eval_metric,
-            "epochs": self.schedule.epochs,
-            "seconds": round(self.seconds, 1),
-            **self.facts,
-        }
+    def _write(self, improved: bool) -> None:
+        """Writes everything about the epoch that has just ended."""
+        state = self.state
+        self.recorder.say_bad_images()
+        if self.accelerator.is_main_process:
+            self.progress.end(state.rows[-1])
+            self.recorder.write_epoch(state, improved, self.exported_model(), self.seen)
+            self.trackers.log(state.rows)
+        self._keep(state.epoch, 0, None, improved)
+        # The report is not part of the training's time.
+        self._started += self.recorder.refresh_report(state, last=state.epoch == self.schedule.epochs)
+
+    def _keep(self, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
+        """Keeps a checkpoint; in mid-epoch every process takes part, for what it alone knows."""
+        self.state.seconds = time.perf_counter() - self._started
+        if step == 0 and not self.accelerator.is_main_process:
+            return
+        state = collect(self, epoch, step, total)
+        if self.accelerator.is_main_process:
+            self.recorder.keep_checkpoint(state, improved)
 
     def _update(self, optim: Any, epoch: int, step: int) -> None:
         if optim.clip_grad is not None:
@@ -214,7 +187,7 @@ class Trainer:
             parameters = self.task.get_clip_parameters(exclude_head="agc" in optim.clip_mode)
             dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
         seen = self.guard.bad
-        made = self.guard.check_gradients(self.module, (epoch, step, self.updates + 1))
+        made = self.guard.check_gradients(self.module, (epoch, step, self.state.updates + 1))
         if made:
             self.optimizer.step()
             made = not self.accelerator.optimizer_step_was_skipped
@@ -224,31 +197,28 @@ class Trainer:
             self.guard.rollback()
         self.guard.count(made)
         if self.guard.too_many():
-            where = f"epoch {epoch + 1}, update {self.updates + 1}"
+            where = f"epoch {epoch + 1}, update {self.state.updates + 1}"
             raise UserError(f"non-finite: {self.guard.in_a_row} updates in a row were left out, the last at {where}; "
                             f"stopped, {self.workspace.kept()}; {ADVICE}")  # fmt: skip
         self.optimizer.zero_grad()
-        self.updates += 1
+        self.state.updates += 1
         if made:
-            self.task.update_ema(step=self.updates)
-        self.schedule.after_update(self.updates)
+            self.task.update_ema(step=self.state.updates)
+        self.schedule.after_update(self.state.updates)
 
     def _nonfinite(self, epoch: int, step: int) -> None:
         """Writes down which batch it was, and stops unless the update is only to be left out."""
         term, value = self.guard.bad or ("loss", math.nan)
         skip, rank, late = self.guard.policy == "skip", self.accelerator.process_index, self.guard.late
-        epoch, step, update = late or (epoch, step, self.updates + 1)
+        epoch, step, update = late or (epoch, step, self.state.updates + 1)
         place = {"epoch": epoch + 1, "batch": step + 1, "update": update, "process": rank}
         event = {**place, "term": term, "value": str(value), "action": self.guard.policy,
                  "files": self.batches.files(epoch, step)}  # fmt: skip
-        with spared(self, "the list of what was not finite"):
+        with self.recorder.disk("the list of what was not finite"):
             write_event(self.workspace.run / ("nonfinite.json" if rank == 0 else f"nonfinite-{rank}.json"), event)
         if not skip:
             where, how = f"epoch {epoch + 1}, update {update}", "after" if late else "before"
             raise stopped(term, value, where, f"stopped {how} the update", self.workspace.kept())
-
-    def _sums(self) -> dict[str, Tensor]:
-        return getattr(self.task, "get_sums", dict)()
 
     def _share_batchnorm(self) -> None:
         """Makes BatchNorm's running statistics the same on all processes; each saw its own part of the batches."""
@@ -263,27 +233,28 @@ class Trainer:
         """Notes the scores of an epoch; whether they are the best so far."""
         scores = {"epoch": epoch, "images": val["images"], "ece": val["ece"],
                   **{f"val_{name}": val[name] for name in ("top1", "top5", "loss")}}  # fmt: skip
-        self.last = scores
+        self.state.last = scores
         metric = f"val_{self.config.engine.eval_metric}"
         sign = -1 if metric == "val_loss" else 1
         if not math.isfinite(scores[metric]):
             return False
-        if self.best and sign * scores[metric] <= sign * self.best[metric]:
+        best = self.state.best
+        if best and sign * scores[metric] <= sign * best[metric]:
             return False
-        self.best = scores
+        self.state.best = scores
         return True
 
     def _between_updates(self, epoch: int, step: int, total: Tensor) -> None:
         """After an update in mid-epoch: keeps a checkpoint where one is due or asked for, and stops where that is."""
-        stop, save = self.signals.asked(self.updates)
+        stop, save = self.signals.asked(self.state.updates)
         interval = self.config.engine.checkpoint_interval
-        if save or stop is not None or (interval is not None and self.updates % interval == 0):
+        if save or stop is not None or (interval is not None and self.state.updates % interval == 0):
             self._settle(epoch, step - 1)
-            keep_checkpoint(self, epoch, step, total, False)
+            self._keep(epoch, step, total, False)
         if stop is not None:
             # A launcher that sees one process end gives the others seconds: the first may still be writing.
             self.accelerator.wait_for_everyone()
-            raise interrupted(self, stop)
+            raise interrupted(stop, self.state.updates, self.workspace, self.accelerator)
 
     def _settle(self, epoch: int, step: int) -> None:
         """Before anything is kept: the last update's gradients must have been finite, where nobody has looked yet."""
