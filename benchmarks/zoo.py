@@ -21,7 +21,7 @@ import yaml
 from benchmarks.table import interval
 from timm_sfr import RunConfig
 from timm_sfr.cli.parser import fail
-from timm_sfr.models.zoo import WEIGHTS, ZooEntry, zoo
+from timm_sfr.models.zoo import WEIGHTS_FOLDER, ZooEntry, zoo
 from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.runs.folder import read_run
 from timm_sfr.training.run import fit
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         return fail(str(error))
     if entry.about.weights is not None:
-        shutil.copy(runs[published][0] / "model" / "model.safetensors", WEIGHTS / entry.about.weights)
+        shutil.copy(runs[published][0] / "model" / "model.safetensors", WEIGHTS_FOLDER / entry.about.weights)
     scores = {"metrics": measured({seed: metrics for seed, (_, metrics) in runs.items()}, published)}
     text, _, _ = entry.recipe.read_text().partition(
         "\n  metrics:"

@@ -154,7 +154,7 @@ def test_a_recipe_is_measured(tmp_path, monkeypatch, capsys):
     (tmp_path / "weights").mkdir()
     short = dataclasses.replace(entry, recipe=recipe, options=entry.options | {"epochs": 1})
     monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: short})
-    monkeypatch.setattr("benchmarks.zoo.WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr("benchmarks.zoo.WEIGHTS_FOLDER", tmp_path / "weights")
     words = [NAME, "--seeds", "0", "1", "--output", str(tmp_path / "runs")]
     assert measure(words) == 0
     runs = [json.loads((tmp_path / "runs" / f"{NAME}-seed{i}" / "metrics.json").read_text()) for i in (0, 1)]

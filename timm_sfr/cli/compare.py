@@ -89,7 +89,7 @@ def difference(one: Group, base: Group, score: str) -> list[float]:
     return [one.runs[seed].score(score) - base.runs[seed].score(score) for seed in shared]
 
 
-def table(groups: Sequence[Group]) -> str:
+def scores_table(groups: Sequence[Group]) -> str:
     """Scores at the last epoch, and differences in top-1 to the first group, paired by seed."""
     base = groups[0]
     lines = [("", "seeds", "top-1", "top-5", "loss", "ECE", "best top-1", "minutes", f"top-1 - {base.name}")]
@@ -133,12 +133,12 @@ def run(args: Namespace) -> int:
 
         try:
             write_comparison(
-                args.html, [(group.name, one) for group in groups for one in group.runs.values()], table(groups)
+                args.html, [(group.name, one) for group in groups for one in group.runs.values()], scores_table(groups)
             )
         except OSError as error:
             raise UserError(f"html: cannot write {str(args.html)!r}: {error.strerror or error}") from error
     if not args.json:
-        print(table(groups))
+        print(scores_table(groups))
         return 0
     for group in groups:
         scores = {name: group.values(name) for name in ("val_top1", "val_top5", "val_loss", "ece")}

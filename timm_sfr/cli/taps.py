@@ -110,7 +110,7 @@ def _milliseconds(
     return 1e3 * median(times[1:])
 
 
-def table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> str:
+def taps_table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> str:
     """The rows under each other, and the rule that chose them."""
     lines = [("role", "stage", "module", "channels", "reduction", "grid", "nodes", "deep channels teach", "ms a step")]
     for row in rows:
@@ -190,5 +190,5 @@ def run(args: Namespace) -> int:
             )
         )
     else:
-        print(table(plan, rows, config.data.batch_size, config.sfr.matching))
+        print(taps_table(plan, rows, config.data.batch_size, config.sfr.matching))
     return 0

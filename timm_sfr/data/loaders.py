@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import logging
 import multiprocessing
 import multiprocessing.util
 import signal
@@ -29,10 +28,8 @@ from timm_sfr.data.batch_transform import collate
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.samples import file_name, make_samples
 from timm_sfr.data.transforms import Preprocessing
-from timm_sfr.utils.errors import UserError
-
 from timm_sfr.utils.console import logger
-
+from timm_sfr.utils.errors import UserError
 
 
 class EpochSampler(Sampler[int]):

@@ -6,7 +6,6 @@ Shape suffixes: B batch, C channels, H x W pixels.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,9 @@ from timm_sfr.config import DataConfig
 from timm_sfr.data.batch_transform import Batch, BatchTransform
 from timm_sfr.data.cache import Cached
 from timm_sfr.data.datasets import Split
+from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.seeding import random_state_kept, seed_cpu
-
-from timm_sfr.utils.console import logger
-
 
 
 class BadImage(UserError):

@@ -60,14 +60,14 @@ def dataset_id(options: dict[str, Any]) -> str | None:
 def render(config: dict[str, Any], facts: Facts) -> str:
     """The card of a model from its ``config.json`` and what is known of its run."""
     name = facts.source.split("@")[0].split("/")[-1] if facts.source else config["architecture"]
-    parts = [f"---\n{metadata(name, config, facts).to_yaml()}\n---", f"# {name}", _summary(config, facts)]
+    parts = [f"---\n{card_head(name, config, facts).to_yaml()}\n---", f"# {name}", _summary(config, facts)]
     if facts.metrics:
         parts += [_scores(facts), _recipe(facts), _curve(facts), _pictures(facts)]
     parts.insert(3, _usage(config, facts))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def metadata(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
+def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
     """The head of the card, with the scores as the Hub reads them (percent, on the split that they were measured on)."""
     best, options = facts.metrics.get("best"), facts.options
     licence = config["pretrained_cfg"].get("license")

@@ -19,7 +19,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from timm_sfr.config import HubConfig, check_branch, check_repo_id
-from timm_sfr.hub.card import Facts, imports, metadata, render
+from timm_sfr.hub.card import Facts, card_head, imports, render
 from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS
 from timm_sfr.runs.records import read_finished
@@ -294,7 +294,7 @@ def check_card(hub: HubConfig, options: dict[str, Any]) -> None:
         UserError: if not, with what it says is wrong.
     """
     name = str(hub.push_to_hub).split("/")[1]
-    head = metadata(name, {"pretrained_cfg": {"license": hub.license}}, Facts(options=options))
+    head = card_head(name, {"pretrained_cfg": {"license": hub.license}}, Facts(options=options))
     with _in_time(str(hub.push_to_hub)):
         validate_card(f"---\n{head.to_yaml()}\n---\n")
 

@@ -27,7 +27,7 @@ from timm_sfr.utils.hub_client import hub_errors
 from timm_sfr.utils.options import Checked, option
 
 HERE = Path(__file__).resolve().parents[1]
-WEIGHTS = HERE / "weights"
+WEIGHTS_FOLDER = HERE / "weights"
 # In an installed package beside the modules, in a clone beside the package.
 CONFIGS = next((folder for folder in (HERE / "hub_configs", HERE.parent / "hub_configs") if folder.is_dir()), HERE)
 OWNER = "timm-sfr"
@@ -107,7 +107,7 @@ class ZooEntry:
         size = self.options.get("img_size")
         if size is not None:
             says |= {"input_size": (self.options.get("in_chans") or 3, size, size), "pool_size": None}
-        source = {"file": str(WEIGHTS / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
+        source = {"file": str(WEIGHTS_FOLDER / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
         source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # timm would take a pickle too
         says |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
                  "label_names": self.about.label_names, "license": self.options.get("hub_license")}  # fmt: skip

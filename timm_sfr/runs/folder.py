@@ -16,7 +16,7 @@ from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import launch_id, on_main
 
-PATIENCE = 12  # seconds: loading processes hold the lock of a killed run until they see, within five, that it is gone
+LOCK_PATIENCE = 12  # seconds: loading processes hold the lock of a killed run until they see, within five, that it is gone
 LOCK, LAUNCH = ".lock", ".launch"  # in a run's folder: held while it trains; what started it
 
 
@@ -133,7 +133,7 @@ def _own(run: Path) -> FileLock | None:
     """
     lock = FileLock(run / LOCK)
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock.acquire(timeout=LOCK_PATIENCE)
     except Timeout as error:
         raise UserError(f"output: another process is training in {str(run)!r}; choose another --experiment") from error
     except (OSError, NotImplementedError):  # a file system without locks

@@ -33,7 +33,7 @@ FAR = 1.8  # times the size of the pretrained weights, or less than a part
 FEW = 32  # images: below, the rate is not usually lowered any more
 
 
-SMALL = 64  # pixels: below this there are architectures of our own
+SMALL_IMAGES = 64  # pixels: below this there are architectures of our own
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _size(config: RunConfig, run: Circumstances) -> str | None:
 def _reduction(config: RunConfig, run: Circumstances) -> str | None:
     """Stems made for 224 pixels leave nothing of small images."""
     size, end = config.model.img_size, total_reduction(run.model)
-    if size is None or end is None or size > SMALL or size // end[0] > (2 if end[1] else 1):
+    if size is None or end is None or size > SMALL_IMAGES or size // end[0] > (2 if end[1] else 1):
         return None
     grid = max(1, size // end[0])
     return (f"model: images of {size} px end as {grid}x{grid} in {config.model.model}, which divides them by {end[0]}: it is "

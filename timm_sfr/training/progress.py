@@ -19,7 +19,7 @@ from tqdm import tqdm
 from timm_sfr.runs.records import log_line
 from timm_sfr.utils.console import clock, fields, logger
 
-Batch = TypeVar("Batch")
+Item = TypeVar("Item")
 LINE_EVERY = 30.0  # seconds between the lines of an epoch where there are no bars
 VALIDATION = 1 / 3  # what a batch of validation counts for: a step goes forward once and backward for twice as much
 NARROW = 64  # columns: below, the text alone
@@ -90,7 +90,7 @@ class Progress:
             self._line(f"batch {self.step}/{self.steps} | {self._epoch_text()}", loss=self.mean_loss, batch=self.step,
                         batches=self.steps, images_per_second=self.rate)  # fmt: skip
 
-    def validating(self, loader: Iterable[Batch]) -> Iterator[Batch]:
+    def validating(self, loader: Iterable[Item]) -> Iterator[Item]:
         """The batches of a validation, counted as they are asked for."""
         if self.bars and self.val_steps > 0:
             self._new_bar(f"validation {self.epoch + 1}/{self.epochs}", self.val_steps, 0)
@@ -159,7 +159,7 @@ class Progress:
         logger.info(f"epoch {self.epoch + 1}/{self.epochs}: {text}; {clock(left)} left of the run", extra=what)
 
 
-def watched(loader: Iterable[Batch]) -> Iterator[Batch]:
+def watched(loader: Iterable[Item]) -> Iterator[Item]:
     """The batches of a loader, with a bar where there is a terminal."""
     main = os.environ.get("RANK", "0") == "0"
     yield from tqdm(loader, "validation", length_of(loader) or None, leave=False, disable=None if main else True)

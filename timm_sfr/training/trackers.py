@@ -22,7 +22,7 @@ from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError, brief
 from timm_sfr.utils.files import write_json
 
-PROJECT, STATE = "timm_sfr", "trackers.json"
+PROJECT, STATE_FILE = "timm_sfr", "trackers.json"
 SECRET = re.compile(
     r"token|secret|passw|authorization|signature|credential|[?&]sig=|(api|access|private).?key", re.IGNORECASE
 )
@@ -138,10 +138,10 @@ class Trackers:
         if not self.asked:
             return
         try:
-            write_json(self.run / STATE, self.state)
+            write_json(self.run / STATE_FILE, self.state)
         except OSError as error:
             logger.warning(
-                f"warning: {STATE} cannot be written: {brief(error)}; resumed, the run may begin new tracker runs"
+                f"warning: {STATE_FILE} cannot be written: {brief(error)}; resumed, the run may begin new tracker runs"
             )
 
     def finish(self) -> None:
@@ -173,7 +173,7 @@ class Trackers:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            found = json.loads((self.run / STATE).read_text())
+            found = json.loads((self.run / STATE_FILE).read_text())
             return {name: {"id": str(one["id"]), "logged": int(one["logged"])} for name, one in found.items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}

@@ -30,7 +30,7 @@ Result = TypeVar("Result")
 # 412: somebody else's commit came between ours and what it was made on.
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4)  # seconds before each further try
-PATIENCE = 10  # seconds after which no further try begins: huggingface_hub has tried for up to 23 by itself
+RETRY_SECONDS = 10  # seconds after which no further try begins: huggingface_hub has tried for up to 23 by itself
 XET = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "5s"}
 HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
 
@@ -84,7 +84,7 @@ def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
             return action()
         except Exception as error:
             wait = next(waits, None)
-            if wait is None or not transient(error) or time.monotonic() - started > PATIENCE:
+            if wait is None or not transient(error) or time.monotonic() - started > RETRY_SECONDS:
                 raise
             say(f"the Hub: {reason(error)}; trying again in {wait} s")
         time.sleep(wait)
