@@ -20,11 +20,11 @@ class SFRConfig(Checked):
     prefix: ClassVar[str] = "sfr_"
 
     enabled: bool = option(True, "Self-Feature Regularization (--no-sfr: plain training)", name="sfr")
-    weight: float = option(1.0, "lambda, the weight of the feature loss; 0 leaves only the smoothing")
+    weight: float = option(1.0, "lambda, the weight of the feature loss; 0 leaves only the smoothing", low=0)
     warmup_epochs: int | None = option(
-        None, "epochs over which lambda rises (default: a fifth of the epochs, at most 5)"
+        None, "epochs over which lambda rises (default: a fifth of the epochs, at most 5)", low=0
     )
-    decay_epochs: int = option(0, "last epochs over which lambda falls towards 0")
+    decay_epochs: int = option(0, "last epochs over which lambda falls towards 0", low=0)
     taps: tuple[str, ...] | None = option(
         None,
         "features to tap, shallow ones first and the deep one last, by index, module name or stageK (default: chosen from "
@@ -44,9 +44,12 @@ class SFRConfig(Checked):
         "on CUDA",
         choices=SOLVERS,
     )
-    max_nodes: int = option(16, "most locations a tap may have before it is average-pooled")
+    max_nodes: int = option(16, "most locations a tap may have before it is average-pooled", low=4)
     smoothing: float | None = option(
-        None, "label smoothing, a constant epsilon (default: SFR finds its own; 0.1 with --no-sfr)", name="smoothing"
+        None,
+        "label smoothing, a constant epsilon (default: SFR finds its own; 0.1 with --no-sfr)",
+        name="smoothing",
+        low=0,
     )
     smoothing_source: str | None = option(
         None,
@@ -71,9 +74,7 @@ class SFRConfig(Checked):
         return 0.1 if self.smoothing is None else self.smoothing
 
     def check(self) -> None:
-        """Weights non-negative, smoothing in [0, 1), at least 4 nodes."""
-        self.at_least(0, "weight", "warmup_epochs", "decay_epochs", "smoothing")
-        self.at_least(4, "max_nodes")
+        """Checks that the smoothing is below 1, and that a schedule has an epsilon to move."""
         if self.smoothing is not None and self.smoothing >= 1:
             raise UserError(f"smoothing: expected a value in [0, 1); got {self.smoothing}")
         if self.enabled and self.smoothing is None and self.smoothing_schedule != "constant":

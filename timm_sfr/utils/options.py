@@ -11,14 +11,36 @@ from typing import Any, ClassVar
 from timm_sfr.utils.errors import UserError, near_matches
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] = (), name: str = "", short: str = "") -> Any:
-    """A documented option: its default, help text, allowed values, outside name if it differs, and short flag."""
-    return field(default=default, metadata={"help": text, "choices": choices, "name": name, "short": short})
+def option(
+    default: Any,
+    text: str,
+    *,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    name: str = "",
+    short: str = "",
+) -> Any:
+    """A documented option of a `Checked` dataclass.
+
+    Args:
+        default: The default value.
+        text: The help text.
+        choices: The allowed values, any if empty.
+        low: The lowest allowed number.
+        high: The highest allowed number.
+        name: The name outside of Python, where it is not the field's.
+        short: A short flag, such as ``-b``.
+    """
+    return field(
+        default=default,
+        metadata={"help": text, "choices": choices, "low": low, "high": high, "name": name, "short": short},
+    )
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Checks every field's type and choices; subclasses add their own bounds in `check`.
+    """A frozen dataclass that checks each option's type, choices and bounds; subclasses check more in `check`.
 
     `prefix` stands before the outside names of a section's options.
     """
@@ -28,34 +50,27 @@ class Checked:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for item in dataclasses.fields(self):
-            value = coerce(getattr(self, item.name), hints[item.name], outside_name(item, self.prefix))
+            name = outside_name(item, self.prefix)
+            value = coerce(getattr(self, item.name), hints[item.name], name)
             object.__setattr__(self, item.name, value)
-            choices = item.metadata.get("choices")
-            if choices and value is not None and value not in choices:
-                hint = near_matches(str(value), choices)
-                raise UserError(
-                    f"{outside_name(item, self.prefix)}: expected one of {', '.join(choices)}; got {value!r}{hint}"
-                )
+            if value is not None:
+                _check_value(value, name, **{key: item.metadata.get(key) for key in ("choices", "low", "high")})
         self.check()
 
     def check(self) -> None:
         """Raises UserError for values that fit no run."""
 
-    def at_least(self, low: float, *names: str) -> None:
-        """Raises UserError unless every named option is None or >= `low`."""
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if item.name in names and value is not None and value < low:
-                raise UserError(f"{outside_name(item, self.prefix)}: expected at least {low}; got {value}")
 
-    def within(self, low: float, high: float, *names: str) -> None:
-        """Raises UserError unless every named option is None or in [low, high]."""
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if item.name in names and value is not None and not low <= value <= high:
-                raise UserError(
-                    f"{outside_name(item, self.prefix)}: expected a value from {low} to {high}; got {value}"
-                )
+def _check_value(value: Any, name: str, choices: tuple[str, ...] | None, low: float | None, high: float | None) -> None:
+    """Raises UserError for a value that is not one of `choices`, or not from `low` to `high`."""
+    if choices and value not in choices:
+        raise UserError(
+            f"{name}: expected one of {', '.join(choices)}; got {value!r}{near_matches(str(value), choices)}"
+        )
+    # Asked this way round, NaN is out of bounds.
+    if (low is not None and not low <= value) or (high is not None and not value <= high):
+        bounds = f"at least {low}" if high is None else f"a value from {low} to {high}"
+        raise UserError(f"{name}: expected {bounds}; got {value}")
 
 
 def outside_name(item: dataclasses.Field, prefix: str = "") -> str:
