@@ -1,8 +1,13 @@
+import contextlib
 import csv
+import io
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import traceback
+import warnings
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share the cores
@@ -11,12 +16,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from hub_server import Hub
 from warm import HUB, SLOW, Warm, can_start
 
 import timm_sfr
+import train_sfr
 from benchmarks.faults import EVERYTHING
+from timm_sfr.cli.main import main as timm_sfr_main
 from timm_sfr.data.datasets import Digits
 from timm_sfr.method.channels import group_channels
 from timm_sfr.method.probe import forward_taps
@@ -34,12 +41,44 @@ WARM, WARM_WITH_HUB = Warm(SLOW, STARTED), Warm((*SLOW, *HUB), STARTED)
 
 
 def run(*words, timeout=600, **env):
-    """Runs a command as a user would; its exit status, and what it printed on standard output and error."""
+    """Runs a command as a user would: its exit status, and what it printed on standard output and error.
+
+    One of our own commands in an unchanged environment runs in this process; COLD=1 runs all in new ones.
+    """
     words, env = [str(word) for word in words], {**os.environ, **env}
+    if "COLD" not in os.environ and env == dict(os.environ) and words[0] == sys.executable:
+        if words[1:2] == TRAIN[1:2]:
+            return run_here(train_sfr.main, words[2:])
+        if words[1:3] == ["-m", "timm_sfr.cli.main"]:
+            return run_here(timm_sfr_main, words[3:])
     if "COLD" not in os.environ and can_start(words, env, STARTED):  # COLD=1: all in new processes
         same = all(env.get(name) == STARTED.get(name) for name in {*env, *STARTED} if name.startswith("HF_"))
         return (WARM_WITH_HUB if same else WARM).run(words[1:], env, ROOT, timeout)
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)
+
+
+def run_here(main, words):
+    """Runs a command in this process, from the repository's root, with streams of its own."""
+    out, err, place = io.StringIO(), io.StringIO(), os.getcwd()
+    logging.getLogger("timm_sfr").handlers.clear()  # the next handler takes the new standard output
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            warnings.resetwarnings()
+            warnings.simplefilter("ignore", DeprecationWarning)  # as Python does by default
+            try:
+                status = main(words)
+            except SystemExit as stop:
+                status = stop.code or 0
+            except Exception:
+                traceback.print_exc()
+                status = 1
+    finally:
+        os.chdir(place)
+        logging.getLogger("timm_sfr").handlers.clear()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session", autouse=True)
