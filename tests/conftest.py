@@ -126,8 +126,8 @@ def hub():
 
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory):
-    """A finished run on the digits: all defaults but four epochs."""
-    return finished_run(tmp_path_factory.mktemp("digits"), "--epochs", 4)
+    """A finished run on the digits: all defaults but four epochs, and one report."""
+    return finished_run(tmp_path_factory.mktemp("digits"), "--epochs", 4, "--report-interval", 4)
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def test_second_push_and_revisions(hub, finished, tmp_path):
     assert done.stdout == "True True\n", done.stderr
     # The same once more changes nothing, and makes no empty commit.
     done = push(finished, "user/two", hub, home)
-    assert done.returncode == 0 and len(repo.commits) == 3 and "there was nothing to send" in done.stdout
+    assert done.returncode == 0 and len(repo.commits) == 3 and "nothing was sent" in done.stdout
     # Another branch, made where it is missing.
     assert push(finished, "user/two", hub, home, "--revision", "v2").returncode == 0
     assert len(repo.commits) == 4 and b'"hf-hub:user/two@v2"' in repo.tree("v2")[1]["README.md"]
@@ -108,7 +108,7 @@ def test_what_belongs_to_other_weights_goes(hub, finished, tmp_path):
     done = push(finished, "team/x", hub, tmp_path / "home", "--hub-license", "mit")
     files = hub.repos["team/x"].commits[-1][2]
     assert done.returncode == 0 and set(files) == FILES | {"notes.txt"}, done.stderr
-    assert "deleting from team/x, as of other weights: pytorch_model.bin" in done.stdout
+    assert "deleting from team/x, because they belong to other weights: pytorch_model.bin" in done.stdout
     assert ModelCard(files["README.md"].decode()).data.license == "mit"
     assert json.loads(files["config.json"])["pretrained_cfg"]["license"] == "mit"
     assert yaml.safe_load(files["args.yaml"])["hub_license"] == "mit"

@@ -16,13 +16,14 @@ from conftest import ROOT, TRAIN, run
 
 import timm_sfr
 from timm_sfr.cli.main import main
+from timm_sfr.hub.push import CARD_PICTURES
 from timm_sfr.method.config import SFRConfig
 from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.taps import choose_taps
 from timm_sfr.reporting.curves import own_panels
 from timm_sfr.reporting.gallery import Gallery
 from timm_sfr.reporting.lessons import lessons
-from timm_sfr.reporting.page import score_pictures, write_report
+from timm_sfr.reporting.page import write_report
 from timm_sfr.runs.predictions import Judged, read_predictions, write_predictions
 from timm_sfr.runs.records import read_finished
 from timm_sfr.utils.errors import UserError
@@ -206,7 +207,7 @@ def test_damaged_predictions_are_left_out_and_the_page_says_so(finished, capsys)
         assert main(["report", str(finished)]) == 0
         page = Page((finished / "report.html").read_text())
         assert "Scores by class are left out" in "".join(page.text) and "confusion" not in page.ids
-        assert set(score_pictures(read_finished(finished))) == {"curves"}  # those of the card
+        assert [path.name for path in (finished / "pictures").iterdir()] == ["curves.png"]  # for the card
 
 
 @pytest.mark.parametrize(
@@ -321,8 +322,9 @@ def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):
     assert "error: html: cannot write" in capsys.readouterr().err
 
 
-def test_the_card_on_the_hub_has_pictures_of_figures_alone(reported):
-    assert set(score_pictures(read_finished(reported[0]))) == {"curves", "confusion", "reliability"}
+def test_the_pictures_for_the_card_are_of_figures_alone(reported):
+    names = {path.name for path in (reported[0] / "pictures").iterdir()}
+    assert names == {"curves.png", "confusion.png", "reliability.png"} == {Path(name).name for name in CARD_PICTURES}
 
 
 def test_the_templates_are_packaged():

@@ -7,6 +7,7 @@ import csv
 import json
 import shlex
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,9 +23,8 @@ from timm_sfr.config import HubConfig, check_branch, check_repo_id
 from timm_sfr.hub.card import Facts, card_head, imports, render
 from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS
-from timm_sfr.runs.records import read_finished
 from timm_sfr.utils.console import logger
-from timm_sfr.utils.errors import HubError, UserError, brief
+from timm_sfr.utils.errors import HubError, UserError
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.hub_client import bounded_xet, check_token, hub_errors, retried, transient
 from timm_sfr.version import __version__
@@ -72,56 +72,76 @@ def push_to_hub(
     token, source = check_token(token), _at(repo_id, revision)
     with TemporaryDirectory(prefix="timm_sfr-push-") as place:
         if isinstance(run_or_model, (str, Path)):
-            files, again = (
-                run_files(Path(run_or_model), source, Path(place), license),
-                _command(run_or_model, repo_id, private, revision, commit_message, license),
-            )
+            files = run_files(Path(run_or_model), source, Path(place), license)
+            again = _command(run_or_model, repo_id, private, revision, commit_message, license)
         else:
             files, again = model_files(run_or_model, source, Path(place), license), "call push_to_hub again"
-        message = commit_message or f"Publish with timm_sfr {__version__}"
         api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
-
-        def make() -> None:
-            # False would make it public where an organisation's are private.
-            api.create_repo(repo_id, private=private or None, exist_ok=True)
-            if private:
-                refuse_public(api, repo_id)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-
-        def additions() -> list[CommitOperationAdd]:
-            # Made anew for every try: huggingface_hub notes in them what it has done, and sends no file twice anyhow.
-            return [CommitOperationAdd(name, path) for name, path in sorted(files.items())]
-
-        def upload() -> None:
-            api.preupload_lfs_files(repo_id, additions(), revision=revision)
-
-        def commit() -> str:
-            # Looked up for every try: one whose answer was lost may have been carried out.
-            before = api.model_info(repo_id, revision=revision)
-            stale = sorted(
-                {*RUN_FILES, *PICKLES, *CARD_PICTURES} & {file.rfilename for file in before.siblings or []} - {*files}
-            )
-            if stale:
-                logger.info(f"deleting from {source}, as of other weights: {', '.join(stale)}")
-            done = api.create_commit(
-                repo_id,
-                [*additions(), *(CommitOperationDelete(name) for name in stale)],
-                commit_message=message,
-                commit_description=f"Deleted, as of other weights: {', '.join(stale)}" if stale else None,
-                revision=revision,
-            )
-            if done.oid == before.sha:
-                logger.info(f"{source} has these very files: there was nothing to send")
-            return str(done.commit_url)
-
+        upload = _Upload(api, repo_id, revision, files, commit_message or f"Publish with timm_sfr {__version__}")
         with hub_errors(f"push-to-hub: {repo_id} is not published", again, token):
-            # Before the repository is made: a refused push should leave none behind.
+            # The card is checked before the repository is created: a refused push should leave none behind.
             retried(lambda: validate_card(files[CARD].read_text(encoding="utf-8")), logger.warning)
-            retried(make, logger.warning)
+            retried(lambda: upload.create_repository(private), logger.warning)
             with bounded_xet():
-                retried(upload, logger.warning)  # apart, so that a long upload leaves the commit its own tries
-            return retried(commit, logger.warning)
+                # The upload is separate from the commit, so that a long upload leaves the commit its own retries.
+                retried(upload.send_files, logger.warning)
+            return retried(upload.commit, logger.warning)
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """One push, step by step; each step may be repeated after a failure.
+
+    Attributes:
+        api: huggingface_hub's.
+        repo_id: ``USER/NAME``.
+        revision: The branch, None for ``main``.
+        files: Path of each file by its name in the repository.
+        message: The commit's title.
+    """
+
+    api: HfApi
+    repo_id: str
+    revision: str | None
+    files: dict[str, Path]
+    message: str
+
+    def create_repository(self, private: bool) -> None:
+        """Creates the repository and the branch where they are missing; raises ValueError if it is public against the wish."""
+        # With False, an organisation whose repositories are private by default would get a public one.
+        self.api.create_repo(self.repo_id, private=private or None, exist_ok=True)
+        if private:
+            refuse_public(self.api, self.repo_id)
+        if self.revision is not None:
+            self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+
+    def send_files(self) -> None:
+        """Uploads the large files."""
+        self.api.preupload_lfs_files(self.repo_id, self._additions(), revision=self.revision)
+
+    def commit(self) -> str:
+        """Commits all files and deletes those of other weights; returns the commit's address."""
+        # Asked again for every try, because a commit whose answer was lost may have been made.
+        before = self.api.model_info(self.repo_id, revision=self.revision)
+        present = {file.rfilename for file in before.siblings or []}
+        stale = sorted({*RUN_FILES, *PICKLES, *CARD_PICTURES} & present - {*self.files})
+        source, listed = _at(self.repo_id, self.revision), ", ".join(stale)
+        if stale:
+            logger.info(f"deleting from {source}, because they belong to other weights: {listed}")
+        done = self.api.create_commit(
+            self.repo_id,
+            [*self._additions(), *(CommitOperationDelete(name) for name in stale)],
+            commit_message=self.message,
+            commit_description=f"Deleted, because they belong to other weights: {listed}" if stale else None,
+            revision=self.revision,
+        )
+        if done.oid == before.sha:
+            logger.info(f"{source} already has these files: nothing was sent")
+        return str(done.commit_url)
+
+    def _additions(self) -> list[CommitOperationAdd]:
+        # New objects for every try: huggingface_hub notes in them what it has done. It sends no file twice anyway.
+        return [CommitOperationAdd(name, path) for name, path in sorted(self.files.items())]
 
 
 def run_files(run: Path, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
@@ -159,32 +179,19 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     with _whole(run, "summary.csv"), needed["summary.csv"].open(newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
     with _whole(run, f"{CONFIG}, metrics.json or summary.csv"):
-        drawn = _pictures(run)
-        card = render(config, Facts(metrics, options, rows, source, tuple(drawn)))
+        # Figures only: the images of the data may not be ours to publish.
+        pictures = {name: run / name for name in CARD_PICTURES if (run / name).is_file()}
+        card = render(config, Facts(metrics, options, rows, source, tuple(pictures)))
     done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
     if done < asked:
         raise UserError(
             f"run: {str(run)!r} stopped after {done} of {asked} epochs; go on with --resume {run}, then publish it"
         )
-    files = needed | {name: place / name for name in (CARD, CONFIG, "args.yaml")}
-    for name, picture in drawn.items():
-        files[name] = place / PurePath(name).name
-        files[name].write_bytes(picture)
+    files = needed | pictures | {name: place / name for name in (CARD, CONFIG, "args.yaml")}
     files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
     return files
-
-
-def _pictures(run: Path) -> dict[str, bytes]:
-    """The card's pictures, by file name: of figures alone, since the images of the data may not be ours to publish."""
-    try:
-        from timm_sfr.reporting.page import score_pictures  # only here: matplotlib takes a while
-
-        return {f"pictures/{name}.png": picture for name, picture in score_pictures(read_finished(run)).items()}
-    except Exception as error:  # a picture is not worth a publication
-        logger.warning(f"warning: the card gets no pictures: {brief(error)}")
-        return {}
 
 
 @contextlib.contextmanager

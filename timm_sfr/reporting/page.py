@@ -68,11 +68,6 @@ def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: 
     return path / PAGE
 
 
-def score_pictures(run: Run) -> dict[str, bytes]:
-    """What a model card shows of a run, as PNG files by name: ``curves``, ``confusion``, ``reliability``."""
-    return {name: figures.png(figure) for name, figure in _drawn(run, _predictions(run, [])).items()}
-
-
 def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) -> None:
     """Writes a page with the curves of several runs over each other, (label, run), and the comparison's `lines` of text.
 
