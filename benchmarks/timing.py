@@ -103,7 +103,7 @@ def measure(
                 trainer.train_epoch(epoch)
         turns = {method: partial(seconds, trainer) for method, trainer in trainers.items()}
         times, around, base = in_turns(turns.pop("ce"), turns, rounds, name)
-        facts = trainers["ce"].facts
+        facts = trainers["ce"].recorder.facts
     rate = batches * PRESETS[preset][name].batch / median(base)
     return [
         {

@@ -14,7 +14,7 @@ from torchvision import transforms
 from timm_sfr.data import batch_transform, samples
 from timm_sfr.data.batch_transform import BatchTransform
 from timm_sfr.data.cache import Cached
-from timm_sfr.data.samples import _batched
+from timm_sfr.data.samples import _batch_transform
 from timm_sfr.utils.seeding import seed_cpu
 
 
@@ -99,13 +99,13 @@ def cache_of(images):
 
 def test_a_cache_is_batched_where_it_shows_the_same_bits(monkeypatch):
     images, state = list(pictures()), torch.get_rng_state()
-    assert _batched(made(), cache_of(images)) is not None
+    assert _batch_transform(made(), cache_of(images)) is not None
     assert torch.equal(state, torch.get_rng_state())
-    assert _batched(made(), cache_of([Image.fromarray(image).convert("L") for image in images])) is None
+    assert _batch_transform(made(), cache_of([Image.fromarray(image).convert("L") for image in images])) is None
     brightness, contrast, saturation = batch_transform._CHANGES
     monkeypatch.setattr(batch_transform, "_CHANGES", (brightness, saturation, contrast))
-    assert _batched(made(), cache_of(images)) is None, "a library that has come to differ"
-    assert _batched(made(color_jitter=None), cache_of(images)) is not None
+    assert _batch_transform(made(), cache_of(images)) is None, "a library that has come to differ"
+    assert _batch_transform(made(color_jitter=None), cache_of(images)) is not None
 
 
 def test_samples_are_those_of_the_images_one_by_one():

@@ -66,7 +66,7 @@ def test_bad_values_are_refused(values, message):
         ("--epochs x", "invalid int value: 'x'"),
         ("--model-kwargs a", "expected KEY=VALUE; got 'a'"),
         ("--config /does/not/exist.yaml", "cannot read '/does/not/exist.yaml'"),
-        ("--resume /does/not/exist", "is no run"),
+        ("--resume /does/not/exist", "is not a run"),
     ],
 )
 def test_bad_command_lines_are_refused(words, message):

@@ -67,7 +67,7 @@ def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path):
         file.write_bytes(whole)
     for path in checkpoints(tmp_path):
         (path / "state.pt").unlink()
-    with pytest.raises(UserError, match=r"no whole checkpoint in .* \(2 damaged\)"):
+    with pytest.raises(UserError, match=r"no intact checkpoint in .* \(2 damaged\)"):
         load_newest(tmp_path, said.append)
 
 

@@ -51,24 +51,24 @@ def lines_on(model="resnet20_cifar", **options):
     "options,expected",
     [
         ({}, None),
-        ({"opt": "adamw", "lr": 0.1}, r"lr: 0.1 is far above what adamw usually takes at 128 images an update, about 0.0007; .*"
-                                      r"may well diverge; give --lr 0.0007"),
-        ({"opt": "adamw"}, "is far above what adamw"),  # timm's default rate is SGD's
+        ({"opt": "adamw", "lr": 0.1}, r"lr: 0.1 is far above the usual rate of adamw at 128 images per update, about 0.0007; .*"
+                                      r"may well diverge; use --lr 0.0007"),
+        ({"opt": "adamw"}, "is far above the usual rate of adamw"),  # timm's default rate is SGD's
         ({"opt": "adamw", "lr": 1e-5}, None),  # fine-tuning
-        ({"lr": 1e-5}, "lr: 1e-05 is far below what sgd usually takes at 128 images an update, about 0.05"),
+        ({"lr": 1e-5}, "lr: 1e-05 is far below the usual rate of sgd at 128 images per update, about 0.05"),
         ({"lr": 1e-3}, None),
         ({"lr": 50.0}, "far above"),
         ({"lr": 1.0, "momentum": 0.0}, None),
         ({"opt": "adadelta", "lr": 1.0}, None),
         ({"lr": 0.1, "batch_size": 8}, None),
-        ({"warmup_epochs": 5, "epochs": 5}, "warmup-epochs: 5 of 5 epochs: the learning rate never gets to 0.1"),
+        ({"warmup_epochs": 5, "epochs": 5}, "warmup-epochs: 5 of 5 epochs: the learning rate never reaches 0.1"),
         ({"warmup_epochs": 5, "epochs": 5, "warmup_prefix": True, "sfr": False}, None),
-        ({"sfr_warmup_epochs": 9, "epochs": 5}, "sfr-warmup-epochs: 9 of 5 epochs: lambda never gets to 1"),
+        ({"sfr_warmup_epochs": 9, "epochs": 5}, "sfr-warmup-epochs: 9 of 5 epochs: lambda never reaches 1"),
         ({"crop_pct": 0.0}, "crop-pct: expected a share above 0"),
         ({"layer_decay": 1.2}, "layer-decay: expected above 0 and up to 1"),
         ({"layer_decay": 0.75}, None),
         ({"workers": 5}, "workers: 5 loading processes for 4 cores; --workers 4 is enough"),
-        ({"sfr_solver": "triton", "sfr_matching": "emd"}, "sfr-solver: triton runs on CUDA alone"),
+        ({"sfr_solver": "triton", "sfr_matching": "emd"}, "sfr-solver: triton runs on CUDA only"),
         ({"sfr_solver": "exact"}, "sfr-solver: exact solves the plans of --sfr-matching emd; with divergence it has no effect"),
         ({"sfr_solver": "exact", "sfr_matching": "emd"}, None),
         ({"images": 100}, "batch-size: an update would take 128 images and the training split has 100"),

@@ -109,7 +109,7 @@ def test_any_damage_to_a_checkpoint_is_found(folder, file, place, cut, new):
             return
         with pytest.raises(Damaged):
             load_checkpoint(path)
-        with pytest.raises(UserError, match="no whole checkpoint"):
+        with pytest.raises(UserError, match="no intact checkpoint"):
             load_newest(path.parent, lambda line: None)
     finally:
         (path / file).write_bytes(whole[file])

@@ -59,9 +59,9 @@ def test_torchrun_on_the_cpu_trains_with_two_processes(tmp_path):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["last"]["images"] == 360 and "2 processes" in metrics["hardware"]
     # What is kept of every image is in the order of the split, whatever process saw it.
-    judged, digits = read_predictions(tmp_path / "run" / "predictions.csv"), Digits(train=False, mode="RGB")
-    assert judged.target.tolist() == digits.labels.tolist()
-    assert 100 * judged.hits.mean() == pytest.approx(metrics["best"]["val_top1"])
+    predictions, digits = read_predictions(tmp_path / "run" / "predictions.csv"), Digits(train=False, mode="RGB")
+    assert predictions.target.tolist() == digits.labels.tolist()
+    assert 100 * predictions.hits.mean() == pytest.approx(metrics["best"]["val_top1"])
     assert (tmp_path / "run" / "report.html").is_file()
 
 

@@ -99,7 +99,7 @@ def test_a_card_that_the_hub_refuses(hub, finished, tmp_path):
     done = push(finished, "user/x", hub, tmp_path / "home", "--hub-license", "apace-2.0")
     said = """the Hub refuses the card: "license" must be one of [apache-2.0, """
     assert done.returncode == 3 and said in done.stderr and not hub.repos, done.stderr
-    assert f"once that is put right: timm-sfr push {finished} user/x --hub-license" in done.stderr
+    assert f"once that is fixed: timm-sfr push {finished} user/x --hub-license" in done.stderr
 
 
 def test_what_belongs_to_other_weights_goes(hub, finished, tmp_path):
@@ -127,7 +127,7 @@ def test_a_public_repository_stays_closed_to_private_weights(hub, finished, tmp_
     hub.add("user/open", {"notes.txt": b"kept"})
     done = push(finished, "user/open", hub, tmp_path / "home", "--private", "--revision", "v2")
     assert (
-        done.returncode == 3 and "it is there and public" in done.stderr and "once that is put right" in done.stderr
+        done.returncode == 3 and "it is there and public" in done.stderr and "once that is fixed" in done.stderr
     ), done.stderr
     repo = hub.repos["user/open"]
     assert len(repo.commits) == 1 and not hub.objects and list(repo.branches) == ["main"]

@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 import time
 
 import pytest
 import timm
 from conftest import TRAIN, run
 from hub_server import READ, WRITE
-from hub_tools import FILES, PICTURES, STARTING, contents, push, python
+from hub_tools import FILES, PICTURES, PUSH, STARTING, contents, push, python
 
 
 def fails(kind, *answers, forever=True):
@@ -98,8 +97,8 @@ def test_a_push_after_training_that_fails(hub, tmp_path):
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert timm.create_model(f"local-dir:{tmp_path}/run/model", pretrained=True).num_classes == 10
     hub.faults.clear()
-    command = re.search(r"to try again: python (.+)$", error)[1].split()
-    again = run(sys.executable, *command, **env)
+    command = re.search(r"to try again: timm-sfr push (.+)$", error)[1].split()
+    again = run(*PUSH, *command, **env)
     assert again.returncode == 0 and hub.repos["user/x"].commits[-1][2]["model.safetensors"], again.stderr
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or WRITE.encode() not in path.read_bytes(), path

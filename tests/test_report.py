@@ -22,9 +22,9 @@ from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.taps import choose_taps
 from timm_sfr.reporting.curves import own_panels
 from timm_sfr.reporting.gallery import Gallery
-from timm_sfr.reporting.lessons import lessons
+from timm_sfr.reporting.lessons import tap_matches
 from timm_sfr.reporting.page import write_report
-from timm_sfr.runs.predictions import Judged, read_predictions, write_predictions
+from timm_sfr.runs.predictions import PredictionTable, read_predictions, write_predictions
 from timm_sfr.runs.records import read_finished
 from timm_sfr.utils.errors import UserError
 
@@ -72,32 +72,32 @@ def reported(digits_run, tmp_path_factory):
 
 def test_predictions_say_what_the_metrics_say(reported):
     place, _ = reported
-    judged = read_predictions(place / "predictions.csv")
+    predictions = read_predictions(place / "predictions.csv")
     best = json.loads((place / "metrics.json").read_text())["best"]
-    assert len(judged.files) == best["images"]
-    assert 100 * judged.hits.mean() == pytest.approx(best["val_top1"], abs=1e-9)
-    counts, share = judged.confusion(10)
-    assert share == 1 and counts.sum() == best["images"] and counts.trace() == judged.hits.sum()
-    count, confidence, accuracy = judged.calibration(15)
+    assert len(predictions.files) == best["images"]
+    assert 100 * predictions.hits.mean() == pytest.approx(best["val_top1"], abs=1e-9)
+    counts, share = predictions.confusion(10)
+    assert share == 1 and counts.sum() == best["images"] and counts.trace() == predictions.hits.sum()
+    count, confidence, accuracy = predictions.calibration(15)
     gap = np.nansum(count * np.abs(accuracy - confidence)) / count.sum()
     assert gap == pytest.approx(best["ece"], abs=1e-6)
-    wrong = judged.mistakes(5)
-    assert all(judged.target[i] != judged.prediction[i] for i in wrong)
-    sure = judged.confidence[wrong]
-    assert (np.diff(sure) <= 0).all() and sure[0] == judged.confidence[~judged.hits].max()
+    wrong = predictions.mistakes(5)
+    assert all(predictions.target[i] != predictions.prediction[i] for i in wrong)
+    sure = predictions.confidence[wrong]
+    assert (np.diff(sure) <= 0).all() and sure[0] == predictions.confidence[~predictions.hits].max()
 
 
 def test_predictions_are_of_the_exported_model(reported):
     place, _ = reported
-    judged = read_predictions(place / "predictions.csv")
+    predictions = read_predictions(place / "predictions.csv")
     model = timm.create_model(f"local-dir:{place / 'model'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-    digits = timm_sfr.data.Digits(train=False, mode="RGB")
+    digits = timm_sfr.data.datasets.Digits(train=False, mode="RGB")
     with torch.inference_mode():
         best = model(torch.stack([transform(digits[i][0]) for i in range(40)])).softmax(1).max(1)
-    assert best.indices.tolist() == judged.prediction[:40].tolist()
-    np.testing.assert_allclose(best.values.numpy(), judged.confidence[:40], atol=1e-5)
-    assert judged.target[:40].tolist() == [digits[i][1] for i in range(40)]
+    assert best.indices.tolist() == predictions.prediction[:40].tolist()
+    np.testing.assert_allclose(best.values.numpy(), predictions.confidence[:40], atol=1e-5)
+    assert predictions.target[:40].tolist() == [digits[i][1] for i in range(40)]
 
 
 def test_the_page_stands_alone_and_is_whole(reported):
@@ -130,12 +130,12 @@ def test_curves_are_the_summary(reported):
 
 @pytest.mark.parametrize("channels", ["groups", "transport"])
 @pytest.mark.parametrize("matching", ["divergence", "emd", "grid", "gaussian"])
-def test_lessons_are_what_the_loss_computes(matching, channels):
-    """Their mean distance is the feature loss of the same batch, their marginals are uniform, every channel is taught."""
+def test_tap_matches_are_what_the_loss_computes(matching, channels):
+    """The mean distance is the feature loss of the same batch, plans have uniform marginals, every channel is taught."""
     config = SFRConfig(matching=matching, channels=channels, max_nodes=16)
     model = timm.create_model("resnet20_cifar", num_classes=10).eval()
     plan, images = choose_taps(model), torch.randn(4, 3, 32, 32)
-    found = lessons(model, plan, config, images)
+    found = tap_matches(model, plan, config, images)
     task = timm_sfr.SFRTask(model, config, verbose=False)
     with torch.no_grad():
         _, nodes = task.trainable_module.eval()(images)
@@ -159,7 +159,7 @@ def test_projection_is_pictured_by_its_maps():
     model = timm.create_model("resnet20_cifar", num_classes=10)
     task = timm_sfr.SFRTask(model, config, verbose=False)
     maps = task.trainable_module.projection
-    found = lessons(model.eval(), task.plan, config, torch.randn(2, 3, 32, 32), maps)
+    found = tap_matches(model.eval(), task.plan, config, torch.randn(2, 3, 32, 32), maps)
     expected = maps.maps[0].weight.detach().abs().T
     torch.testing.assert_close(found[0].channels, expected / expected.sum(1, keepdim=True))
 
@@ -170,15 +170,15 @@ def test_a_page_takes_any_names(tmp_path, finished):
     config = json.loads((finished / "model" / "config.json").read_text())
     config["label_names"] = names
     (finished / "model" / "config.json").write_text(json.dumps(config))
-    judged = read_predictions(finished / "predictions.csv")
-    rows = np.stack([judged.target, judged.prediction, judged.confidence], 1)
+    predictions = read_predictions(finished / "predictions.csv")
+    rows = np.stack([predictions.target, predictions.prediction, predictions.confidence], 1)
     text = write_report(finished).read_text()
     assert "<script>alert" not in text and text.count("<script>") == 1
     words = "".join(Page(text).text)
     assert all(name in words for name in names)
     write_predictions(finished / "predictions.csv", rows, lambda index: f"</script>,\n'{index}")
     text = write_report(finished).read_text()
-    assert "the data are not those of" in "".join(Page(text).text)
+    assert "the data do not match" in "".join(Page(text).text)
     assert read_predictions(finished / "predictions.csv").files[3] == "</script>,\n'3"
 
 
@@ -239,7 +239,7 @@ def test_data_that_have_changed_are_not_shown(folder, tmp_path):
     next((data / "val" / "class0").iterdir()).rename(data / "val" / "class0" / "zzz.png")
     assert main(["report", str(tmp_path / "run")]) == 0
     page = Page((tmp_path / "run" / "report.html").read_text())
-    assert "the data are not those of predictions.csv" in "".join(page.text) and "mistakes" not in page.ids
+    assert "the data do not match predictions.csv" in "".join(page.text) and "mistakes" not in page.ids
     shutil.rmtree(data / "val" / "class2")
     assert main(["report", str(tmp_path / "run")]) == 0
 
@@ -264,9 +264,9 @@ def test_the_report_is_written_while_it_trains_and_changes_no_bit(folder, tmp_pa
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert weights[0] == weights[1] and not (tmp_path / "without" / "report.html").exists()
     text = (tmp_path / "with" / "report.html").read_text()
-    assert "loads itself anew" not in text and "class1" in text and "sfr" in Page(text).ids
-    judged = read_predictions(tmp_path / "with" / "predictions.csv")
-    assert all(name.startswith(str(folder / "val" / "class")) for name in judged.files)
+    assert "reloads itself" not in text and "class1" in text and "sfr" in Page(text).ids
+    predictions = read_predictions(tmp_path / "with" / "predictions.csv")
+    assert all(name.startswith(str(folder / "val" / "class")) for name in predictions.files)
 
 
 def test_a_report_that_fails_stops_no_training(folder, tmp_path):
@@ -284,16 +284,16 @@ def test_a_report_that_fails_stops_no_training(folder, tmp_path):
 def test_many_classes_and_an_empty_one():
     """More classes than pixels are counted together, so that none is lost; a class without images divides by nothing."""
     target = np.arange(1, 10_000)
-    judged = Judged([""] * len(target), target, target, np.full(len(target), 0.9, np.float32))
-    counts, share = judged.confusion(10_000)
+    predictions = PredictionTable([""] * len(target), target, target, np.full(len(target), 0.9, np.float32))
+    counts, share = predictions.confusion(10_000)
     assert counts.shape == (200, 200) and share == 50
     assert counts.diagonal().tolist() == [49] + [50] * 199 and counts.sum() == len(target)
-    images, hits = judged.by_class(10_000)
-    assert images[0] == hits[0] == 0 and images.sum() == hits.sum() == len(target) and judged.wrong() == []
+    images, hits = predictions.by_class(10_000)
+    assert images[0] == hits[0] == 0 and images.sum() == hits.sum() == len(target) and predictions.wrong() == []
     rng = np.random.default_rng(0)
     target, prediction = rng.integers(0, 30, 5000), rng.integers(0, 30, 5000)
-    judged = Judged([""] * 5000, target, prediction, rng.random(5000, dtype=np.float32))
-    dense, wrong = judged.confusion(30)[0], judged.wrong()
+    predictions = PredictionTable([""] * 5000, target, prediction, rng.random(5000, dtype=np.float32))
+    dense, wrong = predictions.confusion(30)[0], predictions.wrong()
     assert {(i, j): n for i, j, n in wrong} == {(i, j): n for (i, j), n in np.ndenumerate(dense) if i != j and n}
     assert [n for _, _, n in wrong] == sorted((n for _, _, n in wrong), reverse=True)
 
@@ -303,11 +303,11 @@ def test_samples_are_spread_over_the_classes(digits_run):
     config = timm_sfr.config.RunConfig.from_flat(finished.options)
     model = timm_sfr.create_model(str(digits_run[0]))
     gallery = Gallery(config, timm_sfr.data.transforms.preprocessing(config.model, model))
-    judged = read_predictions(digits_run[0] / "predictions.csv")
-    samples = gallery.spread(judged.target, 16)
+    predictions = read_predictions(digits_run[0] / "predictions.csv")
+    samples = gallery.spread(predictions.target, 16)
     assert [one.target for one in samples] == [*range(10), *range(6)]
-    assert [one.target for one in gallery.spread(judged.target, 4)] == [0, 2, 4, 6]
-    assert all(one.target == judged.target[one.index] for one in samples)
+    assert [one.target for one in gallery.spread(predictions.target, 4)] == [0, 2, 4, 6]
+    assert all(one.target == predictions.target[one.index] for one in samples)
 
 
 def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):

@@ -84,7 +84,7 @@ def test_taps_by_index_and_name():
     assert choose_taps(model, taps=["layer2", -1]).indices == [2, 4]
     assert choose_taps(model, taps=[1, "3"]).indices == [1, 3]
     for taps, message in (
-        ([3, 1], "and then a deeper one"),
+        ([3, 1], "then a deeper one"),
         (["layr2", 4], "did you mean 'layer2'"),
         ([4], "and then"),
     ):

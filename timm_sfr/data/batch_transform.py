@@ -1,7 +1,7 @@
-"""timm's training transform on a batch of small images at once: the same numbers drawn, the same bits, in less time.
+"""Runs timm's training transform on a whole batch of small images: same random numbers, bit-identical output, less time.
 
-Most of what a 32-pixel image costs there is the way into a PIL image and out of it at every step. Here Pillow resizes, and
-all else is arithmetic on the batch.
+For a 32-pixel image, timm spends most of the time on converting to and from PIL at every step. Here Pillow only resizes;
+everything else is array arithmetic on the batch.
 
 Shape suffixes: B batch, C = 3 channels, H x W pixels.
 """
@@ -23,31 +23,31 @@ from torch import Tensor
 from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomVerticalFlip
 
 _FILTERS = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
-_LARGEST = 128 * 128  # pixels of a transformed image; from about there on Pillow's own operations are as fast
+_LARGEST = 128 * 128  # pixels of a transformed image; for larger images Pillow's own operations are about as fast
 _STEPS = (RandomResizedCropAndInterpolation, RandomHorizontalFlip, RandomVerticalFlip, ColorJitter, MaybePILToTensor)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What timm's transform draws for one image.
+    """The random parameters that timm's transform draws for one image.
 
     Attributes:
         crop: Top, left, height, width.
-        resample: Pillow's filter.
-        mirrored: From left to right.
-        upended: From top to bottom.
-        colours: (place in the order, operation, factor) of each change of colours; operations are indices of `_CHANGES`.
+        resample: Pillow's resampling filter.
+        hflip: Whether to flip left to right.
+        vflip: Whether to flip top to bottom.
+        colours: (position in the order, operation, factor) of each colour change; operations are indices into `_CHANGES`.
     """
 
     crop: tuple[int, int, int, int]
     resample: int
-    mirrored: bool
-    upended: bool
+    hflip: bool
+    vflip: bool
     colours: tuple[tuple[int, int, float], ...]
 
 
 class BatchTransform:
-    """A random resized crop, flips and a colour jitter without hue, as timm composes them (`of`)."""
+    """A random resized crop, flips and colour jitter without hue, in timm's order; `of` makes it from a timm transform."""
 
     def __init__(self, steps: dict[type, Any]) -> None:
         self.crop = steps[RandomResizedCropAndInterpolation]
@@ -56,7 +56,7 @@ class BatchTransform:
 
     @classmethod
     def of(cls, transform: Callable) -> BatchTransform | None:
-        """The same as `transform`; None if that has other steps than these, in another order, or gives larger images."""
+        """Returns the batch version of `transform`; None if its steps, their order, or its image size are not supported."""
         if type(transform) is not Compose:
             return None
         steps = {type(step): step for step in transform.transforms}
@@ -69,8 +69,11 @@ class BatchTransform:
         known = hue is None and filters <= set(_FILTERS)
         return made if known and math.prod(made.crop.size) <= _LARGEST else None
 
-    def agrees(self, transform: Callable, images: Sequence[np.ndarray], seed: Callable[[int], None]) -> bool:
-        """Whether `transform` gives the same bits of these images (H, W, C), each after a call of `seed` with its number."""
+    def matches(self, transform: Callable, images: Sequence[np.ndarray], seed: Callable[[int], None]) -> bool:
+        """Returns whether the output is bit-identical to that of `transform` on `images` (H, W, C).
+
+        `seed` is called with the image's number before each of both transforms.
+        """
         draws, expected = [], []
         for number, image in enumerate(images):
             seed(number)
@@ -80,16 +83,16 @@ class BatchTransform:
         return np.array_equal(self(images, draws), np.stack(expected))
 
     def draw(self, height: int, width: int) -> Draw:
-        """Draws for an image of this size, by the functions that timm's transform calls, and in their order."""
-        blank = torch.empty(0, height, width)  # it is asked for its size alone
+        """Draws the parameters for an image of this size, with the functions that timm's transform calls, in its order."""
+        blank = torch.empty(0, height, width)  # get_params reads only its size
         crop = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
-        drawn = self.crop.interpolation
-        drawn = drawn if isinstance(drawn, InterpolationMode) else random.choice(drawn)
-        mirrored, upended = (p is not None and bool(torch.rand(1) < p) for p in self.flips)
-        return Draw(crop, _FILTERS[drawn], mirrored, upended, self._draw_colours())
+        mode = self.crop.interpolation
+        mode = mode if isinstance(mode, InterpolationMode) else random.choice(mode)
+        hflip, vflip = (p is not None and bool(torch.rand(1) < p) for p in self.flips)
+        return Draw(crop, _FILTERS[mode], hflip, vflip, self._draw_colours())
 
     def __call__(self, images: Sequence[np.ndarray], draws: Sequence[Draw]) -> np.ndarray:
-        """uint8 images (H, W, C) of any sizes, changed as drawn, (B, C, H, W)."""
+        """Transforms uint8 images (H, W, C) of any sizes by their `draws`; returns a batch (B, C, H, W), uint8."""
         height, width = self.crop.size
         batch_BCHW = np.empty((len(images), 3, height, width), np.uint8)
         for out, image, draw in zip(batch_BCHW, images, draws, strict=True):
@@ -97,7 +100,7 @@ class BatchTransform:
             part = Image.fromarray(image[top : top + h, left : left + w])
             pixels = part.resize((width, height), draw.resample).tobytes()
             resized = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-            out[:] = resized[:: -1 if draw.upended else 1, :: -1 if draw.mirrored else 1].transpose(2, 0, 1)
+            out[:] = resized[:: -1 if draw.vflip else 1, :: -1 if draw.hflip else 1].transpose(2, 0, 1)
         for place in range(4):
             for operation, change in enumerate(_CHANGES):
                 chosen = [(row, factor) for row, draw in enumerate(draws) for at, kind, factor in draw.colours
@@ -122,7 +125,7 @@ class BatchTransform:
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples that were transformed as one: uint8 images (B, C, H, W), and their classes."""
+    """A batch of transformed samples: uint8 images (B, C, H, W) and their classes."""
 
     images_BCHW: np.ndarray
     targets: list[int]
@@ -132,14 +135,14 @@ class Batch:
 
 
 def collate(samples: list[tuple[Any, int]] | Batch) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W), uint8, and class indices (B,)."""
+    """Returns the samples as one batch: images (B, C, H, W), uint8, and class indices (B,)."""
     if isinstance(samples, Batch):
         return torch.from_numpy(samples.images_BCHW), torch.tensor(samples.targets)
     return fast_collate(samples)
 
 
 def _blend(base: np.ndarray, images_BCHW: np.ndarray, factors_B111: np.ndarray) -> np.ndarray:
-    """Pillow's ``blend``: base + factor * (image - base) in float32, cut to 0..255, the fraction cut off."""
+    """Pillow's ``blend``: base + factor * (image - base) in float32, clipped to 0..255, with the fraction truncated."""
     base = base.astype(np.float32)
     blended = images_BCHW.astype(np.float32)
     blended -= base
@@ -149,7 +152,7 @@ def _blend(base: np.ndarray, images_BCHW: np.ndarray, factors_B111: np.ndarray) 
 
 
 def _grey(images_BCHW: np.ndarray) -> np.ndarray:
-    """Pillow's conversion to grey, (B, 1, H, W): weights in units of 2^-16, rounded."""
+    """Pillow's conversion to grey, rounded, (B, 1, H, W); the weights are in units of 2^-16."""
     red, green, blue = (images_BCHW[:, channel : channel + 1].astype(np.int32) for channel in range(3))
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
 

@@ -1,4 +1,4 @@
-"""A decoded dataset in one file that every data loading process maps: images are decoded once, not once an epoch."""
+"""Caches a decoded dataset in one memory-mapped file, so that images are decoded once, not once per epoch."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from torch.utils.data import Dataset
 
 from timm_sfr.utils.errors import UserError
 
-CHUNK = 1024  # images decoded before their bytes are written
-_PREFIX = f"timm_sfr-cache-{socket.gethostname()}-"  # a temporary folder may be shared by machines and containers
-_SPARE = 0.9  # of the free memory and disk, how much a cache may take
+CHUNK = 1024  # images decoded before their bytes are written to the file
+_PREFIX = f"timm_sfr-cache-{socket.gethostname()}-"  # machines and containers may share a temporary folder
+_MAX_SHARE = 0.9  # of the free memory and disk that a cache may take
 
 
 class Cached(Dataset):
-    """What `source` gives by index, read once at construction: uint8 images of any sizes, and their classes.
+    """The decoded samples of `source`, read once at construction: uint8 images of any sizes, and their classes.
 
-    The pixels lie in a temporary file that the processes map, so that they share one copy of it in memory however they
-    are started. It goes when the process that made it ends.
+    The pixels are in a temporary file that all data loading processes map. They share one copy of it in memory, whatever
+    the start method. The process that made the file deletes it on exit.
 
     Args:
-        source: Gives (image, class index) by index and has a length. PIL images come back as PIL images; uint8 tensors
-            and arrays as arrays, (C, H, W).
+        source: A map-style dataset of (image, class index). PIL images are returned as PIL images, uint8 tensors and arrays
+            as arrays (C, H, W).
 
     Raises:
-        UserError: if the images would not fit into the free memory or the temporary folder.
+        UserError: if the images do not fit into the free memory or the temporary folder.
     """
 
     def __init__(self, source: Any) -> None:
-        _remove_left_over()
+        _remove_stale_files()
         handle, path = tempfile.mkstemp(prefix=f"{_PREFIX}{os.getpid()}-", suffix=".uint8")
         self._remove = weakref.finalize(self, _unlink, path, os.getpid())
         self.path = Path(path)
         targets, shapes = [], []
         with os.fdopen(handle, "wb") as file:
             for image, target in _read_all(source):
-                self.pictures = isinstance(image, Image.Image)
+                self.is_pil = isinstance(image, Image.Image)
                 array = np.ascontiguousarray(image.numpy() if isinstance(image, Tensor) else image, dtype=np.uint8)
                 _write(file, array)
                 targets.append(target)
@@ -65,21 +65,21 @@ class Cached(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         array, target = self.array(index)
-        return Image.fromarray(array) if self.pictures else array, target
+        return Image.fromarray(array) if self.is_pil else array, target
 
     def array(self, index: int) -> tuple[np.ndarray, int]:
-        """The image's pixels, (H, W) or (H, W, C) of a PIL image, and its class."""
+        """Returns the image's pixels, for a PIL image (H, W) or (H, W, C), and its class."""
         start, end = self.starts[index : index + 2].tolist()
         shape = [size for size in self.shapes[index].tolist() if size]
         return self.bytes[start:end].reshape(shape), self.targets[index].item()
 
     @property
     def size(self) -> int:
-        """Bytes of all images."""
+        """The size of all images in bytes."""
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        # A map is pickled as its contents: a started process maps the file itself.
+        # Pickling a memory map copies its contents, so a spawned process maps the file itself.
         return {name: value for name, value in self.__dict__.items() if name not in ("bytes", "images", "_remove")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,13 +87,13 @@ class Cached(Dataset):
         self._map()
 
     def _map(self) -> None:
-        # Copy on write: fast_collate warns of arrays that cannot be written to.
-        # As a plain array: a slice of a memmap takes ten times as long.
+        # Copy-on-write, because fast_collate warns about read-only arrays.
+        # A plain array, because slicing a memmap takes ten times as long.
         self.bytes = np.asarray(np.memmap(self.path, np.uint8, "c"))
 
     def _check_room(self, needed: float, count: int) -> None:
         free = min(psutil.virtual_memory().available, shutil.disk_usage(self.path.parent).free)
-        if needed > _SPARE * free:
+        if needed > _MAX_SHARE * free:
             raise UserError(
                 f"cache-dataset: {count} decoded images take about {needed / 2**30:.1f} GiB; "
                 f"{free / 2**30:.1f} GiB are free in memory and in {self.path.parent}; leave the option out, or make the "
@@ -102,7 +102,7 @@ class Cached(Dataset):
 
 
 def _read_all(source: Any) -> Iterator[tuple[Any, int]]:
-    """(image, class) in order, decoded a chunk at a time, by threads where the source can be read by several."""
+    """Yields (image, class) in order, decoded in chunks; uses several threads if the source is safe to read concurrently."""
     inner = source
     while hasattr(inner, "images"):
         inner = inner.images
@@ -121,8 +121,8 @@ def _write(file: BinaryIO, array: np.ndarray) -> None:
         ) from error
 
 
-def _remove_left_over() -> None:
-    """Removes the files of processes of this machine that were killed."""
+def _remove_stale_files() -> None:
+    """Deletes the cache files that killed processes left on this machine."""
     for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         owner = path.name.removeprefix(_PREFIX).split("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
@@ -131,5 +131,5 @@ def _remove_left_over() -> None:
 
 
 def _unlink(path: str, owner: int) -> None:
-    if os.getpid() == owner:  # forked workers leave it to the process that made it
+    if os.getpid() == owner:  # forked workers must not delete it
         Path(path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Opening datasets: timm's own (folders, tars, torch/, hfds/, wds/, ...) and the built-in digits."""
+"""Opens timm's datasets (folders, tars, torch/, hfds/, wds/, ...) and the built-in digits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset: samples by index, or a stream; and the names of its classes where known."""
+    """One split of a dataset, map-style or a stream, and its class names if known."""
 
     dataset: Any
     class_names: tuple[str, ...] | None
 
     @property
     def streamed(self) -> bool:
-        """Whether it can only be iterated."""
+        """Whether the dataset is a stream, which can only be iterated."""
         return isinstance(self.dataset, IterableDataset)
 
 
@@ -51,10 +51,10 @@ class Digits(Dataset):
 
 
 def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> Split:
-    """Opens the training or the validation split that `config` names.
+    """Opens the training or the validation split of the dataset in `config`.
 
     Raises:
-        UserError: if it is missing or empty, or timm cannot open it.
+        UserError: if the split is missing or empty, or timm cannot open it.
     """
     if config.dataset == "digits":
         return Split(Digits(training, img_mode), tuple("0123456789"))
@@ -89,18 +89,17 @@ def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> 
             f"data: cannot open the {split!r} split of {name or config.data_dir!r}: {first_line(error)}"
         ) from error
     reader = getattr(dataset, "reader", dataset)
-    classes = getattr(reader, "class_to_idx", None) or getattr(
-        reader, "class_name_to_idx", None
-    )  # a tar says the latter
+    # Readers of tars have class_name_to_idx.
+    classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     names = tuple(map(str, sorted(classes, key=classes.get))) if classes else getattr(dataset, "classes", None)
     return Split(dataset, tuple(names) if names else None)
 
 
 def open_splits(config: DataConfig, img_mode: str, seed: int) -> tuple[Split, Split]:
-    """The training and the validation split, with the same classes.
+    """Opens the training and the validation split and checks that their classes are the same.
 
     Raises:
-        UserError: if a split cannot be opened or their classes differ.
+        UserError: if a split cannot be opened, or the classes differ.
     """
     train, val = (open_split(config, training, img_mode, seed) for training in (True, False))
     if train.class_names and val.class_names and train.class_names != val.class_names:
@@ -115,7 +114,7 @@ def open_splits(config: DataConfig, img_mode: str, seed: int) -> tuple[Split, Sp
 
 
 def _check_shards(data_dir: str | None, split: str) -> None:
-    """Raises UserError where a folder of shards does not say how many samples they hold."""
+    """Raises UserError if a folder of shards has no file with the number of samples."""
     root = Path(data_dir or "")
     if root.is_dir() and not any((root / name).exists() for name in ("_info.json", "info.json")):
         raise UserError(f"{split}-num-samples: the shards in {str(root)!r} do not say how many samples they hold; give "
@@ -123,7 +122,7 @@ def _check_shards(data_dir: str | None, split: str) -> None:
 
 
 def _check_folder(data_dir: str | None, split: str) -> None:
-    """Raises UserError unless `data_dir` holds a part for `split`; timm would fall back to the whole folder."""
+    """Raises UserError unless `data_dir` contains `split`; timm would fall back to the whole folder."""
     layout = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
     root = Path(data_dir or "")
     if data_dir is None or not root.exists():
@@ -131,7 +130,7 @@ def _check_folder(data_dir: str | None, split: str) -> None:
         raise UserError(f"data-dir: no such file or directory: {data_dir!r}{hint}; expected {layout}")
     if root.is_file():
         raise UserError(f"data-dir: {data_dir!r} is a file; give the folder and name its splits with --train-split and "
-                        "--val-split (train.tar, say)")  # fmt: skip
+                        "--val-split (for example train.tar)")  # fmt: skip
     names = {split.split("[")[0]}.union(*(group for group in SPLIT_SYNONYMS if split in group))
     if not any((root / name).exists() for name in names):
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:6]) or "nothing"

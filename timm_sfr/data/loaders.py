@@ -1,7 +1,7 @@
-"""From samples to batches, in an order that depends on the seed alone.
+"""Makes batches of samples in an order that depends only on the seed.
 
-A training sample is drawn by a key that holds its epoch and its index (`timm_sfr.data.samples`): it looks the same in a given
-epoch whatever the number of workers and processes.
+The key of a training sample contains its epoch and its index (`timm_sfr.data.samples`). So a sample is the same in a given
+epoch for any number of workers and processes.
 
 Shape suffixes: B batch, C channels, H x W pixels.
 """
@@ -33,11 +33,11 @@ from timm_sfr.utils.errors import UserError
 
 
 class EpochSampler(Sampler[int]):
-    """Keys of one process's samples in an order that depends on (seed, epoch) alone.
+    """Yields the keys of one process's samples in an order that depends only on (seed, epoch).
 
-    The order is cut into global batches of `batch_size` * `processes`; process r takes the r-th part of each, so any
-    number of processes sees the same global batches. What does not fill a global batch is left out of that epoch.
-    `start` batches are left out at its beginning, in a run that goes on in mid-epoch.
+    The order is split into global batches of `batch_size` * `processes` samples. Process r takes the r-th part of each, so
+    the global batches are the same for any number of processes. Each epoch drops its last, incomplete global batch. A run
+    resumed in mid-epoch skips the first `start` batches.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int, process: int = 0, processes: int = 1) -> None:
@@ -57,7 +57,7 @@ class EpochSampler(Sampler[int]):
         yield from self.keys(self.epoch)[self.start * self.batch_size :]
 
     def keys(self, epoch: int) -> list[int]:
-        """All keys of this process in an epoch, batch after batch."""
+        """Returns all keys of this process in an epoch, batch by batch."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         order = torch.randperm(self.count, generator=generator)[: len(self) * self.processes]
         own = order.view(-1, self.processes, self.batch_size)[:, self.process].flatten()
@@ -65,7 +65,7 @@ class EpochSampler(Sampler[int]):
 
 
 class TrainBatches:
-    """Training batches on the device: normalised images (B, C, H, W) and class indices (B,)."""
+    """Makes training batches on the device: normalised images (B, C, H, W) and class indices (B,)."""
 
     def __init__(
         self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
@@ -75,7 +75,7 @@ class TrainBatches:
         self.sampler: EpochSampler | None = None
         if split.streamed:
             _check_shards(split.dataset, accelerator.num_processes * max(1, config.workers))
-            dataset = _streamed(split.dataset, transform, config)
+            dataset = _prepare_stream(split.dataset, transform, config)
         else:
             place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
             if config.cache_dataset and accelerator.is_main_process:
@@ -83,7 +83,7 @@ class TrainBatches:
             dataset = make_samples(split, transform, config, prep.img_mode, None if aug.no_aug else seed)
             self.sampler = EpochSampler(len(dataset), config.batch_size, seed, **place)
         self.samples = dataset
-        self.loader = DataLoader(dataset, config.batch_size, sampler=self.sampler, drop_last=True, **_workers(config))
+        self.loader = DataLoader(dataset, config.batch_size, sampler=self.sampler, drop_last=True, **_options(config))
         self.batches = PrefetchLoader(
             self.loader,
             mean=prep.mean,
@@ -91,7 +91,7 @@ class TrainBatches:
             channels=prep.input_size[0],
             device=accelerator.device,
         )
-        # timm's own, but called by the trainer: the loader is a batch ahead, and would draw from another batch's numbers.
+        # The trainer calls timm's random erasing: the loader is one batch ahead and would use another batch's random numbers.
         self.erase: Callable[[Tensor], Tensor] | None = None
         if aug.reprob > 0 and not aug.no_aug:
             self.erase = RandomErasing(
@@ -102,15 +102,15 @@ class TrainBatches:
         return len(self.loader)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch `epoch`, in its own order, from batch `start` on; not yet erased (`erase`)."""
+        """Returns the batches of epoch `epoch`, from batch `start` on, before random erasing (`erase`)."""
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = epoch, start
             return iter(self.batches)
         self.split.dataset.set_epoch(epoch)
-        return itertools.islice(self.batches, start, None)  # a stream is read up to there again
+        return itertools.islice(self.batches, start, None)  # a stream has to be read again up to `start`
 
     def files(self, epoch: int, step: int) -> list[str]:
-        """The files of this process's batch `step` of epoch `epoch`; none for a stream."""
+        """Returns the file names of this process's batch `step` of epoch `epoch`; an empty list for a stream."""
         if self.sampler is None:
             return []
         keys = self.sampler.keys(epoch)[step * self.sampler.batch_size :][: self.sampler.batch_size]
@@ -118,16 +118,16 @@ class TrainBatches:
 
 
 def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:
-    """Validation batches, uint8 images (B, C, H, W) and class indices (B,), every sample once, in order."""
+    """Returns a loader of validation batches, in order: uint8 images (B, C, H, W) and class indices (B,)."""
     batch = config.validation_batch_size or config.batch_size
     transform = prep.eval_transform()
     if split.streamed:
-        return DataLoader(_streamed(split.dataset, transform, config), batch, **_workers(config))
+        return DataLoader(_prepare_stream(split.dataset, transform, config), batch, **_options(config))
     dataset = make_samples(split, transform, config, prep.img_mode, None)
-    return DataLoader(dataset, batch, shuffle=False, **_workers(config))
+    return DataLoader(dataset, batch, shuffle=False, **_options(config))
 
 
-def _streamed(dataset: IterableImageDataset, transform: Callable, config: DataConfig) -> IterableImageDataset:
+def _prepare_stream(dataset: IterableImageDataset, transform: Callable, config: DataConfig) -> IterableImageDataset:
     if config.cache_dataset:
         raise UserError("cache-dataset: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
                         "stream; leave the option out")  # fmt: skip
@@ -137,27 +137,26 @@ def _streamed(dataset: IterableImageDataset, transform: Callable, config: DataCo
 
 
 def _check_shards(dataset: IterableImageDataset, readers: int) -> None:
-    """Raises UserError where there are fewer shards than processes that read: some would get none, and others wait for them."""
+    """Raises UserError if there are fewer shards than reading processes: those without a shard would block the others."""
     reader = dataset.reader
     files = getattr(getattr(reader, "split_info", None), "filenames", None)
-    known = getattr(getattr(reader, "dataset", None), "num_shards", None)
-    shards = len(files) if files else known
+    shards = len(files) if files else getattr(getattr(reader, "dataset", None), "num_shards", None)
     if isinstance(shards, int) and shards < readers:
         raise UserError(f"workers: the stream has {shards} shards for {readers} reading processes (processes times workers); "
                         "lower --workers, or cut the data into more shards")  # fmt: skip
 
 
-def _leave_signals(worker: int) -> None:
-    """A stop is for the training process, which ends its loading ones: launchers and terminals signal all of them."""
+def _ignore_signals(worker: int) -> None:
+    """Ignores stop signals, which launchers and terminals send to all processes: the training process ends its workers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _end_workers() -> None:
-    """At the process's end: multiprocessing would wait for ever for children that do not heed its SIGTERM."""
+def _terminate_workers() -> None:
+    """Ends the workers at exit: multiprocessing would wait forever for children that ignore its SIGTERM."""
     children = [child for child in multiprocessing.active_children() if child.daemon]
     if children and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call their end an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as an error
     for child in children:
         child.terminate()
     for child in children:
@@ -166,16 +165,16 @@ def _end_workers() -> None:
             child.kill()
 
 
-atexit.register(_end_workers)  # after multiprocessing's own, so that it runs before it
+atexit.register(_terminate_workers)  # registered after multiprocessing's handler, so it runs first
 
 
-def _workers(config: DataConfig) -> dict[str, Any]:
+def _options(config: DataConfig) -> dict[str, Any]:
     return {
         "num_workers": config.workers,
         "persistent_workers": config.workers > 0,
         "pin_memory": config.pin_mem,
         "collate_fn": collate,
-        "worker_init_fn": _leave_signals,
-        # Its own, since starting workers draws a number: a resumed run starts them in another epoch.
+        "worker_init_fn": _ignore_signals,
+        # A separate generator, because starting workers draws a number and a resumed run starts them in another epoch.
         "generator": torch.Generator(),
     }

@@ -1,4 +1,4 @@
-"""One sample: read, decoded, mended where it cannot be, transformed with random numbers of its own.
+"""Reads and decodes single samples, replaces images that do not decode, and transforms each with its own random numbers.
 
 Shape suffixes: B batch, C channels, H x W pixels.
 """
@@ -28,8 +28,8 @@ class BadImage(UserError):
     """An image that does not decode.
 
     Attributes:
-        name: Its file, or its number.
-        target: Its class, None where that is not known.
+        name: Its file name, or its number.
+        target: Its class; None if unknown.
     """
 
     name: str = ""
@@ -37,10 +37,10 @@ class BadImage(UserError):
 
 
 class Decoded(Dataset):
-    """Samples of a map-style dataset: (PIL image, class index) by index.
+    """The decoded samples of a map-style dataset: (PIL image, class index) by index.
 
     Raises:
-        BadImage: on reading an image that does not decode.
+        BadImage: when an image that does not decode is read.
     """
 
     def __init__(self, dataset: Any, img_mode: str) -> None:
@@ -52,7 +52,7 @@ class Decoded(Dataset):
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         target = None
         try:
-            # timm's own __getitem__ would replace a file that does not decode by its neighbour, with a warning.
+            # timm's own __getitem__ would warn and return the next file in place of one that does not decode.
             if isinstance(self.dataset, ImageDataset):
                 stream, target = self.dataset.reader[index]
                 with contextlib.closing(stream) if hasattr(stream, "close") else contextlib.nullcontext():
@@ -68,9 +68,9 @@ class Decoded(Dataset):
             raise bad from error
 
     def target(self, index: int) -> int:
-        """The class of a sample, without decoding it where the dataset can tell."""
+        """Returns the class of a sample, without decoding the image if the dataset knows its class."""
         reader = getattr(self.dataset, "reader", None)
-        if hasattr(reader, "targets"):  # of a tar
+        if hasattr(reader, "targets"):  # a tar
             return int(reader.targets[index])
         if isinstance(self.dataset, ImageDataset) and hasattr(reader, "samples"):
             return int(reader.samples[index][1])
@@ -78,21 +78,22 @@ class Decoded(Dataset):
 
     @property
     def concurrent(self) -> bool:
-        """Whether several threads may read at once: files may be, an open tar or a database may not."""
+        """Whether several threads may read at once: true for files, not for an open tar or a database."""
         return isinstance(self.dataset, ImageDataset) and type(self.dataset.reader) is ReaderImageFolder
 
     def _convert(self, image: Image.Image) -> Image.Image:
-        # PIL itself refuses only twice as many, and warns in between.
+        # PIL itself only warns up to twice this number.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
         return image.convert(self.img_mode)
 
 
 class BadImages:
-    """The list of images that did not decode: a file that all loading processes add to, each image once.
+    """A list of the images that did not decode: a file to which all data loading processes add each image once.
 
     Attributes:
-        path: The file; until it is known, names wait.
+        path: The file; None until `write_to` sets it.
+        waiting: The lines added before that.
     """
 
     def __init__(self) -> None:
@@ -100,33 +101,33 @@ class BadImages:
         self.waiting: list[str] = []
 
     def write_to(self, path: Path) -> None:
-        """Says where the list is; before the loading processes start."""
+        """Sets the file of the list; call it before the data loading processes start."""
         self.path = path
         waiting, self.waiting = self.waiting, []
         for line in waiting:
             self.add(line)
 
     def add(self, line: str) -> None:
-        """Adds an image and why."""
+        """Adds a line with an image and the reason, unless it is already in the list."""
         if self.path is None:
             self.waiting.append(line)
         elif line not in self.names():
             try:
-                with self.path.open("a") as file:  # one short write: lines of several processes do not mix
+                with self.path.open("a") as file:  # one short write, so that lines of several processes do not mix
                     file.write(line + "\n")
             except OSError as error:
-                logger.warning(f"warning: {self.path} cannot be written: {error.strerror}; it does not list {line}")
+                logger.warning(f"warning: {self.path} cannot be written: {error.strerror}; missing line: {line}")
 
     def names(self) -> list[str]:
-        """The lines so far."""
+        """Returns the lines written so far."""
         return self.path.read_text().splitlines() if self.path is not None and self.path.exists() else []
 
 
-class Mended(Dataset):
-    """`Decoded`, with another image of the same class in the place of one that does not decode: the next that does.
+class BadImageReplacer(Dataset):
+    """Wraps `Decoded`: an image that does not decode is replaced by the next image of the same class that does.
 
-    Which one depends on the dataset alone. Where the class of the bad image is not known, the next image is taken with
-    its own class.
+    The choice depends only on the dataset. If the class of the bad image is unknown, the next image is used with its own
+    class.
 
     Raises:
         BadImage: if no image of the class decodes.
@@ -153,19 +154,19 @@ class Mended(Dataset):
 class Samples(Dataset):
     """Transformed samples: (uint8 image (C, H, W), class index) by key.
 
-    A key is ``epoch * len + index`` (`EpochSampler`); the transform's random numbers come from (seed, epoch, index).
+    A key is ``epoch * len + index`` (`EpochSampler`). The transform's random numbers are seeded by (seed, epoch, index).
 
     Args:
-        images: Gives (image, class index) by index.
-        transform: From an image to uint8; None if the images are that already.
-        seed: None for a transform that draws no random numbers.
-        batched: Does the same as `transform` on a batch of the cached images that `images` are.
+        images: A map-style dataset of (image, class index).
+        transform: Maps an image to uint8; None if the images are already transformed.
+        seed: None if the transform draws no random numbers.
+        batch_transform: The batch version of `transform`, if there is one; `images` are then `Cached`.
     """
 
     def __init__(
-        self, images: Any, transform: Callable | None, seed: int | None, batched: BatchTransform | None = None
+        self, images: Any, transform: Callable | None, seed: int | None, batch_transform: BatchTransform | None = None
     ) -> None:
-        self.images, self.transform, self.seed, self.batched = images, transform, seed, batched
+        self.images, self.transform, self.seed, self.batch_transform = images, transform, seed, batch_transform
 
     def __len__(self) -> int:
         return len(self.images)
@@ -175,12 +176,11 @@ class Samples(Dataset):
         return (samples.images_BCHW[0], samples.targets[0]) if isinstance(samples, Batch) else samples[0]
 
     def __getitems__(self, keys: list[int]) -> list[tuple[Any, int]] | Batch:
-        """A whole batch, as the DataLoader asks for it: the state of the random numbers is put aside once, not once an
-        image, which takes as long as decoding a small one."""
+        """Returns a batch; saves the random state only once, because saving takes as long as decoding a small image."""
         if self.seed is None:
             return [self._sample(key) for key in keys]
         with random_state_kept():
-            return [self._sample(key) for key in keys] if self.batched is None else self._batch(keys)
+            return [self._sample(key) for key in keys] if self.batch_transform is None else self._batch(keys)
 
     def _batch(self, keys: list[int]) -> Batch:
         arrays, targets, draws = [], [], []
@@ -188,8 +188,8 @@ class Samples(Dataset):
             epoch, index = divmod(key, len(self))
             array, target = self.images.array(index)
             seed_cpu(self.seed, epoch, index)
-            arrays.append(array), targets.append(target), draws.append(self.batched.draw(*array.shape[:2]))
-        return Batch(self.batched(arrays, draws), targets)
+            arrays.append(array), targets.append(target), draws.append(self.batch_transform.draw(*array.shape[:2]))
+        return Batch(self.batch_transform(arrays, draws), targets)
 
     def _sample(self, key: int) -> tuple[Any, int]:
         epoch, index = divmod(key, len(self))
@@ -200,48 +200,48 @@ class Samples(Dataset):
 
 
 def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode: str, seed: int | None) -> Samples:
-    """`Samples` of a map-style split; decoded once where the options say so, and transformed once where nothing is drawn.
+    """Returns the samples of a map-style split; ``cache_dataset`` decodes once and, if `seed` is None, also transforms once.
 
     Raises:
-        UserError: if an image does not decode, or all do not fit.
+        UserError: if the cached images do not fit into memory, or one of them does not decode.
     """
     images: Dataset = Decoded(split.dataset, config.input_img_mode or img_mode)
     if config.on_bad_image == "skip":
-        images = Mended(images, BadImages())
+        images = BadImageReplacer(images, BadImages())
     if not config.cache_dataset:
         return Samples(images, transform, seed)
     if seed is None:
         return Samples(Cached(Samples(images, transform, None)), None, None)
     cached = Cached(images)
-    return Samples(cached, transform, seed, _batched(transform, cached))
-
-
-def _batched(transform: Callable, cached: Cached) -> BatchTransform | None:
-    """`transform` on batches, where it can be and a sample of the images shows the same bits with this Pillow."""
-    batched = BatchTransform.of(transform)
-    if batched is None or not cached.pictures:
-        return None
-    sample = [cached.array(index)[0] for index in range(0, len(cached), max(1, len(cached) // 32))]
-    if any(image.ndim != 3 or image.shape[2] != 3 for image in sample):
-        return None
-    with random_state_kept():
-        if batched.agrees(transform, sample, seed_cpu):
-            return batched
-    logger.debug("timm's transforms differ from the batched ones in this environment; images are transformed one by one")
-    return None
+    return Samples(cached, transform, seed, _batch_transform(transform, cached))
 
 
 def bad_images(samples: Any) -> BadImages | None:
-    """The list that `samples` (or what they are read from) adds to; None where nothing is mended."""
-    while samples is not None and not isinstance(samples, Mended):
+    """Returns the list of bad images of `samples` or the dataset that they wrap; None if bad images are not replaced."""
+    while samples is not None and not isinstance(samples, BadImageReplacer):
         samples = getattr(samples, "images", None)
     return None if samples is None else samples.bad
 
 
 def file_name(dataset: Any, index: int) -> str:
-    """The file of a sample, or its number where the dataset cannot say."""
+    """Returns the file name of a sample, or ``number INDEX`` if the dataset has no file names."""
     try:
         name = dataset.filename(index, absolute=True)
-    except Exception:  # datasets of any make: to name a file is not worth a run
+    except Exception:  # any dataset, any error: a missing file name must not stop a run
         name = None
     return f"number {index}" if name is None else str(name)
+
+
+def _batch_transform(transform: Callable, cached: Cached) -> BatchTransform | None:
+    """Returns the batch version of `transform` if it exists and gives bit-identical results on a sample of the images."""
+    batch_transform = BatchTransform.of(transform)
+    if batch_transform is None or not cached.is_pil:
+        return None
+    sample = [cached.array(index)[0] for index in range(0, len(cached), max(1, len(cached) // 32))]
+    if any(image.ndim != 3 or image.shape[2] != 3 for image in sample):
+        return None
+    with random_state_kept():
+        if batch_transform.matches(transform, sample, seed_cpu):
+            return batch_transform
+    logger.debug("timm's transforms differ from our batched ones here; images are transformed one by one")
+    return None

@@ -1,4 +1,4 @@
-"""How images become tensors: mode, size, normalisation, mixing."""
+"""Turns images into tensors: PIL mode, size, normalisation, augmentation, mixup."""
 
 from __future__ import annotations
 
@@ -15,20 +15,9 @@ from timm_sfr.config import AugConfig, ModelConfig
 from timm_sfr.utils.errors import UserError
 
 
-def check_mode(mode: str, channels: int) -> None:
-    """Raises UserError unless images of a PIL mode have so many channels."""
-    try:
-        bands = len(ImageMode.getmode(mode).bands)
-    except KeyError as error:
-        raise UserError(f"input-img-mode: expected a mode of PIL's, such as RGB, L or CMYK; got {mode!r}") from error
-    if bands != channels:
-        raise UserError(f"in-chans: expected {bands}, as images of mode {mode} have; got {channels}; give --input-img-mode, or "
-                        "another --in-chans")  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Preprocessing:
-    """Image size and normalisation, as timm's ``resolve_data_config`` gives them."""
+    """Image size and normalisation, as timm's ``resolve_data_config`` returns them."""
 
     input_size: tuple[int, int, int]
     mean: tuple[float, ...]
@@ -39,21 +28,21 @@ class Preprocessing:
 
     @property
     def img_mode(self) -> str:
-        """The PIL mode with this many channels."""
+        """The PIL mode of the input's number of channels."""
         return img_mode(self.input_size[0])
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, C, H, W) as float32 with the mean taken off and divided by the deviation."""
+        """Returns uint8 images (B, C, H, W) as float32, normalised: (images / 255 - mean) / std."""
         mean, std = (
             torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std)
         )
         return (images.float() - mean) / std
 
     def eval_transform(self) -> Callable:
-        """timm's validation transform, to uint8.
+        """Returns timm's validation transform, which outputs uint8.
 
         Raises:
-            UserError: if timm cannot make it.
+            UserError: if timm cannot make the transform.
         """
         try:
             return create_transform(
@@ -65,18 +54,18 @@ class Preprocessing:
             )
         except (AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
             raise UserError(f"interpolation and crop-pct: timm cannot make the validation transform of {self.interpolation!r} "
-                            f"and {self.crop_pct}: {error!r}; an interpolation is such as bicubic") from error  # fmt: skip
+                            f"and {self.crop_pct}: {error!r}; give an interpolation such as bicubic") from error  # fmt: skip
 
     def train_transform(self, aug: AugConfig) -> Callable:
-        """timm's training transform, to uint8.
+        """Returns timm's training transform, which outputs uint8.
 
         Raises:
-            UserError: if timm does not know the augmentation policy.
+            UserError: if timm cannot make the transform; most often it does not know the augmentation policy.
         """
         try:
             return self._train_transform(aug)
         except (AssertionError, ValueError, KeyError, IndexError) as error:
-            raise UserError(f"aa: timm cannot make the training transform: {error}; a policy is such as "
+            raise UserError(f"aa: timm cannot make the training transform: {error}; give a policy such as "
                             "rand-m9-mstd0.5-inc1, original or augmix-m5") from error  # fmt: skip
 
     def _train_transform(self, aug: AugConfig) -> Callable:
@@ -89,7 +78,7 @@ class Preprocessing:
             ratio=aug.ratio,
             hflip=aug.hflip,
             vflip=aug.vflip,
-            # timm makes a jitter of 0 too, which changes nothing and takes as long as the rest.
+            # None, not 0: timm's jitter of strength 0 changes nothing and takes as long as all other steps.
             color_jitter=aug.color_jitter or None,
             auto_augment=aug.aa,
             interpolation=aug.train_interpolation,
@@ -100,10 +89,10 @@ class Preprocessing:
 
 
 def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
-    """timm's data configuration for this model as it was made, with what the options override.
+    """Returns timm's data configuration of the model, overridden by the options in `config`.
 
     Raises:
-        UserError: for means or deviations that do not fit its channels.
+        UserError: if the means or standard deviations do not fit the model's channels.
     """
     names = ("in_chans", "img_size", "mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -117,7 +106,7 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
 
 
 def create_mixup(aug: AugConfig, num_classes: int) -> Mixup | None:
-    """timm's mixup and CutMix, on batches on the device; smoothing is left to the loss."""
+    """Returns timm's mixup and CutMix for batches on the device, or None if neither is on; the loss does the smoothing."""
     if not aug.mixes:
         return None
     return Mixup(
@@ -132,10 +121,21 @@ def create_mixup(aug: AugConfig, num_classes: int) -> Mixup | None:
     )
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def check_mode(mode: str, channels: int) -> None:
+    """Raises UserError unless images of the PIL mode `mode` have `channels` channels."""
+    try:
+        bands = len(ImageMode.getmode(mode).bands)
+    except KeyError as error:
+        raise UserError(f"input-img-mode: expected a PIL mode, such as RGB, L or CMYK; got {mode!r}") from error
+    if bands != channels:
+        raise UserError(f"in-chans: expected {bands}, the channels of images of mode {mode}; got {channels}; give "
+                        "--input-img-mode, or another --in-chans")  # fmt: skip
 
 
 def img_mode(channels: int) -> str:
-    """The PIL mode of images with so many channels."""
+    """Returns the PIL mode of images with `channels` channels."""
     return "L" if channels == 1 else "RGB"
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,6 +1,6 @@
-"""The method, usable alone; it imports only `timm_sfr.utils`.
+"""The method. It works on its own and imports only `timm_sfr.utils`.
 
-`probe` measures a model's features, `taps` chooses a deep one and some shallow ones, `tapped_model` takes them in the one
-forward pass; `channels` matches their channels, `sinkhorn` and `transport` their locations, `losses` makes the feature loss
-of both, `smoothing` the target; `task` is all of it as a `timm.task.TrainingTask`, with the options in `config`.
+`probe` measures a model's features, `taps` chooses the shallow ones and the deep one, and `tapped_model` takes them from one
+forward pass. `channels` matches channels, `sinkhorn` and `transport` match locations, and `losses` turns both into the feature
+loss. `smoothing` smooths the target. `task` joins everything in a `timm.task.TrainingTask`, with the options in `config`.
 """

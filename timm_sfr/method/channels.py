@@ -1,6 +1,6 @@
 """Many-to-one channel matching: the C_d channels of a deep layer teach the C_s channels of a shallow one.
 
-Shape suffixes: B batch, N nodes (locations), D deep channels C_d, S shallow channels C_s.
+Shapes: B images in the batch, N nodes (locations), C_d deep channels, C_s shallow channels.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ CHANNEL_METHODS = ("groups", "transport", "projection")
 def group_channels(deep: Tensor, channels: int) -> Tensor:
     """Averages contiguous bins of deep channels: (B, N, C_d) to (B, N, C_s).
 
-    With C_d >= C_s, output channel i is the mean of the deep channels floor(i C_d / C_s) .. ceil((i+1) C_d / C_s) - 1
-    (adaptive bins: neighbours share a channel where C_d is no multiple of C_s); C_d = C_s is the identity.
-    With C_d < C_s, deep channel floor(i C_d / C_s) is repeated.
+    For C_d > C_s, output channel i is the mean of the deep channels floor(i C_d / C_s) to ceil((i + 1) C_d / C_s) - 1.
+    If C_d is not a multiple of C_s, neighbouring bins share a channel. For C_d = C_s, this is the identity.
+    For C_d < C_s, output channel i is the deep channel floor(i C_d / C_s), so deep channels repeat.
 
     Args:
         deep: Deep local features, (B, N, C_d).
-        channels: C_s, the number of channels to produce.
+        channels: C_s, the number of output channels.
     """
     count = deep.shape[-1]
     if count == channels:
@@ -35,9 +35,12 @@ def group_channels(deep: Tensor, channels: int) -> Tensor:
 
 
 def channel_correlation(shallow: Tensor, deep: Tensor) -> Tensor:
-    """Pearson correlation of every shallow with every deep channel over the batch and the nodes: (C_s, C_d).
+    """Returns the Pearson correlation of each shallow channel with each deep channel, (C_s, C_d).
 
-        R_ij = mean_{b,n} s_i d_j,  s and d standardised over (b, n); 0 for a constant channel.
+        R_ij = mean over b, n of s_bni d_bnj
+
+    with s and d the shallow and deep features, each channel standardised over the images b and the nodes n. A constant
+    channel has correlation 0.
 
     Args:
         shallow: (B, N, C_s), on the same N nodes as `deep`.
@@ -48,18 +51,23 @@ def channel_correlation(shallow: Tensor, deep: Tensor) -> Tensor:
 
 
 def transport_channels(deep: Tensor, shallow: Tensor, solver: str = "sinkhorn") -> Tensor:
-    """Finds which deep channels teach which shallow one by optimal transport: (B, N, C_d) to (B, N, C_s).
+    """Finds by optimal transport which deep channels teach which shallow channel: (B, N, C_d) to (B, N, C_s).
 
         T = argmin_{T in U(1/C_s, 1/C_d)} <T, 1 - R>,      matched_i = C_s * sum_j T_ij d_j
 
-    with R the channels' correlations on this batch (`channel_correlation`), so that each shallow channel takes
-    C_d / C_s channels' worth of deep mass and no order of channels is assumed. T is a constant (no gradient). Under
-    several processes each solves for its own part of the batch.
+    R (C_s, C_d) holds the channels' correlations on this batch (`channel_correlation`). U(1/C_s, 1/C_d) is the set of
+    non-negative (C_s, C_d) matrices with row sums 1/C_s and column sums 1/C_d. d_j is deep channel j, and matched_i is
+    the output channel that teaches shallow channel i. Each shallow channel takes the mass of C_d / C_s deep channels,
+    and the order of the channels does not matter. T is a constant (no gradient). In distributed training, each process
+    solves this on its own part of the batch.
 
     Args:
         deep: Deep local features, (B, N, C_d).
         shallow: Shallow local features on the same nodes, (B, N, C_s).
-        solver: `transport_plan`'s solver.
+        solver: The solver, as in `transport_plan`.
+
+    Raises:
+        UserError: if the taps do not have the same batch and nodes.
     """
     if shallow.shape[:2] != deep.shape[:2]:
         raise UserError(
@@ -73,17 +81,17 @@ def transport_channels(deep: Tensor, shallow: Tensor, solver: str = "sinkhorn") 
 
 
 def match_channels(deep: Tensor, channels: int, method: str = "groups", *, shallow: Tensor | None = None) -> Tensor:
-    """Matches the deep layer's channels to the shallow layer's, several to one: (B, N, C_d) to (B, N, C_s).
+    """Matches the deep layer's channels to the shallow layer's, many to one: (B, N, C_d) to (B, N, C_s).
 
     Args:
         deep: Deep local features, (B, N, C_d).
-        channels: C_s.
-        method: ``"groups"`` (`group_channels`) or ``"transport"`` (`transport_channels`). ``"projection"`` is learned
-            on the shallow side and is no function of `deep` alone: see `timm_sfr.method.losses.ChannelProjection`.
-        shallow: The shallow local features on the same nodes, (B, N, C_s); ``"transport"`` needs them.
+        channels: C_s, the number of shallow channels.
+        method: ``"groups"`` (`group_channels`) or ``"transport"`` (`transport_channels`). ``"projection"`` is not accepted
+            here: it is a learned map on the shallow side (`timm_sfr.method.channels.ChannelProjection`).
+        shallow: Shallow local features on the same nodes, (B, N, C_s). Only ``"transport"`` needs them.
 
     Raises:
-        UserError: for an unknown method, or ``"transport"`` without `shallow`.
+        UserError: for an unknown method, ``"projection"``, or ``"transport"`` without a fitting `shallow`.
     """
     if method == "groups":
         return group_channels(deep, channels)
@@ -95,24 +103,25 @@ def match_channels(deep: Tensor, channels: int, method: str = "groups", *, shall
             )
         return transport_channels(deep, shallow)
     if method == "projection":
-        raise UserError("method='projection' maps the shallow side up to C_d: use timm_sfr.method.losses.ChannelProjection")
+        raise UserError("method='projection' maps the shallow side up to C_d: use timm_sfr.method.channels.ChannelProjection")
     raise UserError(f"unknown channel method {method!r}: expected one of {', '.join(CHANNEL_METHODS)}")
 
 
-def _standardise(x: Tensor) -> Tensor:
-    centred = x - x.mean(0)
-    deviation = centred.square().mean(0).sqrt()
-    # A dead (constant) channel correlates with nothing; dividing by its zero deviation would make a NaN.
-    return torch.where(deviation > 1e-6, centred / deviation.clamp_min(1e-6), 0.0)
-
-
 class ChannelProjection(nn.Module):
-    """Learned 1x1 maps from each shallow tap's channels to the deep tap's; used in training and thrown away after it."""
+    """Learned 1x1 maps from the channels of each shallow tap to those of the deep tap. They are discarded after training."""
 
     def __init__(self, shallow_channels: tuple[int, ...], deep_channels: int) -> None:
         super().__init__()
         self.maps = nn.ModuleList(nn.Linear(channels, deep_channels, bias=False) for channels in shallow_channels)
 
     def forward(self, shallow: list[Tensor]) -> list[Tensor]:
-        """(B, N_s, C_s) to (B, N_s, C_d) for every tap s."""
+        """Maps each shallow tap s from (B, N_s, C_s) to (B, N_s, C_d)."""
         return [project(x.to(project.weight.dtype)) for project, x in zip(self.maps, shallow, strict=True)]
+
+
+def _standardise(x: Tensor) -> Tensor:
+    """Returns x (B * N, C) with mean 0 and variance 1 in each channel; 0 in a constant channel."""
+    centred = x - x.mean(0)
+    deviation = centred.square().mean(0).sqrt()
+    # A constant (dead) channel gets 0: dividing by its standard deviation of zero would give NaN.
+    return torch.where(deviation > 1e-6, centred / deviation.clamp_min(1e-6), 0.0)

@@ -15,7 +15,7 @@ from timm_sfr.utils.options import Checked, option
 
 @dataclass(frozen=True)
 class SFRConfig(Checked):
-    """Self-Feature Regularization; see docs/method.md for what each option means."""
+    """Options of Self-Feature Regularization; docs/method.md explains each of them."""
 
     prefix: ClassVar[str] = "sfr_"
 
@@ -40,45 +40,45 @@ class SFRConfig(Checked):
     weights: str = option("uniform", "weights of the locations", choices=MARGINALS)
     solver: str = option(
         "auto",
-        "transport solver of emd; auto: exact for up to 4 locations, else sinkhorn; triton: sinkhorn as one program a problem, "
-        "on CUDA",
+        "transport solver of emd; auto: exact for up to 4 locations, else sinkhorn; triton: sinkhorn as one program per "
+        "problem, on CUDA",
         choices=SOLVERS,
     )
     max_nodes: int = option(16, "most locations a tap may have before it is average-pooled", low=4)
     smoothing: float | None = option(
         None,
-        "label smoothing, a constant epsilon (default: SFR finds its own; 0.1 with --no-sfr)",
+        "label smoothing, a constant epsilon (default: chosen by SFR; 0.1 with --no-sfr)",
         name="smoothing",
         low=0,
     )
     smoothing_source: str | None = option(
         None,
-        "what SFR smooths towards (default: uniform where --smoothing is given; else classes, for at most 1,024 of them)",
+        "what SFR smooths towards (default: uniform if --smoothing is given or there are more than 1,024 classes, else classes)",
         choices=SOURCES,
     )
-    smoothing_schedule: str = option("constant", "how the epsilon of --smoothing moves", choices=SCHEDULES)
+    smoothing_schedule: str = option("constant", "how the epsilon of --smoothing changes", choices=SCHEDULES)
 
     @property
     def common_grid(self) -> bool:
-        """Whether a location of one tap must stand for the same place as that of the other: on a common grid alone."""
+        """Whether all taps need the deep tap's grid, so that a location is the same place in both."""
         return self.matching == "grid" or self.channels == "transport"
 
     @property
     def smoothing_form(self) -> tuple[float | None, str | None, str]:
-        """What `DynamicLabelSmoothing` takes after the number of classes."""
+        """Arguments of `DynamicLabelSmoothing` after the number of classes."""
         return self.smoothing, self.smoothing_source, self.smoothing_schedule
 
     @property
     def plain_smoothing(self) -> float:
-        """The constant smoothing of training without SFR: timm's default where none is given."""
+        """The constant smoothing of training without SFR; timm's default (0.1) if none is given."""
         return 0.1 if self.smoothing is None else self.smoothing
 
     def check(self) -> None:
-        """Checks that the smoothing is below 1, and that a schedule has an epsilon to move."""
+        """Checks that the smoothing is below 1, and that a schedule comes with an epsilon."""
         if self.smoothing is not None and self.smoothing >= 1:
             raise UserError(f"smoothing: expected a value in [0, 1); got {self.smoothing}")
         if self.enabled and self.smoothing is None and self.smoothing_schedule != "constant":
             raise UserError(
-                f"sfr_smoothing_schedule: {self.smoothing_schedule} moves an epsilon that is given, and none is; add --smoothing "
-                "0.1, or leave the schedule out"
+                f"sfr_smoothing_schedule: {self.smoothing_schedule} needs a given epsilon; got None; add --smoothing 0.1, or "
+                "omit the schedule"
             )

@@ -1,4 +1,7 @@
-"""Thin modules and the EMD-l2 loss over the pure functions of transport, channels and smoothing."""
+"""The feature loss: transport costs between a shallow and a deep layer's local features, and `FeatureLoss` over all taps.
+
+Shapes: B images in the batch, N shallow nodes, M deep nodes, C channels.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from timm_sfr.method.transport import transport_plan, triton_for
 from timm_sfr.utils.errors import UserError
 
 PLANS = ("emd", "grid")
-ENTROPY = 0.3  # of `sinkhorn_divergence`
+ENTROPY = 0.3  # the default of `sinkhorn_divergence`: eps in units of the mean cost within a set
 
 
 def emd_l2(
@@ -23,20 +26,22 @@ def emd_l2(
     solver: str = "auto",
     matching: str = "emd",
 ) -> Tensor:
-    """The squared distance between two sets of local features under their optimal transport plan; a scalar.
+    """Returns the squared distance between two sets of local features under their optimal transport plan, a scalar.
 
         C_ij = ||u_i - v_j||^2,    P* = argmin_{P in U(a, b)} <P, C>,    L = mean over the batch of <P*, C>
 
-    with u, v the unit-length features. `deep` is a constant, and so is P*: the gradient through C alone is the exact
-    gradient of the transport cost at fixed marginals (envelope theorem). Computed in float32 outside autocast.
+    u_i and v_j are the unit-length shallow and deep features, a and b their node weights, and U(a, b) is the set of
+    non-negative matrices with row sums a and column sums b. `deep` and P* are constants. The gradient through C alone
+    is the exact gradient of the transport cost at fixed marginals (envelope theorem). Computed in float32 with autocast
+    off.
 
     Args:
         shallow: Shallow local features, (B, N, C).
         deep: Deep local features matched to the shallow channels, (B, M, C).
         weights: Node weights a, b: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
-        solver: `transport_plan`'s solver.
-        matching: ``"emd"``, or ``"grid"``: P the identity / N on a common grid (plain l2, the ablation); the row
-            weights then come from `weights`.
+        solver: The solver, as in `transport_plan`.
+        matching: ``"emd"``, or ``"grid"``, the ablation: P = diag(a) on a common grid (plain l2; identity / N for uniform
+            weights).
 
     Raises:
         UserError: if shapes or options do not fit.
@@ -61,22 +66,24 @@ def emd_l2(
 
 
 def sinkhorn_divergence(shallow: Tensor, deep: Tensor, *, weights: str = "uniform", entropy: float = ENTROPY) -> Tensor:
-    """The debiased transport cost between two sets of local features; a scalar, 0 where the sets are equal.
+    """Returns the debiased entropic transport cost between two sets of local features, a scalar; 0 for equal sets.
 
         W(x, y) = min_{P in U(a, b)} <P, C> + eps KL(P | a b^T),     C_ij = ||x_i - y_j||^2
         L = mean over the batch of W(u, v) - W(u, u) / 2 - W(v, v) / 2
 
-    with u, v the unit-length features and eps = `entropy` times the mean cost within u and within v (a constant). For
-    eps to 0 it is `emd_l2`; for a large eps it is the squared distance of the means alone. In between, the plan pairs
-    nodes softly, and -W(u, u) / 2 keeps that softness from drawing the shallow nodes together. `deep` is a constant, and so
-    are the plans: the gradient through the costs is the exact one (envelope theorem). Computed in float32 outside autocast.
-    After Feydy et al., AISTATS 2019 (arXiv 1810.08278).
+    u and v are the unit-length shallow and deep features, a and b the node weights of x and y, and U(a, b) is the set
+    of non-negative matrices with row sums a and column sums b. eps is a constant of each image: `entropy` times the
+    average of the mean cost within u and the mean cost within v. As eps goes to 0, L becomes `emd_l2`; for a large eps
+    it is the squared distance of the means. In between, the plan pairs nodes softly, and -W(u, u) / 2 prevents this
+    softness from contracting the shallow nodes. `deep` and the plans are constants. The gradient through the costs
+    alone is exact (envelope theorem). Computed in float32 with autocast off. From Feydy et al., AISTATS 2019
+    (arXiv 1810.08278).
 
     Args:
         shallow: Shallow local features, (B, N, C).
         deep: Deep local features matched to the shallow channels, (B, M, C).
         weights: Node weights a, b: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
-        entropy: eps, in units of the mean cost within a set.
+        entropy: eps in units of the mean cost within a set; positive.
 
     Raises:
         UserError: if shapes or options do not fit.
@@ -90,13 +97,13 @@ def sinkhorn_divergence(shallow: Tensor, deep: Tensor, *, weights: str = "unifor
 def divergences(
     shallow: Tensor, deep: Tensor, weights: str = "uniform", entropy: float = ENTROPY
 ) -> tuple[Tensor, Tensor]:
-    """`sinkhorn_divergence` image by image, (B,), and the plan between the two sets, (B, N, M)."""
+    """Returns the `sinkhorn_divergence` of each image, (B,), and the plans between the two sets, (B, N, M)."""
     with torch.autocast(shallow.device.type, enabled=False):
         u, v = unit(shallow), unit(deep.detach())
         a, b = cross_marginals(u, v) if weights == "cross" else (_even(u), _even(v))
         across, within_u, within_v = cost_matrix(u, v), cost_matrix(u, u), cost_matrix(v, v)
         with torch.no_grad():
-            # The clamp is for sets whose nodes are all the same: any plan is optimal then.
+            # If all nodes of both sets are equal, any plan is optimal; the clamp prevents a division by zero.
             eps = (entropy / 2 * (within_u.mean((1, 2)) + within_v.mean((1, 2)))).clamp_min(1e-6)
             plan = entropic(across, a, b, eps)
             plan_u, plan_v = entropic_self(within_u, a, eps), entropic_self(within_v, b, eps)
@@ -104,26 +111,20 @@ def divergences(
         return value - (_entropic_cost(plan_u, within_u, a, a, eps) + _entropic_cost(plan_v, within_v, b, b, eps)) / 2, plan
 
 
-def _entropic_cost(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> Tensor:
-    """<P, C> + eps KL(P | a b^T) with P a constant, (B,)."""
-    with torch.no_grad():
-        divergence = torch.xlogy(plan, plan / (a[:, :, None] * b[:, None, :])).sum((1, 2))
-    return (plan * cost).sum((1, 2)) + eps * divergence
-
-
 def gaussian_l2(shallow: Tensor, deep: Tensor, *, weights: str = "uniform") -> Tensor:
-    """The transport cost between two sets of local features, each taken as a diagonal Gaussian; a scalar.
+    """Returns the transport cost between two sets of local features, each modelled as a diagonal Gaussian; a scalar.
 
         L = mean over the batch of ||mu_u - mu_v||^2 + ||sigma_u - sigma_v||^2
 
-    with u, v the unit-length features and mu, sigma (C) their means and deviations over the nodes: W_2^2 between
-    N(mu_u, diag sigma_u^2) and N(mu_v, diag sigma_v^2), which needs no plan and is at most `emd_l2`. `deep` is a
-    constant. Computed in float32 outside autocast. The distance is WKD-F's (Lv et al., NeurIPS 2024, arXiv 2412.08139).
+    u and v are the unit-length shallow and deep features; mu and sigma (C) are their means and standard deviations over
+    the nodes. This is W_2^2 between N(mu_u, diag sigma_u^2) and N(mu_v, diag sigma_v^2). It needs no plan and is at most
+    `emd_l2`. `deep` is a constant. Computed in float32 with autocast off. The distance is that of WKD-F (Lv et al.,
+    NeurIPS 2024, arXiv 2412.08139).
 
     Args:
         shallow: Shallow local features, (B, N, C).
         deep: Deep local features matched to the shallow channels, (B, M, C).
-        weights: Node weights of the moments: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
+        weights: Node weights of the means and deviations: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
 
     Raises:
         UserError: if shapes or options do not fit.
@@ -138,31 +139,10 @@ def gaussian_l2(shallow: Tensor, deep: Tensor, *, weights: str = "uniform") -> T
         return ((mean_u - mean_v).square() + (sigma_u - sigma_v).square()).sum(-1).mean()
 
 
-def _even(x: Tensor) -> Tensor:
-    """Equal weights (B, N) of the nodes of x (B, N, C)."""
-    return x.new_full(x.shape[:2], 1 / x.shape[1])
-
-
-def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Means and deviations (B, C) of x (B, N, C) over its nodes, weighted by (B, N) if given."""
-    share = _even(x) if weights is None else weights
-    mean = (share[:, :, None] * x).sum(1)
-    # 1e-8 keeps the root's gradient finite for a channel that is the same everywhere.
-    return mean, ((share[:, :, None] * (x - mean[:, None]).square()).sum(1) + 1e-8).sqrt()
-
-
-def _check_nodes(shallow: Tensor, deep: Tensor) -> None:
-    if shallow.ndim != 3 or deep.ndim != 3 or shallow.shape[0] != deep.shape[0] or shallow.shape[2] != deep.shape[2]:
-        raise UserError(
-            "expected shallow (batch, nodes, channels) and deep (batch, nodes, channels) with equal batch and channels; "
-            f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
-        )
-
-
 class FeatureLoss(nn.Module):
-    """(1/S) sum_s L_feat(f_s, sg f_d): the feature part of SFR, over all shallow taps. Holds options only.
+    """The feature loss of SFR, (1/S) sum_s L_feat(f_s, sg f_d), over the shallow taps s = 1..S and the deep tap d.
 
-    L_feat is `sinkhorn_divergence`, `emd_l2` with the plan that the options name, or `gaussian_l2`.
+    sg is stop-gradient. L_feat is `sinkhorn_divergence`, `emd_l2` or `gaussian_l2`, as the option `matching` selects.
     """
 
     def __init__(self, config: SFRConfig) -> None:
@@ -170,7 +150,12 @@ class FeatureLoss(nn.Module):
         self.config = config
 
     def forward(self, shallow: list[Tensor], deep: Tensor) -> Tensor:
-        """A scalar from S shallow taps (B, N_s, C_s), already projected if any, and the deep tap (B, M, C_d)."""
+        """Returns the loss, a scalar.
+
+        Args:
+            shallow: S shallow taps (B, N_s, C_s), after `ChannelProjection` if the options ask for it.
+            deep: The deep tap, (B, M, C_d).
+        """
         deep = deep.detach()
         total = deep.new_zeros((), dtype=torch.float32)
         for features in shallow:
@@ -190,3 +175,29 @@ class FeatureLoss(nn.Module):
         return match_channels(deep, shallow.shape[-1], method, shallow=shallow.detach())
 
 
+def _entropic_cost(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, eps: Tensor) -> Tensor:
+    """Returns <P, C> + eps KL(P | a b^T), (B,), with the plan P (B, N, M) as a constant."""
+    with torch.no_grad():
+        divergence = torch.xlogy(plan, plan / (a[:, :, None] * b[:, None, :])).sum((1, 2))
+    return (plan * cost).sum((1, 2)) + eps * divergence
+
+
+def _even(x: Tensor) -> Tensor:
+    """Returns equal node weights 1/N, (B, N), for x (B, N, C)."""
+    return x.new_full(x.shape[:2], 1 / x.shape[1])
+
+
+def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns the means and standard deviations (B, C) of x (B, N, C) over its nodes, with weights (B, N) or equal ones."""
+    share = _even(x) if weights is None else weights
+    mean = (share[:, :, None] * x).sum(1)
+    # 1e-8 keeps the gradient of the square root finite for a constant channel.
+    return mean, ((share[:, :, None] * (x - mean[:, None]).square()).sum(1) + 1e-8).sqrt()
+
+
+def _check_nodes(shallow: Tensor, deep: Tensor) -> None:
+    if shallow.ndim != 3 or deep.ndim != 3 or shallow.shape[0] != deep.shape[0] or shallow.shape[2] != deep.shape[2]:
+        raise UserError(
+            "expected shallow (batch, nodes, channels) and deep (batch, nodes, channels) with equal batch and channels; "
+            f"got {tuple(shallow.shape)} and {tuple(deep.shape)}"
+        )

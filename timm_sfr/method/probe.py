@@ -1,8 +1,8 @@
-"""The features that a model lets SFR tap: measured once (`probe`), and taken in one forward pass with the logits.
+"""Measures the features of a model that SFR can tap (`probe`), and returns them with the logits in one forward pass.
 
-timm's models hand them out through ``forward_intermediates``; any other module through forward hooks (`Hooks`).
+timm models return their features through ``forward_intermediates``; other modules need forward hooks (`Hooks`).
 
-Shape suffixes: B batch, K classes, C channels, H x W locations, N tokens.
+Shapes: B images in the batch, K classes, C channels, H x W locations, N tokens.
 """
 
 from __future__ import annotations
@@ -19,14 +19,22 @@ from torch import Tensor, nn
 from timm_sfr.utils.errors import UserError, first_line
 
 INTERMEDIATES, HOOKS = "forward_intermediates", "hooks"
-PREFIX_TOKENS = 5  # class and register tokens that may come before a map's tokens
-# What a model raises where an image or an argument does not suit it.
+PREFIX_TOKENS = 5  # most class and register tokens before the tokens of a map
+# The exceptions that models raise for an unsuitable image or argument.
 MISFITS = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
 class Feature:
-    """One tappable feature, as measured: channels C and the grid H x W at the probed image size."""
+    """One tappable feature, measured at the probed image size.
+
+    Attributes:
+        index: Its place in the order of computation, from 0; for a timm model, its index in ``feature_info``.
+        module: Name of the module that returns it.
+        channels: C.
+        grid: Its locations, (H, W).
+        stride: Image pixels per location, rounded.
+    """
 
     index: int
     module: str
@@ -36,17 +44,17 @@ class Feature:
 
     @property
     def nodes(self) -> int:
-        """Locations, H x W."""
+        """Number of locations, H x W."""
         return self.grid[0] * self.grid[1]
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe found.
+    """The result of `probe`.
 
     Attributes:
-        features: Every feature, by its index; in the order in which the model computes them.
-        mechanism: How they are taken: ``"forward_intermediates"`` or ``"hooks"``.
+        features: All features by index, in the order in which the model computes them.
+        mechanism: How to get them: ``"forward_intermediates"`` or ``"hooks"``.
         num_classes: Width of the logits, K.
     """
 
@@ -55,42 +63,28 @@ class Probed:
     num_classes: int
 
 
-def forward_taps(model: Any, x: Tensor, indices: Sequence[int]) -> tuple[Any, list[Tensor]]:
-    """Logits (B, K) and the features `indices`, each (B, C, H, W), in one pass of a timm model over images (B, C, H, W)."""
-    final, maps = forward_final(model, x, indices)
-    return model.forward_head(final), maps
-
-
-def forward_final(model: Any, x: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """The same with what a timm model's ``forward_head`` takes in the place of the logits."""
-    # stop_early and norm off: the final features must be whole, and some heads fail without.
-    return model.forward_intermediates(
-        x, indices=list(indices), norm=False, stop_early=False, intermediates_only=False, output_fmt="NCHW"
-    )
-
-
 class Hooks:
-    """Takes the outputs of some modules in the model's own forward pass.
+    """Records the outputs of some modules during the model's own forward pass.
 
-    The hooks stay on the model, and are idle outside `forward`; a deep copy of model and hooks is whole again.
+    The hooks stay on the model and are idle outside `forward`. A deep copy of the model together with its hooks works too.
 
     Args:
         model: Any module.
-        names: Its modules whose outputs are taken.
+        names: The submodules to record.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        self.names, self.taken = list(names), [_Taken() for _ in names]
+        self.names, self.taken = list(names), [_Recorder() for _ in names]
         self.handles = [
-            model.get_submodule(name).register_forward_hook(tap.keep)
-            for name, tap in zip(names, self.taken, strict=True)
+            model.get_submodule(name).register_forward_hook(recorder.record)
+            for name, recorder in zip(names, self.taken, strict=True)
         ]
 
     def forward(self, model: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
-        """Logits (B, K) and the modules' outputs as maps (B, C, H, W), for images (B, C, H, W).
+        """Returns the logits (B, K) and the modules' outputs as maps (B, C, H, W), for images `x` (B, C, H, W).
 
         Raises:
-            UserError: if a module did not run exactly once, or its output is no map.
+            UserError: if a module did not run exactly once, its output is not a map, or the map has no gradient in training.
         """
         logits, outputs = self.outputs(model, x)
         for name, values in zip(self.names, outputs, strict=True):
@@ -110,42 +104,44 @@ class Hooks:
         return logits, maps
 
     def outputs(self, model: nn.Module, x: Tensor) -> tuple[Any, list[list[Any]]]:
-        """What the model gives, and what each of the modules gave, as often as it ran."""
-        for tap in self.taken:
-            tap.armed, tap.values = True, []
+        """Returns the model's output, and for each module the list of its outputs, one per run."""
+        for recorder in self.taken:
+            recorder.armed, recorder.values = True, []
         try:
             result = model(x)
-            return result, [tap.values for tap in self.taken]
+            return result, [recorder.values for recorder in self.taken]
         finally:
-            for tap in self.taken:
-                tap.armed, tap.values = False, []
+            for recorder in self.taken:
+                recorder.armed, recorder.values = False, []
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         for handle in self.handles:
             handle.remove()
 
 
-class _Taken:
-    """One module's outputs; idle unless armed, so that a plain pass of the same model keeps nothing alive."""
+def forward_taps(model: Any, x: Tensor, indices: Sequence[int]) -> tuple[Any, list[Tensor]]:
+    """Returns a timm model's logits (B, K) and the features `indices`, each (B, C, H, W), for images `x` (B, C, H, W)."""
+    final, maps = forward_final(model, x, indices)
+    return model.forward_head(final), maps
 
-    def __init__(self) -> None:
-        self.armed = False
-        self.values: list[Any] = []
 
-    def keep(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.armed:
-            self.values.append(output)
+def forward_final(model: Any, x: Tensor, indices: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """Like `forward_taps`, but returns the input of ``forward_head`` instead of the logits."""
+    # With stop_early, the final features would be incomplete; with norm, some models fail.
+    return model.forward_intermediates(
+        x, indices=list(indices), norm=False, stop_early=False, intermediates_only=False, output_fmt="NCHW"
+    )
 
 
 def as_map(output: Any, images: Tensor, name: str = "") -> Tensor:
-    """A module's output as a map (B, C, H, W), for `images` (B, C', H', W').
+    """Returns a module's output as a map (B, C, H, W), for `images` (B, C', H', W').
 
-    Takes (B, C, H, W); (B, H, W, C), told apart by the images' aspect; and tokens (B, N, C) that fill a grid of that
-    aspect, after up to 5 class or register tokens.
+    Accepts (B, C, H, W); (B, H, W, C), recognised by the images' aspect ratio; and tokens (B, N, C) that fill a grid of
+    that aspect ratio after up to 5 class or register tokens.
 
     Raises:
-        UserError: for anything else.
+        UserError: for any other output.
     """
     x, (batch, _, height, width) = output, images.shape
     if isinstance(x, Tensor) and x.ndim == 4 and len(x) == batch:
@@ -160,26 +156,26 @@ def as_map(output: Any, images: Tensor, name: str = "") -> Tensor:
                 return x[:, prefix:].transpose(1, 2).unflatten(2, (rows, tokens // rows))
     raise UserError(
         f"sfr_taps: {name!r} gives {described(x)} for {tuple(images.shape)} images; expected a map (B, C, H, W), (B, H, W, C), "
-        "or tokens (B, N, C) of a grid of the images' aspect"
+        "or tokens (B, N, C) on a grid with the images' aspect ratio"
     )
 
 
 def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
-    """Measures every feature of `model` in one pass, in evaluation mode, with batch 2; restores the modes.
+    """Measures every feature of `model` in one pass, in evaluation mode, with batch size 2; restores the modes afterwards.
 
-    A timm model's are those of its ``feature_info``: through ``forward_intermediates`` where, for each of them, it gives
-    one map, and ``forward_head`` of the final features gives the logits of ``model(x)``; else through hooks on the modules
-    that ``feature_info`` names. Any other module's are all of its modules that run once and give a map.
-    Works on the meta device too, where values cannot be compared.
+    The features of a timm model are those of its ``feature_info``. ``forward_intermediates`` is used if it returns one map
+    for each of them and ``forward_head`` turns the final features into the logits of ``model(x)``. Otherwise hooks are used
+    on the modules that ``feature_info`` names. The features of any other module are the outputs of all its submodules that
+    run once and return a map. The probe also works on the meta device, where it cannot compare values.
 
     Raises:
-        UserError: if the model does not take the size, is no classifier, or has no features.
+        UserError: if the model does not accept the image size, is not a classifier, or has no features.
     """
     for module in model.modules():
         if isinstance(module, PatchDropout) and module.prob > 0:
             raise UserError(
-                f"patch_drop_rate: {model_name(model)} drops patches in training, so that its features are no maps; make it "
-                "with patch_drop_rate 0"
+                f"patch_drop_rate: {model_name(model)} drops patches in training, so its features are not maps; create it with "
+                "patch_drop_rate=0"
             )
     image = _images(model, input_size)
     with _evaluating(model):
@@ -194,31 +190,54 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
         names, maps = _hooked(model, image, [str(entry.get("module")) for entry in info] or None)
     if not maps:
         raise UserError(
-            f"{model_name(model)} cannot be tapped: {reason}, and no module of it runs once and gives a map"
+            f"{model_name(model)} cannot be tapped: {reason}, and none of its modules runs once and returns a map"
         )
     return Probed(_features(names, maps, input_size), HOOKS, logits.shape[1])
 
 
 def count_classes(model: nn.Module, input_size: tuple[int, int, int] | None) -> int:
-    """Width of the model's logits: what it says, or else what it gives for images of `input_size` (C, H, W).
+    """Returns the width of the logits: ``model.num_classes``, or as measured on images of `input_size` (C, H, W).
 
     Raises:
-        UserError: if neither is known, or it is no classifier.
+        UserError: if neither is known, or the model is not a classifier.
     """
     known = getattr(model, "num_classes", None)
     if known is not None:
         return int(known)
     if input_size is None:
         raise UserError(
-            f"input_size: {model_name(model)} does not say how many classes it has; give (channels, height, width)"
+            f"input_size: {model_name(model)} does not say how many classes it has; pass (channels, height, width)"
         )
     with _evaluating(model):
         return _logits(model, _images(model, input_size)).shape[1]
 
 
+def model_name(model: nn.Module) -> str:
+    """Returns the model's name for messages: its timm architecture, or its class."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return config.get("architecture") or type(model).__name__
+
+
+def described(x: Any) -> str:
+    """Returns the shape of a tensor, or the type name of anything else."""
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__
+
+
+class _Recorder:
+    """Records the outputs of one module while armed; otherwise idle, so that an ordinary pass keeps no tensors alive."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.values: list[Any] = []
+
+    def record(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.armed:
+            self.values.append(output)
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards each module has its own mode again."""
+    """Puts the model in evaluation mode without gradients, and restores each module's mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -230,7 +249,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _images(model: nn.Module, input_size: tuple[int, int, int]) -> Tensor:
-    """Two images of `input_size` (C, H, W), on the model's device and of its type; the global random state stays."""
+    """Returns two random images (2, C, H, W) of the model's device and dtype; leaves the global random state alone."""
     like = next(model.parameters(), torch.empty(0))
     return torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0)).to(like.device, like.dtype)
 
@@ -239,8 +258,8 @@ def _logits(model: nn.Module, image: Tensor) -> Tensor:
     size = "x".join(map(str, image.shape[1:]))
     if getattr(model, "num_classes", None) == 0:
         raise UserError(
-            f"{model_name(model)} has no classifier (num_classes=0), which SFR trains: make it with num_classes, or take a "
-            "model that has one"
+            f"{model_name(model)} has no classifier (num_classes=0), and SFR trains classifiers; create it with num_classes, or "
+            "choose a model that has one"
         )
     try:
         logits = model(image)
@@ -248,34 +267,38 @@ def _logits(model: nn.Module, image: Tensor) -> Tensor:
         raise UserError(f"img_size: {model_name(model)} does not take {size} images: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise UserError(
-            f"{model_name(model)} must return one tensor of logits (batch, classes); got {described(logits)}; make it with "
-            "its global pooling and its classifier"
+            f"{model_name(model)} must return one tensor of logits (batch, classes); got {described(logits)}; create "
+            "it with its global pooling and its classifier"
         )
     return logits
 
 
 def _intermediates(model: Any, image: Tensor, plain: Tensor, count: int) -> tuple[list[Tensor] | None, str]:
-    """All features of a timm model, or None and why they cannot be taken so."""
+    """Returns all `count` features of a timm model through ``forward_intermediates``, or None and why that fails.
+
+    `plain` are the logits (B, K) of ``model(image)``, which the features must lead to.
+    """
     try:
         logits, maps = forward_taps(model, image, range(count))
     except MISFITS as error:
         return None, f"its forward_intermediates fails ({first_line(error)})"
     if len(maps) != count or any(not isinstance(x, Tensor) or x.ndim != 4 for x in maps):
         given = [described(x) for x in maps]
-        return None, f"its forward_intermediates gives {given}, expected {count} maps (B, C, H, W)"
-    # An untrained net's logits hardly depend on the image: what must agree is the difference between two images, too.
-    moved = 1e-3 * (plain[0] - plain[1]).abs().max() + 1e-6 * plain.abs().max()
-    if not plain.is_meta and not torch.all((logits - plain).abs() <= moved):
-        return None, "its forward_intermediates and forward_head do not give the logits of model(x)"
+        return None, f"its forward_intermediates returns {given}, expected {count} maps (B, C, H, W)"
+    # The logits of an untrained network hardly depend on the image, so the tolerance is relative to the difference between
+    # the two images.
+    tolerance = 1e-3 * (plain[0] - plain[1]).abs().max() + 1e-6 * plain.abs().max()
+    if not plain.is_meta and not torch.all((logits - plain).abs() <= tolerance):
+        return None, "its forward_intermediates and forward_head do not return the logits of model(x)"
     return maps, ""
 
 
 def _hooked(model: nn.Module, image: Tensor, only: list[str] | None) -> tuple[list[str], list[Tensor]]:
-    """Names and maps of the modules, of `only` if given, that run once and give a map; in the order in which they finish."""
+    """Returns names and maps of the modules (of `only` if given) that run once and return a map, in order of completion."""
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     names = list(modules) if only is None else [name for name in only if name in modules]
     order: dict[str, list[Any]] = {}
-    # A dictionary keeps the order of first completion; a list as value shows who ran more than once.
+    # The dictionary keeps the order of first completion; the lists show which modules ran more than once.
     handles = [
         modules[name].register_forward_hook(lambda _, __, out, name=name: order.setdefault(name, []).append(out))
         for name in names
@@ -301,14 +324,3 @@ def _features(names: list[str], maps: list[Tensor], input_size: tuple[int, int, 
         _, channels, height, width = x.shape
         found.append(Feature(index, name, channels, (height, width), round(input_size[1] / max(1, height))))
     return found
-
-
-def model_name(model: nn.Module) -> str:
-    """What a message calls the model."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return config.get("architecture") or type(model).__name__
-
-
-def described(x: Any) -> str:
-    """A tensor's shape, or a thing's type."""
-    return str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__

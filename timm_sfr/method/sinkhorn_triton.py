@@ -1,12 +1,12 @@
-"""The transport loss of one problem in one Triton program: cost, plan, loss and gradient, without leaving the registers.
+"""The transport loss in Triton: one program computes a problem's cost, plan, loss and gradient in registers.
 
-The same arithmetic as `timm_sfr.method.transport.sinkhorn`, which is its oracle and stands in where it cannot run. Imported only
-where it is asked for (``--sfr-solver triton``).
+The arithmetic is that of `timm_sfr.method.sinkhorn.sinkhorn`, which is the oracle in the tests and the replacement where this
+cannot run. Imported only for ``--sfr-solver triton``.
 
-Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C channels.
+Shapes: B problems in the batch, N shallow nodes (rows), M deep nodes (columns), C channels.
 """
 
-# No `annotations` from the future: torch reads an operator's schema from its annotations, and older ones want types there.
+# No `from __future__ import annotations`: torch reads an operator's schema from its annotations, and older versions need types.
 
 import os
 from typing import Any
@@ -18,19 +18,19 @@ from torch import Tensor, library
 
 from timm_sfr.method.sinkhorn import EPS, FLOOR, RELAXATION, STRETCH, UPDATES
 
-_MOST = 64  # nodes on a side: a program holds the plan several times over in its registers
-_CHANNELS = 32  # read at a time
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # for tests: Triton's interpreter runs on the CPU
+_MAX_NODES = 64  # per side: a program holds several copies of the plan in its registers
+_CHANNELS = 32  # read at a time
 
 
 def fits(cost_shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether problems (B, N, M) on `device` can be solved here: on CUDA (or by Triton's interpreter), and small enough."""
-    return (device.type == "cuda" or INTERPRETED) and max(cost_shape[1:]) <= _MOST
+    """Returns whether problems (B, N, M) can be solved here: on CUDA (or Triton's interpreter), with at most 64 x 64 nodes."""
+    return (device.type == "cuda" or INTERPRETED) and max(cost_shape[1:]) <= _MAX_NODES
 
 
 @library.custom_op("timm_sfr::plans", mutates_args=())
 def plans(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """`timm_sfr.method.transport.sinkhorn`'s plans (B, N, M) of cost (B, N, M), a (B, N), b (B, M); all float32."""
+    """Returns the plans (B, N, M) of `timm_sfr.method.sinkhorn.sinkhorn` for cost (B, N, M), a (B, N), b (B, M); all float32."""
     cost, a, b = cost.contiguous(), a.contiguous(), b.contiguous()
     plan = torch.empty_like(cost)
     batch, rows, columns = cost.shape
@@ -45,22 +45,23 @@ def _(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def transport_costs(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """<P, C> of every problem, (B,), with C_ij = ||u_i - v_j||^2 and P `sinkhorn`'s plan of it, a constant.
+    """Returns the transport cost L = <P, C> of each problem, (B,), with C_ij = ||u_i - v_j||^2.
 
-    The gradient reaches u alone: dL/du_i = 2 sum_j P_ij (u_i - v_j). It is computed with the loss, in the same program.
+    P is the plan of `timm_sfr.method.sinkhorn.sinkhorn` for C, a and b, as a constant. Only u gets a gradient:
+    dL/du_i = 2 sum_j P_ij (u_i - v_j). It is computed with the loss, in the same program.
 
     Args:
-        u: (B, N, C), float32.
-        v: (B, M, C), float32, a constant.
-        a: (B, N), as in `sinkhorn`.
-        b: (B, M), likewise.
+        u: Shallow features, (B, N, C), float32.
+        v: Deep features, (B, M, C), float32, constants.
+        a: Row masses, (B, N), at least 1e-25.
+        b: Column masses, (B, M), at least 1e-25.
     """
     return _costs(u, v, a, b)[0]
 
 
 @library.custom_op("timm_sfr::transport_costs", mutates_args=())
 def _costs(u: Tensor, v: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """<P, C>, (B,), and its gradient by u, (B, N, C)."""
+    """Returns <P, C>, (B,), and its gradient with respect to u, (B, N, C)."""
     u, v, a, b = (x.contiguous() for x in (u, v, a, b))
     (batch, rows, channels), columns = u.shape, v.shape[1]
     costs, gradient = u.new_empty(batch), torch.empty_like(u)
@@ -91,7 +92,7 @@ _costs.register_autograd(_backward, setup_context=_keep_gradient)
 
 
 def _tile(nodes: int) -> int:
-    return max(16, triton.next_power_of_2(nodes))  # tl.dot takes no less
+    return max(16, triton.next_power_of_2(nodes))  # 16 is the minimum of tl.dot
 
 
 def _shape(rows: int, columns: int) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def _shape(rows: int, columns: int) -> dict[str, Any]:
 
 @triton.jit
 def _at_least(x, low):
-    # Triton's own loses NaN, which the guard of the loss has to see.
+    # By default tl.maximum drops NaN, which the check for a non-finite loss must see.
     return tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -113,14 +114,14 @@ def _relaxed(old, goal, relaxation, stretch):
 
 @triton.jit
 def _rescaled(plan, f, g, log_a, log_b, valid, floor):
-    """The start of a level: the plan of the one before, squared over a_i b_j."""
+    """Returns the start of a level, P_ij^2 / (a_i b_j), with P the plan of the level before."""
     plan = plan * tl.exp(f - log_a / 2)[:, None] * tl.exp(g - log_b / 2)[None, :]
     return tl.where(valid, _at_least(plan * plan, floor), 0.0)
 
 
 @triton.jit
 def _fit_rows(plan, f, g, log_a, row_valid, relaxation, stretch):
-    # A row of padding has no mass; 1 in its place keeps the logarithm finite.
+    # A padding row sums to 0; 1 instead keeps the logarithm finite.
     sums = tl.where(row_valid, tl.sum(plan * tl.exp(g)[None, :], 1), 1.0)
     return _relaxed(f, log_a - tl.log(sums), relaxation, stretch)
 
@@ -134,7 +135,7 @@ def _fit_columns(plan, f, g, log_b, column_valid, relaxation, stretch):
 @triton.jit
 def _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, stretch, floor,
            FIRST: tl.constexpr, SECOND: tl.constexpr, THIRD: tl.constexpr):  # fmt: skip
-    """`timm_sfr.method.transport.sinkhorn` of one problem, padded: (ROWS, COLUMNS)."""
+    """Solves one problem as `timm_sfr.method.sinkhorn.sinkhorn` does; returns its plan, padded to (ROWS, COLUMNS)."""
     valid = row_valid[:, None] & column_valid[None, :]
     far = float("inf")
     plan = cost - tl.min(tl.where(valid, cost, far), 1)[:, None]
@@ -155,10 +156,10 @@ def _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, 
     f, g = tl.zeros_like(f), tl.zeros_like(g)
     for step in range(THIRD):
         f = _fit_rows(plan, f, g, log_a, row_valid, relaxation, stretch)
-        # The last update meets the column masses.
+        # The last update is not relaxed, so that the column sums are exact.
         g = _fit_columns(plan, f, g, log_b, column_valid, tl.where(step == THIRD - 1, 1.0, relaxation), stretch)
     plan = plan * tl.exp(f)[:, None] * tl.exp(g)[None, :]
-    # Shrink what is too much, spread what is missing (`timm_sfr.method.transport.round_plan`).
+    # Shrink rows with too much mass and spread the missing mass, as at the end of `timm_sfr.method.sinkhorn.sinkhorn`.
     tiny = 1.1754943508222875e-38
     plan = plan * tl.minimum(a / _at_least(tl.sum(plan, 1), tiny), 1.0, propagate_nan=tl.PropagateNan.ALL)[:, None]
     missing_a, missing_b = _at_least(a - tl.sum(plan, 1), 0.0), _at_least(b - tl.sum(plan, 0), 0.0)
@@ -197,14 +198,14 @@ def _cost_kernel(u_ptr, v_ptr, a_ptr, b_ptr, costs_ptr, gradient_ptr, rows, colu
         within = (start + c < channels)[None, :]
         u = tl.load(u_ptr + u_place + start, mask=row_valid[:, None] & within, other=0.0)
         v = tl.load(v_ptr + v_place + start, mask=column_valid[:, None] & within, other=0.0)
-        products = tl.dot(u, tl.trans(v), products, input_precision="ieee")  # TF32 would lose half of the digits
+        products = tl.dot(u, tl.trans(v), products, input_precision="ieee")  # TF32 would lose half the digits
         u_squares += tl.sum(u * u, 1)
         v_squares += tl.sum(v * v, 1)
     distance = v_squares[None, :] - 2 * products + u_squares[:, None]
     cost = _at_least(distance, 0.0)
     plan = _solve(cost, a, b, row_valid, column_valid, rows, columns, eps, relaxation, stretch, floor, FIRST, SECOND, THIRD)
     tl.store(costs_ptr + problem, tl.sum(tl.sum(plan * cost, 1), 0))
-    plan = tl.where(distance < 0, 0.0, 2 * plan)  # the clamp above passes no gradient there
+    plan = tl.where(distance < 0, 0.0, 2 * plan)  # the clamp above has no gradient there
     mass = tl.sum(plan, 1)
     for start in range(0, channels, CHANNELS):
         within = (start + c < channels)[None, :]

@@ -1,6 +1,6 @@
-"""Dynamic label smoothing: y~ = (1 - eps_t) y + eps_t q, as pure functions on batches.
+"""Dynamic label smoothing, y~ = (1 - eps_t) y + eps_t q: pure functions on batches, and modules that hold the state.
 
-Shape suffixes: B batch, K classes.
+y is the target, q what it is smoothed towards, and eps_t the strength at time t. Shapes: B images in the batch, K classes.
 """
 
 from __future__ import annotations
@@ -17,46 +17,50 @@ from timm_sfr.utils.errors import UserError
 SOURCES = ("uniform", "classes")
 SCHEDULES = ("constant", "ramp", "confidence")
 
-# `own_epsilon`: the right class is to be this many times as likely as any other; the most that is ever smoothed; and the
-# passes over the images after which most of it is.
+# Of `own_epsilon`: how many times as probable as any other class the target makes the right one; the largest eps; and the
+# passes over the images after which eps reaches 63 % of its full value.
 ODDS, MOST, PASSES = 100, 0.5, 32
-# Above this many classes the class table is not chosen by itself: it and the sums for the next one take 8 K^2 bytes, and a
+# Above this many classes, the class table must be asked for: the table and the sums for the next one take 8 K^2 bytes, and a
 # checkpoint within an epoch holds the sums of every process.
 TABLE_CLASSES = 1024
 
 
 def soft_targets(target: Tensor, num_classes: int) -> Tensor:
-    """Targets as distributions, float32 (B, K): one-hot for class indices (B,), unchanged for mixtures (B, K)."""
+    """Returns targets as distributions, (B, K) float32: one-hot for class indices (B,), unchanged for mixtures (B, K)."""
     return F.one_hot(target, num_classes).float() if target.ndim == 1 else target.float()
 
 
 def ramp(epsilon: float, epoch: int, epochs: int) -> float:
-    """eps_t of the ``ramp`` schedule: from 0 in the first epoch to `epsilon` in the last, linearly."""
+    """Returns eps_t of the ``ramp`` schedule: linear from 0 in epoch 0 to `epsilon` in the last of `epochs` epochs."""
     return epsilon * min(1.0, epoch / (epochs - 1)) if epochs > 1 else epsilon
 
 
 def own_epsilon(num_classes: int, epochs: int | None = None) -> float:
-    """The smoothing that suits K classes and T passes over the images, without asking for it.
+    """Returns the smoothing eps that the method chooses itself, for K classes and T passes over the images.
 
         eps = min(1/2, K / (K + 99)) (1 - exp(-(T / 32)^3))
 
-    The first factor: smoothed uniformly by K / (K + 99), the target makes the right class 100 times as probable as any
-    other, whatever K is (10 classes: 0.09; 100 and more: 0.5). The second: smoothing slows learning down, which costs
-    accuracy where training is short and keeps a network from learning its images by heart where it is long (16 passes:
-    0.12 of the first factor, 48: 0.97). docs/results.md has the runs behind the constants.
+    The first factor asks for the same margin at every K: smoothed uniformly by K / (K + 99), the target makes the right
+    class 100 times as probable as any other. That is 0.09 for 10 classes, capped at 1/2 from 99 on. The second factor
+    reflects that smoothing slows learning, which costs accuracy in short training and prevents the network from
+    memorising its images in long training. It is 0.12 at 16 passes and 0.97 at 48. docs/results.md has the runs behind the
+    constants.
 
     Args:
         num_classes: K.
-        epochs: T; None for a run that is long or of unknown length.
+        epochs: T. None if it is long or unknown: the second factor is then 1.
     """
     passes = 1.0 if epochs is None else 1 - math.exp(-((epochs / PASSES) ** 3))
     return min(MOST, num_classes / (num_classes + ODDS - 1)) * passes
 
 
 def confidence(logits: Tensor, epsilon: float) -> Tensor:
-    """eps of the ``confidence`` schedule, (B,): larger where the model is surer; a constant (no gradient).
+    """Returns eps of the ``confidence`` schedule for each sample i, (B,); a constant (no gradient).
 
-    eps_i = epsilon (max_k p_ik - 1/K) / (1 - 1/K), so 0 for a uniform prediction and `epsilon` for a certain one.
+        eps_i = epsilon (max_k p_ik - 1/K) / (1 - 1/K)
+
+    p_ik is the model's probability of class k for sample i. eps_i is 0 for a uniform prediction and `epsilon` for a
+    certain one.
 
     Args:
         logits: (B, K).
@@ -68,12 +72,12 @@ def confidence(logits: Tensor, epsilon: float) -> Tensor:
 
 
 def smooth(target: Tensor, epsilon: Tensor | float, q: Tensor) -> Tensor:
-    """Smoothed targets (1 - eps) y + eps q, (B, K); each row sums to 1 where those of `target` and `q` do.
+    """Returns the smoothed targets (1 - eps) y + eps q, (B, K). Each row sums to 1 if the rows of `target` and `q` do.
 
     Args:
-        target: y as distributions, (B, K).
-        epsilon: A number, or one value per sample (B,).
-        q: What to smooth towards, (B, K) or (K,).
+        target: y, distributions (B, K).
+        epsilon: eps, a number or one value per sample (B,).
+        q: The distributions to smooth towards, (B, K) or (K,).
     """
     if isinstance(epsilon, Tensor) and epsilon.ndim == 1:
         epsilon = epsilon[:, None]
@@ -81,7 +85,7 @@ def smooth(target: Tensor, epsilon: Tensor | float, q: Tensor) -> Tensor:
 
 
 def right_predictions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What each sample adds to its class's mean prediction: nothing where the model is wrong.
+    """Returns what each sample adds to the mean prediction of its class; a wrong prediction adds nothing.
 
     A mixture (mixup, CutMix) counts for its largest class.
 
@@ -90,43 +94,51 @@ def right_predictions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, T
         target: Distributions, (B, K).
 
     Returns:
-        The class (B,), softmax(logits) or 0 where wrong (B, K), and 1 or 0 where wrong (B,).
+        The class (B,); softmax(logits) if right, otherwise 0, (B, K); and 1 if right, otherwise 0, (B,).
     """
     prediction = logits.detach().float().softmax(-1)
     label = target.argmax(-1)
-    # A prediction that is not finite is none: it would stay in the sums after its step was skipped.
+    # A non-finite prediction counts as wrong: it would stay in the sums even when its step is skipped.
     right = (prediction.argmax(-1) == label) & prediction.isfinite().all(-1)
     return label, torch.where(right[:, None], prediction, 0.0), right.float()
 
 
 def update_table(table: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
-    """The class table after an epoch, (K, K): mean predictions where a class has any, the old row where it has none."""
+    """Returns the class table after an epoch, (K, K): a class's mean prediction, or its old row if it has none.
+
+    Args:
+        table: The old table, (K, K); row k is a distribution.
+        sums: Sums of the right predictions of each class, (K, K).
+        counts: Numbers of right predictions of each class, (K,).
+    """
     fresh = sums / counts[:, None].clamp_min(1)
     return torch.where(counts[:, None] > 0, fresh / fresh.sum(-1, keepdim=True).clamp_min(1e-12), table)
 
 
 def default_warmup(epochs: int) -> int:
-    """Epochs over which rate, lambda and smoothing rise where no option says so: a fifth of them, at most 5."""
+    """Returns the default warm-up of learning rate, lambda and smoothing, in epochs: a fifth of `epochs`, at most 5."""
     return min(5, epochs // 5)
 
 
 class DynamicLabelSmoothing(nn.Module):
-    """Soft cross-entropy against targets smoothed dynamically: L = -sum_k y~_k log softmax(z)_k, mean over the batch.
+    """Cross-entropy against dynamically smoothed targets: L = -sum_k y~_k log softmax(z)_k, mean over the batch.
 
         y~ = (1 - eps_t) y + eps_t q
 
+    y (B, K) is the target, z (B, K) the logits, q the distribution to smooth towards, eps_t the strength at time t.
+
     Args:
         num_classes: K.
-        epsilon: The smoothing eps. None: eps finds its own strength (`timm_sfr.method.smoothing.own_epsilon`), and rises to it
-            over the first fifth of the epochs, at most 5 of them; without `set_epoch` it is at most 0.1. A number is
-            timm's ``--smoothing``; 0 is plain cross-entropy.
+        epsilon: The smoothing eps. None: `timm_sfr.method.smoothing.own_epsilon` chooses it, and eps_t rises to it over
+            the first fifth of the epochs, at most 5. Without `set_epoch` it is at most 0.1. A number is timm's
+            ``--smoothing``; 0 is plain cross-entropy.
         source: q. ``"uniform"``: 1/K. ``"classes"``: the model's mean prediction for the sample's class over the
-            samples it got right in the last epoch that had any (uniform until then); for a mixture, the mixture of q.
-            None: ``"classes"`` where eps finds its own strength and K is at most 1,024, else ``"uniform"``.
-        schedule: eps_t of a given eps. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per
-            sample, larger where the model is surer.
+            samples that it classified correctly in the last epoch that had any (uniform until then); for a mixture,
+            the mixture of q. None: ``"classes"`` if `epsilon` is None and K is at most 1,024, otherwise ``"uniform"``.
+        schedule: How a given eps varies. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per
+            sample, larger where the model is more certain.
 
-    The class table is a (K, K) buffer; `end_epoch` renews it, summed over all processes.
+    The class table is a (K, K) buffer. `end_epoch` renews it from the predictions of all processes.
 
     Raises:
         UserError: if an option is out of bounds, or a schedule is given without an epsilon.
@@ -154,11 +166,11 @@ class DynamicLabelSmoothing(nn.Module):
                 f"expected source in {SOURCES} and schedule in {SCHEDULES}; got {source!r}, {schedule!r}"
             )
         if epsilon is None and schedule != "constant":
-            raise UserError(f"schedule {schedule!r} moves an epsilon that is given, as --smoothing 0.1; none is")
+            raise UserError(f"schedule: {schedule!r} needs a given epsilon, such as 0.1 (--smoothing 0.1); got None")
         self.num_classes, self.epsilon, self.schedule = num_classes, epsilon, schedule
         own = epsilon is None and num_classes <= TABLE_CLASSES
         self.source = source or ("classes" if own else "uniform")
-        # Until `set_epoch` says how long the run is, no more than what timm takes.
+        # Until `set_epoch` gives the length of the run, use at most timm's default.
         own_now = min(0.1, own_epsilon(num_classes))
         now = own_now if epsilon is None else 0.0 if schedule == "ramp" else epsilon
         self.register_buffer("epsilon_t", torch.tensor(now))
@@ -168,7 +180,7 @@ class DynamicLabelSmoothing(nn.Module):
         self.register_buffer("counts", torch.zeros(rows), persistent=False)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Sets eps_t for epoch `epoch` of `epochs`."""
+        """Sets eps_t for epoch `epoch` (from 0) of `epochs`."""
         if self.epsilon is None:
             warmup = default_warmup(epochs)
             now = own_epsilon(self.num_classes, epochs) * min(1.0, (epoch + 1) / (warmup + 1))
@@ -177,27 +189,27 @@ class DynamicLabelSmoothing(nn.Module):
         self.epsilon_t.fill_(now)
 
     def describe(self, epochs: int) -> str:
-        """The form and the size of the smoothing in a run of `epochs` epochs, in a few words."""
+        """Returns a few words on the strength and the form of the smoothing in a run of `epochs` epochs."""
         if self.epsilon is None:
             towards = "by class" if self.source == "classes" else self.source
             return f"up to {own_epsilon(self.num_classes, epochs):.2g} {towards}"
         return f"{self.epsilon:g} {self.source} {self.schedule}"
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The smoothed targets y~ (B, K) and the mean eps of the batch (a scalar).
+        """Returns the smoothed targets y~ (B, K) and the mean eps of the batch (a scalar).
 
         Args:
-            logits: (B, K); only the ``confidence`` schedule looks at them, as constants.
+            logits: (B, K). Only the ``confidence`` schedule uses them, as constants.
             target: Class indices (B,) or mixtures (B, K).
         """
         y = soft_targets(target, self.num_classes)
         epsilon = confidence(logits, self.epsilon) if self.schedule == "confidence" else self.epsilon_t
-        # A matrix product makes the q of a mixture the mixture of its classes' q.
+        # By the matrix product, q of a mixture is the mixture of its classes' q.
         q = y @ self.table if self.source == "classes" else y.new_full((self.num_classes,), 1 / self.num_classes)
         return smooth(y, epsilon, q), epsilon.mean()
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss (a scalar) and the mean eps of the batch (a scalar); in training, adds the batch to the table's sums.
+        """Returns the loss and the mean eps of the batch, two scalars. In training, adds the batch to the table's sums.
 
         Args:
             logits: (B, K).
@@ -217,7 +229,7 @@ class DynamicLabelSmoothing(nn.Module):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Sums the epoch's predictions over all processes and makes them the table of the next epoch."""
+        """Renews the class table for the next epoch from the epoch's predictions, summed over all processes."""
         if self.source != "classes":
             return
         if dist.is_available() and dist.is_initialized():
@@ -229,10 +241,10 @@ class DynamicLabelSmoothing(nn.Module):
 
 
 class SmoothedLoss(nn.Module):
-    """Dynamic label smoothing as the criterion of a base task: `SFRTask` over that task then moves it and logs its eps.
+    """Dynamic label smoothing as the criterion of a base task; the `SFRTask` over that task then varies and logs its eps.
 
     Attributes:
-        smoothing: What smooths.
+        smoothing: The smoothing.
         epsilon: The mean eps of the last batch, a scalar.
     """
 
@@ -241,6 +253,6 @@ class SmoothedLoss(nn.Module):
         self.smoothing, self.epsilon = smoothing, smoothing.epsilon_t
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss alone, a scalar, of logits (B, K) and class indices (B,) or mixtures (B, K)."""
+        """Returns the loss, a scalar, for logits (B, K) and class indices (B,) or mixtures (B, K)."""
         loss, self.epsilon = self.smoothing(logits, target)
         return loss

@@ -1,4 +1,4 @@
-"""`TappedModel`: the module that training runs, from images to logits and the nodes of the taps."""
+"""`TappedModel`, the module that training runs: it maps images to logits and the nodes of the taps."""
 
 from __future__ import annotations
 
@@ -16,56 +16,22 @@ from timm_sfr.utils.errors import UserError
 
 
 def to_nodes(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Average-pools a map to `grid` and lists its locations: (B, C, H, W) to (B, N, C)."""
+    """Average-pools a map to `grid` and flattens its locations: (B, C, H, W) to (B, N, C)."""
     if x.shape[-2:] != grid:
         x = _pool(x, grid)
     return _SameLayout.apply(x).flatten(2).transpose(1, 2)
 
 
-def _pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The mean of each cell of the grid, in cells of one size: (B, C, H, W) to (B, C, *grid).
-
-    Where the grid does not divide the map, neighbouring cells overlap: 7 locations to 3 are 0-2, 2-4 and 4-6. Adaptive
-    pooling has cells of several sizes, takes longer on CPUs, and its gradient is on PyTorch's list of what does not repeat
-    to the bit on GPUs.
-    """
-    strides = [size // cells for size, cells in zip(x.shape[-2:], grid, strict=True)]
-    sizes = [size - (cells - 1) * stride for size, cells, stride in zip(x.shape[-2:], grid, strides, strict=True)]
-    return F.avg_pool2d(x, sizes, strides)
-
-
-class _SameLayout(torch.autograd.Function):
-    """The identity, whose gradient has the memory layout of its input.
-
-    The gradient of (B, N, C) nodes, turned back, has its channels last. On from here, every operation of the network
-    before the tap would copy it into its own layout: a tenth of what SFR adds to a step, at best.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.layout = (
-            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        )
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.contiguous(memory_format=ctx.layout)
-
-
 class TappedModel(nn.Module):
-    """What training runs and DDP wraps: images (B, C, H, W) to logits (B, K) and tapped nodes [(B, N_t, C_t)].
-
-    `model` is the plain model, whose state dict is what gets exported; `projection`, if any, is the learned channel map of
-    the shallow taps, used in training only.
+    """The module that training runs and DDP wraps: images (B, C, H, W) to logits (B, K) and tapped nodes [(B, N_t, C_t)].
 
     Args:
-        model: The plain model.
-        plan: Its taps; None for logits alone.
-        grids: What each tap is pooled to, see `TapPlan.node_grids`.
-        projection: `ChannelProjection`, if the channels are matched so.
-        to_teacher: From the features before the classifier, (B, D), to a teacher's, (B, D'); if given, the logits come with
-            what it gives, as in timm's feature distillation. Used in training only.
+        model: The plain model; exports contain its state dict only.
+        plan: Its taps; None for logits only.
+        grids: The grid that each tap is pooled to, see `TapPlan.node_grids`.
+        projection: A `ChannelProjection` of the shallow taps, if channels are matched that way. Used in training only.
+        to_teacher: Maps the features before the classifier, (B, D), to a teacher's, (B, D'). If given, its output is
+            returned with the logits, as in timm's feature distillation. Used in training only.
     """
 
     def __init__(
@@ -85,15 +51,15 @@ class TappedModel(nn.Module):
         self.hooks = Hooks(model, plan.modules) if plan is not None and plan.mechanism == HOOKS else None
 
     def forward(self, x: Tensor) -> tuple[Any, list[Tensor]]:
-        """Logits (B, K), and the nodes of the shallow taps and then of the deep one.
+        """Returns the logits (B, K), and the nodes of the shallow taps followed by those of the deep tap.
 
         Raises:
-            UserError: if the features are not those of the plan: the images are smaller, or training changes the maps.
+            UserError: if the features differ from the plan: the images are smaller, or training changes the maps.
         """
         if self.plan is None:
-            return self.model(x) if self.to_teacher is None else self._taught(x)[0], []
+            return self.model(x) if self.to_teacher is None else self._forward_with_teacher(x)[0], []
         if self.to_teacher is not None:
-            logits, maps = self._taught(x)
+            logits, maps = self._forward_with_teacher(x)
         elif self.hooks is None:
             logits, maps = forward_taps(self.model, x, self.plan.indices)
         else:
@@ -104,8 +70,8 @@ class TappedModel(nn.Module):
             nodes = [*self.projection(nodes[:-1]), nodes[-1]]
         return logits, nodes
 
-    def _taught(self, x: Tensor) -> tuple[Any, list[Tensor]]:
-        """Logits (B, K) with the features for the teacher (B, D'), and the tapped maps."""
+    def _forward_with_teacher(self, x: Tensor) -> tuple[Any, list[Tensor]]:
+        """Returns (logits (B, K), features for the teacher (B, D')), and the tapped maps."""
         if self.plan is None:
             final, maps = self.model.forward_features(x), []
         else:
@@ -114,12 +80,12 @@ class TappedModel(nn.Module):
         return (self.model.forward_head(final), features), maps
 
     def no_weight_decay(self) -> set[str]:
-        """The model's own list, so that timm's optimizer factory finds it through the wrapper."""
+        """Returns the model's own list under its names here, for timm's optimizer factory."""
         names = getattr(self.model, "no_weight_decay", set)()
         return {f"model.{name}" for name in names}
 
     def group_matcher(self, coarse: bool = False) -> Any:
-        """The model's own layers under its names here, for timm's layer-wise learning rates; a projection is of the last."""
+        """Returns the model's layer groups under its names here, for layer-wise learning rates; extras join the last group."""
         if hasattr(self.model, "group_matcher"):
             layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
         else:
@@ -131,11 +97,41 @@ class TappedModel(nn.Module):
         for tap, x, grid in zip(self.plan.taps, maps, self.grids, strict=True):
             if x.shape[:2] != (len(images), tap.channels):
                 raise UserError(
-                    f"{model_name(self.model)}: {tap.module} gives {tuple(x.shape)} in training, expected ({len(images)}, "
-                    f"{tap.channels}, H, W) as in evaluation; turn off what drops or changes features there"
+                    f"{model_name(self.model)}: {tap.module} returns {tuple(x.shape)} in training, expected ({len(images)}, "
+                    f"{tap.channels}, H, W) as in evaluation; turn off options that drop or change features in training"
                 )
             if x.shape[2] < grid[0] or x.shape[3] < grid[1]:
                 raise UserError(
-                    f"input_size: the images are {images.shape[2]}x{images.shape[3]}, and the taps were chosen for "
-                    f"{'x'.join(map(str, self.plan.input_size[1:]))}; give input_size=(C, H, W) of the training images"
+                    f"input_size: the images are {images.shape[2]}x{images.shape[3]}, but the taps were chosen for "
+                    f"{'x'.join(map(str, self.plan.input_size[1:]))}; pass input_size=(C, H, W) of the training images"
                 )
+
+
+def _pool(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Averages each cell of the grid, with cells of equal size: (B, C, H, W) to (B, C, *grid).
+
+    If the grid does not divide the map, neighbouring cells overlap: 7 locations become 3 cells, 0-2, 2-4 and 4-6. Adaptive
+    pooling has cells of different sizes, takes longer on CPUs, and PyTorch lists its gradient on GPUs as nondeterministic.
+    """
+    strides = [size // cells for size, cells in zip(x.shape[-2:], grid, strict=True)]
+    sizes = [size - (cells - 1) * stride for size, cells, stride in zip(x.shape[-2:], grid, strides, strict=True)]
+    return F.avg_pool2d(x, sizes, strides)
+
+
+class _SameLayout(torch.autograd.Function):
+    """The identity, with a gradient in the memory layout of the input.
+
+    The gradient of (B, N, C) nodes, transposed back, is in channels-last layout. Without this conversion, every operation
+    of the network before the tap would copy it into its own layout: at best a tenth of what SFR adds to a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.layout = (
+            torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.contiguous(memory_format=ctx.layout)

@@ -1,4 +1,4 @@
-"""Which features of a model SFR taps: `choose_taps` measures every one of them once and picks one deep tap and some shallow."""
+"""Chooses the features that SFR taps: `choose_taps` measures all features of a model and picks one deep and some shallow."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from timm_sfr.method.probe import INTERMEDIATES, Feature, model_name, probe
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError, near_matches
 
-MIN_NODES = 4  # transport over fewer locations matches nothing
-ISOTROPIC_TAPS = 3
-LISTED = 60  # most features that a message names
+MIN_NODES = 4  # transport needs at least this many locations to match anything
+ISOTROPIC_TAPS = 3  # shallow taps of a model whose features all have the same grid
+LISTED = 60  # most features that an error message lists
 Choice = tuple[tuple[Feature, ...], Feature, str]  # shallow, deep, why
 
 
 @dataclass(frozen=True)
 class TapPlan:
-    """The chosen taps: shallow ones in order of depth, then the deep one; `print` it for a table.
+    """The chosen taps: the shallow ones in order of depth, then the deep one. `print` shows them as a table.
 
     Attributes:
-        shallow: Shallow taps.
+        shallow: The shallow taps.
         deep: The deep tap.
         input_size: The probed image size (C, H, W).
-        why: The rule that chose them.
-        mechanism: How they are taken: ``"forward_intermediates"``, or ``"hooks"``.
+        why: The rule that chose the taps.
+        mechanism: How to get the features: ``"forward_intermediates"`` or ``"hooks"``.
         num_classes: Width of the logits, K.
     """
 
@@ -41,7 +41,7 @@ class TapPlan:
 
     @property
     def taps(self) -> tuple[Feature, ...]:
-        """All taps, shallow ones first."""
+        """All taps, the shallow ones first."""
         return (*self.shallow, self.deep)
 
     @property
@@ -51,19 +51,18 @@ class TapPlan:
 
     @property
     def indices(self) -> list[int]:
-        """What ``forward_intermediates(indices=...)`` takes."""
+        """Indices of the taps, for ``forward_intermediates(indices=...)``."""
         return [tap.index for tap in self.taps]
 
     def node_grids(self, max_nodes: int, common: bool = False) -> list[tuple[int, int]]:
-        """The grid that each tap, shallow ones first, is pooled to before matching.
+        """Returns the grid that each tap is pooled to before matching, shallow taps first.
 
-        A tap of at most `max_nodes` locations keeps its grid. The deep tap's grid is halved until it fits, no side below
-        2 (7 x 7 becomes 3 x 3, then 2 x 2), and a larger shallow tap is pooled to that grid; with `common`, every shallow
-        tap is.
+        A tap with at most `max_nodes` locations keeps its grid. A larger deep tap's grid is halved until it fits, with no
+        side below 2 (7 x 7 becomes 3 x 3, then 2 x 2). Larger shallow taps are pooled to the resulting deep grid.
 
         Args:
-            max_nodes: At least 4.
-            common: Whether all taps get the deep tap's grid.
+            max_nodes: The most locations of a tap; at least 4.
+            common: Whether all taps are pooled to the deep tap's grid.
         """
         deep = self.deep.grid
         while deep[0] * deep[1] > max_nodes:
@@ -83,34 +82,36 @@ class TapPlan:
 def choose_taps(
     model: nn.Module, input_size: Sequence[int] | None = None, taps: Sequence[int | str] | None = None
 ) -> TapPlan:
-    """Chooses the taps of a model, at one image size, by a probe of all its features.
+    """Chooses the taps of a model for one image size after probing all its features.
 
-    The deep tap is the last feature with at least 4 locations. The shallow taps lie strictly before it: the last feature
-    of each coarser stage from stride 4 on (of every stage, in networks for small images, which start at stride 1 and end
-    before 16); or, where no stage is coarser (ViT, mixers), features at evenly spaced depths; or, where one module gives
-    several features (the parallel branches of CrossViT and CoaT), the last feature of each grid in the modules before it.
+    The deep tap is the last feature with at least 4 locations. The shallow taps come strictly before it:
+
+    - The last feature of each earlier stage with more locations and a stride of at least 4 (any stride in networks for
+      small images, which start at stride 1 and end before 16).
+    - If no earlier stage has more locations (ViT, mixers): features at evenly spaced depths.
+    - If one module returns several features (the parallel branches of CrossViT and CoaT): the last feature of each grid in
+      the modules before the deep one.
 
     Args:
-        model: A timm classifier, or any other module from images to logits; its mode, weights and statistics are left as
-            they are.
-        input_size: (C, H, W) of the training images; a timm model's own if None.
-        taps: Overrides the choice: features by index, by module name, or by ``stageK``, the last feature of the K-th grid
-            from the finest, 1; shallow ones first and the deep one last.
+        model: A timm classifier, or any other module from images to logits. Its mode, weights and statistics do not change.
+        input_size: (C, H, W) of the training images; by default a timm model's own.
+        taps: Overrides the choice. Features by index, by module name, or by ``stageK``, the last feature of the K-th grid,
+            counted from 1 for the finest; the shallow ones first and the deep one last.
 
     Raises:
-        UserError: if the model has no tappable features, the image is too small, or `taps` names none of them.
+        UserError: if the model has no features to tap, the images are too small, or `taps` does not fit the features.
     """
     if input_size is None and not getattr(model, "pretrained_cfg", None):
         raise UserError(
-            f"input_size: {model_name(model)} does not say what images it takes; give (channels, height, width)"
+            f"input_size: {model_name(model)} does not say what images it takes; pass (channels, height, width)"
         )
     size = tuple(int(n) for n in input_size or resolve_input_data_config(model, {})["input_size"])
     probed = probe(model, size)
     if taps is None and not getattr(model, "feature_info", None):
         outer = [feature for feature in probed.features if feature.module.count(".") < 2]
         raise UserError(
-            f"sfr_taps: {model_name(model)} has no feature_info that says where its features are; name its taps, shallow ones "
-            f"first and the deep one last{_example(model, outer, size)}. {_listing(probed.features)}"
+            f"sfr_taps: {model_name(model)} has no feature_info that lists its features; name its taps, shallow ones first "
+            f"and the deep one last{_example(model, outer, size)}. {_listing(probed.features)}"
         )
     features = probed.features
     shallow, deep, why = _by_rule(model, features, size) if taps is None else _as_given(features, taps)
@@ -145,10 +146,10 @@ def _by_rule(model: nn.Module, features: list[Feature], size: tuple[int, int, in
     depth = {name: place for place, name in enumerate(dict.fromkeys(feature.module for feature in features))}
     earlier = [tap for tap in features if depth[tap.module] < depth[deep.module] and tap.nodes >= MIN_NODES]
     if len(depth) < len(features) and earlier:
-        # Several features of one module come out of it together: parallel branches, listed one after the other.
+        # One module returns several features: parallel branches, listed one after the other.
         ends = {tap.grid: tap for tap in earlier}
         return tuple(ends.values()), deep, "parallel branches: last feature of each grid before the deepest module"
-    small = features[0].stride == 1 and features[-1].stride < 16  # made for small images: no stem to leave out
+    small = features[0].stride == 1 and features[-1].stride < 16  # for small images: no stem to skip
     finest = 1 if small else 4
     coarser = {tap.grid: tap for tap in earlier if tap.nodes > deep.nodes and tap.stride >= finest}
     if coarser:
@@ -165,7 +166,7 @@ def _by_rule(model: nn.Module, features: list[Feature], size: tuple[int, int, in
 
 
 def _example(model: nn.Module, features: list[Feature], size: tuple[int, int, int]) -> str:
-    """What the rule would choose: a start for who knows the model, no answer for who does not."""
+    """Returns ``", for example (...)"`` with the taps that the rule would choose, as a starting point for the user."""
     with contextlib.suppress(UserError, IndexError):
         shallow, deep, _ = _by_rule(model, features, size)
         return f", for example {tuple(tap.module for tap in (*shallow, deep))}"
@@ -173,7 +174,7 @@ def _example(model: nn.Module, features: list[Feature], size: tuple[int, int, in
 
 
 def _find(features: list[Feature], tap: int | str) -> Feature:
-    # A name first: a Sequential's modules are called "0", "1", ...
+    # Names come before indices because the modules of a Sequential are named "0", "1", ...
     by_name = {feature.module: feature for feature in features}
     if isinstance(tap, str) and tap in by_name:
         return by_name[tap]

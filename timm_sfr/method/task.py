@@ -1,4 +1,4 @@
-"""`SFRTask`: Self-Feature Regularization as a timm training task, the one seam to timm's training code."""
+"""`SFRTask`, Self-Feature Regularization as a timm training task: the only link to timm's training code."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ _logger = logging.getLogger(__name__)
 
 
 def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
-    """lambda(t): `config.weight`, rising over the first epochs and falling over the last; constant within an epoch.
+    """Returns lambda(t), which rises over the first epochs, falls over the last, and is constant within an epoch.
 
         lambda(e) = weight * min(1, (e + 1) / (warmup + 1), (epochs - e) / (decay + 1))
 
-    A warm-up of None is a fifth of the epochs, at most 5.
+    By default (None), the warm-up is a fifth of the epochs, at most 5.
     """
     warmup = default_warmup(epochs) if config.warmup_epochs is None else config.warmup_epochs
     return config.weight * min(1.0, (epoch + 1) / (warmup + 1), (epochs - epoch) / (config.decay_epochs + 1))
 
 
 class EpochTask(TrainingTask):
-    """A timm task that the trainer tells about epochs: what a task without SFR ignores."""
+    """A timm task with the trainer's hooks for epochs, which do nothing here; tasks without SFR use them as they are."""
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Called before epoch `epoch` (from 0) of `epochs`."""
@@ -44,11 +44,11 @@ class EpochTask(TrainingTask):
         """Called after an epoch."""
 
     def get_sums(self) -> dict[str, Tensor]:
-        """Sums over this process's images of the epoch so far, which a checkpoint in mid-epoch keeps."""
+        """Returns sums over this process's images of the epoch so far, for a checkpoint within the epoch."""
         return {}
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:
-        """Adds what `get_sums` returned, in a run that is resumed in mid-epoch."""
+        """Adds the result of `get_sums` after a run is resumed within an epoch."""
 
 
 class SFRTask(EpochTask):
@@ -56,22 +56,22 @@ class SFRTask(EpochTask):
 
         L = L_cls(z, y~) + lambda(t) (1/S) sum_s L_feat(f_s, sg f_d)
 
-    `trainable_module` is one module from images to (logits, tapped nodes): that is what DDP or Accelerate wraps and
-    autocast covers. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.
+    `trainable_module` is one module from images to (logits, tapped nodes). DDP or Accelerate wraps it, and autocast covers
+    it. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.
 
-    Call `set_epoch` before each epoch and `end_epoch` after it; without them lambda stays at its final value, the smoothing
-    that finds its own strength at no more than 0.1, and the class table stays uniform.
+    Call `set_epoch` before each epoch and `end_epoch` after it. Without these calls, lambda stays at its final value,
+    automatic smoothing at no more than 0.1, and the class table uniform.
 
     Args:
-        model: Any timm classifier, or any other module from images to logits (then give `input_size`).
-        config: SFR's options; the defaults if None.
-        input_size: (C, H, W) of the training images; the model's own if None.
-        base: A timm task over the same model that turns images into logits once, such as `LogitDistillationTask`, or a
-            `FeatureDistillationTask`. Its loss then takes the place of L_cls, and the smoothing is left to it: with a
-            `SmoothedLoss` as its criterion it is dynamic.
-        device: Where the task's tensors live; the model's device if None.
+        model: Any timm classifier, or any other module from images to logits (which needs `input_size`).
+        config: SFR's options; by default `SFRConfig()`.
+        input_size: (C, H, W) of the training images; by default the model's own.
+        base: A timm task over the same model that computes the logits once per batch, such as `LogitDistillationTask` or
+            `FeatureDistillationTask`. Its loss replaces L_cls, including the smoothing, which is dynamic if the task's
+            criterion is a `SmoothedLoss`.
+        device: The device of the task's tensors; by default the model's.
         dtype: As in timm.
-        verbose: Logs the chosen taps.
+        verbose: Whether to log the chosen taps.
 
     Raises:
         UserError: if the model cannot be tapped at this size, or `base` does not train this model.
@@ -117,7 +117,7 @@ class SFRTask(EpochTask):
         classes = self.plan.num_classes if self.plan is not None else count_classes(model, input_size)
         criterion = getattr(base, "criterion", None)
         self.smoothed = criterion if isinstance(criterion, SmoothedLoss) else None
-        # A base task's loss is its own: nothing is smoothed here, and no table kept.
+        # A base task computes its own loss: this task smooths nothing and keeps no class table.
         form = self.config.smoothing_form if base is None else (0.0,)
         own = DynamicLabelSmoothing(classes, *form) if self.smoothed is None else self.smoothed.smoothing
         self.smoothing = own.to(device)
@@ -125,7 +125,7 @@ class SFRTask(EpochTask):
         self.base = base
 
     def _take_over(self, base: TrainingTask, model: nn.Module) -> nn.Module | None:
-        """Has `base` take what the one pass gave; what maps features to a teacher's, if it distills features."""
+        """Makes `base` reuse our forward pass; returns its map from features to the teacher's, or None without one."""
         trained, to_teacher = unwrap_model(base.trainable_module), None
         if isinstance(trained, FeatureDistillationTrainableModule):
             to_teacher = nn.Identity() if trained.projection is None else trained.projection
@@ -137,39 +137,42 @@ class SFRTask(EpochTask):
             )
         if to_teacher is not None and self.plan is not None and self.plan.mechanism == HOOKS:
             raise UserError(
-                f"base: {model_name(model)} is tapped by hooks, which leave no features for a teacher; expected a model with "
+                f"base: {model_name(model)} is tapped by hooks, which return no features for a teacher; use a model with "
                 "forward_intermediates, or logit distillation (--kd-distill-type logit)"
             )
-        base.trainable_module = _Given()
+        base.trainable_module = _Precomputed()
         return to_teacher
 
     @property
     def plain_model(self) -> nn.Module:
-        """The timm model that is trained, without any wrapper."""
+        """The timm model in training, without any wrapper."""
         return unwrap_model(self.trainable_module).model
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """One pass and its losses.
+        """Runs one forward pass and computes the losses.
 
         Args:
-            input: Images, (B, C, H, W). NaFlex's dictionaries of patches are not taken.
+            input: Images, (B, C, H, W). NaFlex's dictionaries of patches are not supported.
             target: Class indices (B,), or distributions (B, K) from mixup or CutMix.
 
         Returns:
             ``loss`` = ``task_loss`` + ``sfr_weight`` * ``sfr_loss`` (scalars), ``output`` (B, K), and ``smoothing``,
-            the batch's mean epsilon. With a base task, ``task_loss`` is its loss and its terms keep their names under
-            ``base_``. Where the model gives two logits to train by (distilled training), they are averaged, as the
-            model does at inference; a base task gets both.
+            the batch's mean epsilon. With a base task, ``task_loss`` is its loss, and its terms keep their names with the
+            prefix ``base_``. If the model returns two logits (distilled training), they are averaged, as the model does
+            at inference; a base task gets both.
+
+        Raises:
+            UserError: if `input` is not a tensor, or the model returns other outputs than these.
         """
         if not isinstance(input, Tensor):
             raise UserError(
-                f"expected images as one tensor (B, C, H, W); got {type(input).__name__}: load NaFlex models' images at one "
-                "size, by timm's plain loader"
+                f"expected images as one tensor (B, C, H, W); got {type(input).__name__}; load the images of NaFlex models "
+                "at one size, with timm's standard loader"
             )
         logits, nodes = self.trainable_module(input)
         extra: dict[str, Tensor] = {}
         if self.base is None:
-            logits = self._one(logits)
+            logits = self._single(logits)
             task_loss, epsilon = self.smoothing(logits, target)
         else:
             stand_in = self.base.trainable_module
@@ -177,7 +180,7 @@ class SFRTask(EpochTask):
             try:
                 extra = self.base(input, target)
             finally:
-                stand_in.output = None  # nothing of this step's graph is kept
+                stand_in.output = None  # frees this step's graph
             logits = extra.get("output", logits)
             task_loss = extra["loss"]
             epsilon = self.weight.new_zeros(()) if self.smoothed is None else self.smoothed.epsilon
@@ -193,15 +196,15 @@ class SFRTask(EpochTask):
             **extra,
         }
 
-    def _one(self, logits: Any) -> Tensor:
-        """One tensor of logits: the mean of the two of timm's distilled training."""
+    def _single(self, logits: Any) -> Tensor:
+        """Returns one tensor of logits (B, K): the mean of the two in timm's distilled training."""
         if isinstance(logits, Tensor):
             return logits
         model = self.plain_model
         if not hasattr(model, "set_distilled_training") or not isinstance(logits, tuple):
             raise UserError(
-                f"{model_name(model)} returns {len(logits)} outputs in training, expected one tensor of logits; make it without "
-                "auxiliary classifiers (aux_logits=False)"
+                f"{model_name(model)} returns {len(logits)} outputs in training, expected one tensor of logits; create it "
+                "without auxiliary classifiers (aux_logits=False)"
             )
         return torch.stack(logits).mean(0)
 
@@ -211,47 +214,47 @@ class SFRTask(EpochTask):
         self.smoothing.set_epoch(epoch, epochs)
 
     def end_epoch(self) -> None:
-        """Renews the class table from this epoch's predictions, summed over all processes."""
+        """Updates the class table from this epoch's predictions, summed over all processes."""
         self.smoothing.end_epoch()
 
     def get_sums(self) -> dict[str, Tensor]:
-        """What this epoch has added up so far over this process's images, for the class table."""
+        """Returns the class table's sums over this process's images of the epoch so far."""
         return (
             {} if self.smoothing.source != "classes" else {"sums": self.smoothing.sums, "counts": self.smoothing.counts}
         )
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:
-        """Adds what `get_sums` gave, in a run that goes on in mid-epoch."""
+        """Adds the result of `get_sums` after a run is resumed within an epoch."""
         if self.smoothing.source == "classes":
             self.smoothing.sums += sums["sums"].to(self.smoothing.sums)
             self.smoothing.counts += sums["counts"].to(self.smoothing.counts)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> SFRTask:
-        """Wraps the trainable module in DDP, for timm's own training script; with Accelerate, `prepare` that module."""
+        """Wraps the trainable module in DDP, for timm's own training script; with Accelerate, call `prepare` on it instead."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
         return self
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
-        """Compiles the trainable module; returns the model that evaluation uses."""
+        """Compiles the trainable module and returns the model for evaluation."""
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.get_eval_model()
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
-        """Parameters whose gradients are clipped; adaptive clipping leaves the classifier out, as in timm."""
+        """Returns the parameters for gradient clipping; adaptive clipping excludes the classifier, as in timm."""
         module = unwrap_model(self.trainable_module)
         parameters = list(module.model.parameters())
         parameters = parameters[:-2] if exclude_head else parameters
         return parameters + [p for _, extra in self._extras(module) for p in extra.parameters()]
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The plain timm model, or its moving average."""
+        """Returns the plain timm model, or its moving average (EMA)."""
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else unwrap_model(module).model
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """What training needs besides the model's weights: the class table and the projections."""
+        """Returns the training state in addition to the model's weights: the class table and the projections."""
         module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
         state = {"smoothing": self.smoothing.state_dict()}
         return state | {name: extra.state_dict() for name, extra in self._extras(module)}
@@ -263,13 +266,13 @@ class SFRTask(EpochTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Loads what `get_task_state` gave."""
+        """Loads the result of `get_task_state`."""
         if not state:
             return
         module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
         smoothing = dict(state["smoothing"])
         saved, table = smoothing.get("table"), self.smoothing.table
-        if saved is not None and 0 in (len(saved), len(table)):  # it may go on with another --sfr-smoothing-source
+        if saved is not None and 0 in (len(saved), len(table)):  # resumed with another --sfr-smoothing-source
             smoothing["table"] = table
         self.smoothing.load_state_dict(smoothing, strict=strict)
         for name, extra in self._extras(module):
@@ -277,13 +280,13 @@ class SFRTask(EpochTask):
 
     @staticmethod
     def _extras(module: nn.Module) -> list[tuple[str, nn.Module]]:
-        """What is trained besides the model, and thrown away after it."""
+        """Returns name and module of everything that is trained with the model and discarded afterwards."""
         extras = [(name, getattr(module, name)) for name in ("projection", "to_teacher")]
         return [(name, extra) for name, extra in extras if extra is not None]
 
 
-class _Given(nn.Module):
-    """Stands in for the model inside a base task: hands out what the one pass already gave."""
+class _Precomputed(nn.Module):
+    """Replaces the model inside a base task: returns the output of the forward pass that already ran."""
 
     output: Any = None
 

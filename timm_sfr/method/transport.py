@@ -1,6 +1,6 @@
-"""Discrete optimal transport: cost, marginals, plan; each a pure function on batches.
+"""Optimal transport plans from a cost and two sets of masses, by one of several solvers.
 
-Shape suffixes: B batch, N shallow nodes (rows), M deep nodes (columns), C channels.
+Shapes: B problems in the batch, N shallow nodes (rows), M deep nodes (columns).
 """
 
 from __future__ import annotations
@@ -15,33 +15,32 @@ from timm_sfr.method.sinkhorn import sinkhorn, uniform_marginals
 from timm_sfr.utils.errors import UserError
 
 SOLVERS = ("auto", "sinkhorn", "exact", "triton")
-# Up to this many nodes a side, all N^N maps of rows to columns are looked at (256), which takes less time than iterating.
+# Up to N = 4 nodes per side, `assignments` tries all N^N (at most 256) maps of rows to columns, which is faster than iterating.
 ENUMERATED = 4
-PERMUTATIONS = (1, 1, 2, 6, 24)  # of so many; looked up, since a compiled graph of dynamic shapes takes no factorial
-_TRITON = find_spec("triton") is not None  # it comes with torch on Linux alone
+PERMUTATIONS = (1, 1, 2, 6, 24)  # N! for N = 0..4, as a table: a compiled graph with dynamic shapes has no factorial
+_TRITON = find_spec("triton") is not None  # torch includes it on Linux only
 
 
 def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = None, solver: str = "auto") -> Tensor:
-    """The plan that moves mass a onto mass b at the least cost: `P* = argmin_{P in U(a, b)} <P, C>`, (B, N, M).
+    """Returns the plan that moves mass a to mass b at the least cost, `P* = argmin_{P in U(a, b)} <P, C>`, (B, N, M).
 
-    U(a, b) holds the non-negative matrices with row sums a and column sums b. The plan is a constant (no gradient),
-    computed outside autocast. The solvers:
+    U(a, b) is the set of non-negative matrices with row sums a and column sums b. The plan is a constant (no gradient).
+    It is computed with autocast off and returned in the dtype of the cost. The solvers:
 
-    - ``"auto"``: `assignments`, which is exact, where the masses are equal (neither is given) and N = M <= 4;
-      ``"sinkhorn"`` elsewhere.
-    - ``"sinkhorn"``: close to the optimum, in float32, batched, compiles.
-    - ``"exact"``: POT's network simplex in float64 on the CPU, one problem at a time: the oracle.
-    - ``"triton"``: ``"sinkhorn"`` as one Triton program a problem, on CUDA and up to 64 x 64 nodes; elsewhere
+    - ``"auto"``: `assignments`, which is exact, if a and b are both None and N = M <= 4; otherwise ``"sinkhorn"``.
+    - ``"sinkhorn"``: close to the optimum, batched, in float32; compiles.
+    - ``"exact"``: POT's network simplex in float64 on the CPU, one problem at a time. It is the oracle in the tests.
+    - ``"triton"``: ``"sinkhorn"`` with one Triton program per problem, on CUDA and for up to 64 x 64 nodes; otherwise
       ``"sinkhorn"`` itself.
 
     Args:
-        cost: (B, N, M), any finite values.
+        cost: C, (B, N, M), finite.
         a: Row masses, (B, N), summing to 1; uniform if None.
         b: Column masses, (B, M), summing to 1; uniform if None.
-        solver: One of the above.
+        solver: ``"auto"``, ``"sinkhorn"``, ``"exact"`` or ``"triton"``.
 
     Raises:
-        UserError: if the shapes do not fit, or for an unknown solver.
+        UserError: if the shapes do not match or the solver is unknown.
     """
     if cost.ndim != 3:
         raise UserError(f"expected a cost of shape (batch, rows, columns); got {tuple(cost.shape)}")
@@ -55,7 +54,7 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
         a, b = even_a if a is None else a, even_b if b is None else b
     if a.shape != cost.shape[:2] or b.shape != (cost.shape[0], cost.shape[2]):
         raise UserError(
-            f"marginals do not fit the cost {tuple(cost.shape)}: expected a {tuple(cost.shape[:2])} and b "
+            f"marginals do not match the cost {tuple(cost.shape)}: expected a {tuple(cost.shape[:2])} and b "
             f"{(cost.shape[0], cost.shape[2])}; got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     triton = triton_for(cost.shape, cost.device) if solver == "triton" else None
@@ -65,20 +64,20 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
 
 
 def assignments(cost: Tensor) -> Tensor:
-    """Optimal plans of equal masses by looking at every map of rows to columns: (B, N, N), meant for N <= 4.
+    """Returns optimal plans between equal masses, (B, N, N), by trying every permutation; for N <= 4.
 
         P = (1/N) (the permutation matrix of least cost)
 
-    An optimal plan of equal masses is always such a matrix (Birkhoff and von Neumann). All numbers are made on the
-    device: nothing is copied to it, nothing synchronises.
+    Some optimal plan between equal masses always has this form (Birkhoff and von Neumann). Everything is computed on the
+    device: nothing is copied to it, and nothing waits for it.
 
     Args:
         cost: (B, N, N), float32, finite.
     """
     size = cost.shape[1]
     rows = torch.arange(size, device=cost.device)
-    # Row i goes to column maps[k, i]: the digits of k to the base N. Those that hit every column are permutations; sorting
-    # brings them to the front without asking how many they are.
+    # Map k sends row i to column maps[k, i], digit i of k in base N. A map that hits every column is a permutation. Sorting
+    # moves these to the front, where a mask would have to wait for the device to count them.
     maps = torch.arange(size**size, device=cost.device)[:, None] // size**rows % size
     missed = (maps[:, :, None] != rows).all(1).any(1)
     maps = maps[missed.byte().argsort()[: PERMUTATIONS[size]]]
@@ -87,20 +86,26 @@ def assignments(cost: Tensor) -> Tensor:
 
 
 def triton_for(cost_shape: tuple[int, ...], device: torch.device) -> ModuleType | None:
-    """`timm_sfr.method.sinkhorn_triton` where it can solve problems (B, N, M) on this device; else None."""
+    """Returns `timm_sfr.method.sinkhorn_triton` if it can solve problems (B, N, M) on the device, otherwise None."""
     if not _TRITON:
         return None
-    from timm_sfr.method import sinkhorn_triton  # only here: importing it imports Triton
+    from timm_sfr.method import sinkhorn_triton  # here because it imports Triton
 
     return sinkhorn_triton if sinkhorn_triton.fits(cost_shape, device) else None
 
 
 def exact(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Optimal plans by POT's network simplex (`ot.emd`), in NumPy float64, one problem at a time: (B, N, M)."""
-    import ot  # only here: it takes a second, a fifth of this package's import
+    """Returns optimal plans (B, N, M) by POT's network simplex (`ot.emd`), in NumPy float64, one problem at a time.
+
+    Args:
+        cost: (B, N, M), finite.
+        a: Row masses, (B, N).
+        b: Column masses, (B, M).
+    """
+    import ot  # here because it takes a second, a fifth of this package's import time
 
     costs, rows, columns = (x.double().cpu().numpy() for x in (cost, a, b))
-    # The simplex wants equal masses to float64 precision; float32 sums to 1 only to 1e-7.
+    # The simplex expects both sides to have the same total in float64; float32 masses sum to 1 only within 1e-7.
     rows, columns = rows / rows.sum(-1, keepdims=True), columns / columns.sum(-1, keepdims=True)
     plans = [torch.from_numpy(ot.emd(*problem)) for problem in zip(rows, columns, costs, strict=True)]
     return torch.stack(plans).to(cost)

@@ -1,5 +1,5 @@
-"""What a run looks like, on one page.
+"""Reports: one HTML page on a run, or on several.
 
-`curves` reads the runs' figures, `gallery` shows images, `lessons` shows which features taught which, `figures` draws, and
-`page` puts all of it together.
+`curves` selects the columns to plot, `gallery` loads images, `lessons` computes which deep features teach which shallow ones,
+`figures` draws, and `page` puts the page together.
 """

@@ -1,4 +1,4 @@
-"""The curves of a run, or of several over each other: which columns of summary.csv share which axes."""
+"""The curves of one run or of several: which columns of summary.csv share axes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from timm_sfr.runs.records import TERMS, Run
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b82c4", "#e07b39", "#3f9c66", "#9467bd", "#d1495b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)
 
-# What is compared between runs: a column of summary.csv, and its title.
+# The curves that compare runs: a column of summary.csv, and its title.
 SHARED = (
     ("train_loss", "training loss"), ("val_loss", "validation loss"), ("val_top1", "validation top-1, %"),
     ("val_top5", "validation top-5, %"), *((term.name, term.title) for term in TERMS[1:] if term.title),
     ("lr", "learning rate"), ("images_per_second", "training images/s"),
 )  # fmt: skip
-# What the curves of one run show: file name, title, and the columns of summary.csv that share the axes.
+# The panels of one run: file name, title, and the columns of summary.csv that share the axes.
 PANELS = (
     ("loss", "loss", (("train_loss", "training", BLUE), ("val_loss", "validation", ORANGE),
                       ("task_loss", "training, task term", GREY))),
     ("features", "feature loss", (("sfr_loss", "raw", ORANGE), ("weighted", "weighted by λ", GREEN))),
-    ("teacher", "labels and teacher", (("cls_loss", "loss of the labels, raw", BLUE), ("kd_loss", "distillation, raw", GREEN))),
+    ("teacher", "loss terms, teacher", (("cls_loss", "classification, raw", BLUE), ("kd_loss", "distillation, raw", GREEN))),
     ("score", "validation score, %", (("val_top1", "top-1", BLUE), ("val_top5", "top-5", GREY))),
     ("lr", "learning rate", (("lr", "learning rate", PURPLE),)),
     ("sfr", "weight λ and smoothing ε", (("sfr_weight", "λ", ORANGE), ("smoothing", "ε", RED))),
@@ -34,11 +34,11 @@ class Curve:
     """One line of a panel.
 
     Attributes:
-        label: What it is; a run's name where several are compared.
+        label: Its name in the legend; the run's name if runs are compared.
         epochs: Epochs, from 1.
-        values: As many values.
+        values: One value per epoch.
         colour: Its colour.
-        dashed: Whether the line is.
+        dashed: Whether the line is dashed.
     """
 
     label: str
@@ -50,12 +50,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes of curves.
+    """Curves that share axes.
 
     Attributes:
-        name: Its file's name.
-        title: What it shows, with the unit.
-        curves: What is drawn.
+        name: Its file name.
+        title: Its title, with the unit.
+        curves: The curves.
     """
 
     name: str
@@ -64,13 +64,13 @@ class Panel:
 
 
 def own_panels(run: Run) -> list[Panel]:
-    """The curves of one run."""
+    """Returns the panels of one run."""
     panels = []
     for name, title, columns in PANELS:
         lines = [
             Curve(label, *run.column(column), colour, column in ("weighted", "task_loss"))
             for column, label, colour in columns
-            if _says(run, column)
+            if _has_data(run, column)
         ]
         if lines:
             panels.append(Panel(name, title, lines))
@@ -78,15 +78,15 @@ def own_panels(run: Run) -> list[Panel]:
 
 
 def shared_panels(runs: Sequence[tuple[str, str, Run]]) -> list[Panel]:
-    """The same curves of several runs over each other: (label, colour, run)."""
+    """Returns panels that overlay the curves of several runs, given as (label, colour, run)."""
     return [
-        Panel(column, title, [Curve(who, *run.column(column), colour) for who, colour, run in runs])
+        Panel(column, title, [Curve(label, *run.column(column), colour) for label, colour, run in runs])
         for column, title in SHARED
-        if any(_says(run, column) for _, _, run in runs)
+        if any(_has_data(run, column) for _, _, run in runs)
     ]
 
 
-def _says(run: Run, column: str) -> bool:
-    """Whether a column has anything to show: without SFR its terms are 0 throughout."""
+def _has_data(run: Run, column: str) -> bool:
+    """Returns whether a column is worth plotting; without SFR, its terms are always 0."""
     values = run.column(column)[1]
     return any(values) if column in ("sfr_loss", "weighted", "sfr_weight", "smoothing") else bool(values)

@@ -1,4 +1,4 @@
-"""Images of a run's validation split by index, and as they lie in a page."""
+"""Loads images of a run's validation split by index and encodes them for a page."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from timm_sfr.config import RunConfig
 from timm_sfr.data.datasets import Split, open_split
 from timm_sfr.data.samples import BadImage, Decoded, file_name
 from timm_sfr.data.transforms import Preprocessing
-from timm_sfr.runs.predictions import Judged
+from timm_sfr.runs.predictions import PredictionTable
 from timm_sfr.utils.errors import UserError
 
-SMALL, LARGE = 64, 224  # up to the first, pixels are kept and shown as squares; nothing is wider than the second
+# Images of up to SMALL pixels a side keep their pixels, shown as squares; larger ones are shrunk to at most LARGE.
+SMALL, LARGE = 64, 224
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Sample:
     """One image.
 
     Attributes:
-        index: Its place in the split.
+        index: Its index in the split.
         target: Its class.
-        pixels: As the model gets it, uint8 (C, H, W).
+        pixels: The model's input before normalisation, uint8 (C, H, W).
     """
 
     index: int
@@ -44,7 +45,7 @@ class Gallery:
     Args:
         config: The run's options.
         prep: Its preprocessing.
-        dataset: The split's dataset, where it is open already.
+        dataset: The split's dataset, if it is already open.
 
     Raises:
         UserError: if the split cannot be opened, or is a stream.
@@ -54,7 +55,7 @@ class Gallery:
         mode = config.data.input_img_mode or prep.img_mode
         split = open_split(config.data, False, mode, config.engine.seed) if dataset is None else Split(dataset, None)
         if split.streamed:
-            raise UserError("a stream's images cannot be had by their place")
+            raise UserError("a stream has no images by index")
         self.images, self.transform, self.root = (
             Decoded(split.dataset, mode),
             prep.eval_transform(),
@@ -66,45 +67,45 @@ class Gallery:
         return len(self.images)
 
     def sample(self, index: int) -> Sample | None:
-        """An image by its place; None where it does not decode."""
+        """Returns an image by its index; None if it does not decode."""
         try:
             image, target = self.images[index]
         except BadImage:
             return None
         return Sample(index, target, torch.as_tensor(np.asarray(self.transform(image))))
 
-    def judged(self, judged: Judged) -> bool:
-        """Whether these are the images of which `judged` speaks, as far as their number and a few names tell."""
-        if len(self) != len(judged.files):
+    def matches(self, predictions: PredictionTable) -> bool:
+        """Returns whether `predictions` are of these images; compares their number and up to 50 file names."""
+        if len(self) != len(predictions.files):
             return False
-        looked = np.linspace(0, len(self) - 1, min(len(self), 50)).astype(int).tolist()
-        return all(file_name(self.images.dataset, i) == judged.files[i] for i in looked)
+        checked = np.linspace(0, len(self) - 1, min(len(self), 50)).astype(int).tolist()
+        return all(file_name(self.images.dataset, i) == predictions.files[i] for i in checked)
 
     def spread(self, targets: np.ndarray | None, count: int) -> list[Sample]:
-        """The first images of evenly spaced classes, one of each in turn, `count` in all; without `targets`, spaced images."""
+        """Returns up to `count` images, taken in turn from evenly spaced classes; without `targets`, at evenly spaced indices."""
         if targets is None:
-            places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
+            indices = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
         else:
-            # The n-th image of every class before the (n + 1)-th of any.
+            # Order: the n-th image of every class before the (n + 1)-th of any class.
             by_class = np.argsort(targets, kind="stable")
             starts = np.r_[True, np.diff(targets[by_class]) > 0].nonzero()[0]
-            turn = np.empty(len(targets), int)
-            turn[by_class] = np.arange(len(targets)) - np.repeat(starts, np.diff(np.r_[starts, len(targets)]))
-            first = np.lexsort((targets, turn))
+            rank = np.empty(len(targets), int)
+            rank[by_class] = np.arange(len(targets)) - np.repeat(starts, np.diff(np.r_[starts, len(targets)]))
+            first = np.lexsort((targets, rank))
             step = max(1, len(starts) // count)
-            places = np.r_[first[: len(starts)][::step], first[len(starts) :]][:count]
-        found = [self.sample(int(place)) for place in places]
+            indices = np.r_[first[: len(starts)][::step], first[len(starts) :]][:count]
+        found = [self.sample(int(index)) for index in indices]
         return [sample for sample in found if sample is not None]
 
     def short(self, file: str) -> str:
-        """A file's name as seen from the data's folder."""
+        """Returns a file's path relative to the data's folder; outside it, the file's name."""
         path = PurePath(file if file.startswith("number ") else Path(file).absolute())
         root = Path(self.root).absolute() if self.root else None
         return str(path.relative_to(root)) if root is not None and path.is_relative_to(root) else path.name or file
 
 
 def data_uri(pixels: Tensor) -> str:
-    """An image, uint8 (C, H, W) of one or three channels, as a ``data:`` address; the first channel of any other number."""
+    """Returns an image, uint8 (C, H, W), as a ``data:`` URI: in colour if C is 3, otherwise its first channel in grey."""
     array = pixels.permute(1, 2, 0).numpy() if len(pixels) == 3 else pixels[0].numpy()
     image = Image.fromarray(np.ascontiguousarray(array))
     small = max(image.size) <= SMALL

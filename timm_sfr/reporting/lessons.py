@@ -1,4 +1,4 @@
-"""The picture of SFR, as numbers: which deep location teaches which shallow one, and which deep channels which shallow one.
+"""Computes how SFR matches features: which deep locations and channels teach which shallow ones.
 
 Shape suffixes: B images, N shallow nodes, M deep nodes, S shallow channels, D deep channels.
 """
@@ -20,17 +20,17 @@ from timm_sfr.method.transport import transport_plan
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the deep tap teaches one shallow tap on some images.
+class TapMatch:
+    """How the deep tap is matched to one shallow tap on a batch of images.
 
     Attributes:
         module: The shallow tap.
-        grid: Its locations (H, W) after pooling, N = H W.
-        deep_grid: Those of the deep tap, M.
-        plan: (B, N, M): the share of the mass that deep location j sends to shallow location i; the rows of an image sum
-            to their locations' weights. None where the training compared moments, which pair no locations.
-        distance: (B,): what the loss says of an image: the mean squared distance of the features under the plan, <P, C>,
-            between 0 and 4, the divergence, or the distance of the moments.
+        grid: Its grid of locations (H, W) after pooling, N = H W.
+        deep_grid: The deep tap's grid, with M locations.
+        plan: (B, N, M): the share of the mass that deep location j sends to shallow location i. Each row sums to the weight
+            of its location. None if the training compared moments, which pair no locations.
+        distance: (B,): the loss of each image: the mean squared distance of the features under the plan, <P, C>, between
+            0 and 4; the divergence; or the distance of the moments.
         channels: (S, D): how much deep channel j teaches shallow channel i; each row sums to 1.
     """
 
@@ -43,27 +43,27 @@ class Lesson:
 
     @property
     def stays(self) -> float | None:
-        """Percent of the mass that goes from a location to the same place; None where the grids differ or there is no plan."""
+        """Percent of the mass that stays at the same location; None if the grids differ or there is no plan."""
         if self.plan is None or self.grid != self.deep_grid:
             return None
         return 100 * float(self.plan.diagonal(dim1=1, dim2=2).sum(1).mean())
 
 
 @torch.no_grad()
-def lessons(
+def tap_matches(
     model: nn.Module, taps: TapPlan, config: SFRConfig, images: Tensor, projection: ChannelProjection | None = None
-) -> list[Lesson]:
-    """What each shallow tap is taught on `images` (B, 3, H, W), normalised; one `Lesson` a tap.
+) -> list[TapMatch]:
+    """Returns one `TapMatch` per shallow tap on normalised `images` (B, 3, H, W).
 
-    The plan is the one that the training's loss takes: that of `sinkhorn_divergence` or of `emd_l2` with the options' weights
-    and solver, the identity for ``matching="grid"``, and none for ``"gaussian"``.
+    The plan is the one in the training loss: the plan of `sinkhorn_divergence` or `emd_l2` with the options' weights and
+    solver, the identity for ``matching="grid"``, and none for ``"gaussian"``.
 
     Args:
         model: The plain model, in evaluation mode.
         taps: Its taps.
         config: SFR's options.
         images: A batch.
-        projection: The learned channel maps, where the channels are matched so; without, ``"projection"`` is shown as groups.
+        projection: The learned channel maps for ``channels="projection"``; without them, channels are matched by groups.
     """
     grids = taps.node_grids(config.max_nodes, config.common_grid)
     _, nodes = TappedModel(model, taps, grids)(images)
@@ -73,15 +73,15 @@ def lessons(
         weights, matched = _channels(shallow, deep, config, projection, index)
         student = projection.maps[index](shallow) if projection is not None else shallow
         plan, distance = _locations(student, matched, config)
-        found.append(Lesson(tap.module, grid, grids[-1], plan, distance, weights.cpu()))
+        found.append(TapMatch(tap.module, grid, grids[-1], plan, distance, weights.cpu()))
     return found
 
 
 def _locations(student: Tensor, matched: Tensor, config: SFRConfig) -> tuple[Tensor | None, Tensor]:
-    """The plan (B, N, M), if any, and the distance (B,) of each image's locations, as the loss has them."""
+    """Returns the loss's plan (B, N, M), if it has one, and its distance (B,) for each image."""
     if config.matching == "gaussian":
-        each = zip(student.split(1), matched.split(1), strict=True)
-        return None, torch.stack([gaussian_l2(*pair, weights=config.weights) for pair in each]).cpu()
+        pairs = zip(student.split(1), matched.split(1), strict=True)
+        return None, torch.stack([gaussian_l2(*pair, weights=config.weights) for pair in pairs]).cpu()
     if config.matching == "divergence":
         distance, plan = divergences(student, matched, config.weights)
         return plan.cpu(), distance.cpu()
@@ -98,7 +98,7 @@ def _locations(student: Tensor, matched: Tensor, config: SFRConfig) -> tuple[Ten
 def _channels(
     shallow: Tensor, deep: Tensor, config: SFRConfig, projection: ChannelProjection | None, index: int
 ) -> tuple[Tensor, Tensor]:
-    """The weights (S, D) by which deep channels teach shallow ones, and the matched deep features (B, M, S or D)."""
+    """Returns the weights (S, D) of deep channels for shallow ones, and the matched deep features (B, M, S or D)."""
     count = shallow.shape[-1]
     if config.channels == "projection" and projection is not None:
         weights = projection.maps[index].weight.detach().abs().T
@@ -106,6 +106,6 @@ def _channels(
     if config.channels == "transport":
         plan = transport_plan(1 - channel_correlation(shallow, deep)[None])[0]
         return plan * count, match_channels(deep, count, "transport", shallow=shallow)
-    # The rows of the identity are single deep channels: what the grouping makes of each.
+    # Grouping the identity, whose rows are single deep channels, gives each one's weights.
     weights = group_channels(torch.eye(deep.shape[-1], device=deep.device)[None], count)[0].T
     return weights, group_channels(deep, count)

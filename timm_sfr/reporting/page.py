@@ -1,4 +1,4 @@
-"""One page on a run that needs no network, and its figures as PNG files; and one page on several runs."""
+"""Writes the report of a run, an HTML page that needs no network, with its figures as PNG files; and a page on several runs."""
 
 from __future__ import annotations
 
@@ -25,43 +25,43 @@ from timm_sfr.models.loading import create_model
 from timm_sfr.reporting import figures
 from timm_sfr.reporting.curves import COLOURS, Panel, own_panels, shared_panels
 from timm_sfr.reporting.gallery import SMALL, Gallery, Sample, data_uri
-from timm_sfr.reporting.lessons import Lesson, lessons
+from timm_sfr.reporting.lessons import TapMatch, tap_matches
 from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
-from timm_sfr.runs.predictions import ECE_BINS, PREDICTIONS, Judged, read_predictions
+from timm_sfr.runs.predictions import ECE_BINS, PREDICTIONS, PredictionTable, read_predictions
 from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import replace_atomically, write_whole
 
 PAGE, PICTURES = "report.html", "pictures"
-TAUGHT, BATCH = 4, 16  # images that SFR is pictured on, and that channels are correlated over
-PAIRS = 12
+SFR_IMAGES, SFR_BATCH = 4, 16  # images shown in the SFR section; images over which channels are correlated
+MAX_PAIRS = 12
 
 
 def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: bool = False) -> Path:
     """Writes ``report.html`` and ``pictures/*.png`` of a run from its files, its best model and its data; returns the page.
 
-    What cannot be had (the data are elsewhere, say) is left out, and the page says so.
+    The page omits what is not available (for example if the data have been moved) and says so.
 
     Args:
         path: The run's folder.
-        mistakes: How many of the surest mistakes to show.
-        dataset: The validation split, where it is open already.
-        training: Whether the run still trains: the page then loads itself anew.
+        mistakes: How many of the most confident mistakes to show.
+        dataset: The validation split, if it is already open.
+        training: Whether the run is still training; the page then reloads itself.
 
     Raises:
-        UserError: if the folder is no run, or its files are damaged.
-        OSError: if it cannot be written.
+        UserError: if the folder is not a run's, or its files are damaged.
+        OSError: if the page or the figures cannot be written.
     """
     run, notes = read_finished(path), []
-    judged = _predictions(run, notes)
-    drawn = _drawn(run, judged)
-    page = _contents(run, judged, drawn, notes, mistakes, dataset)
+    table = _load_predictions(run, notes)
+    drawings = _draw_figures(run, table)
+    page = _page_values(run, table, drawings, notes, mistakes, dataset)
     text = _template("page.html").render(**page, training=training, written=time.strftime("%Y-%m-%d %H:%M"))
     write_whole(path / PAGE, text)
 
     def write(fresh: Path) -> None:
         fresh.mkdir()
-        for name, figure in drawn.items():
+        for name, figure in drawings.items():
             (fresh / f"{name}.png").write_bytes(figures.png(figure))
 
     replace_atomically(path / PICTURES, write)
@@ -69,10 +69,10 @@ def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: 
 
 
 def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) -> None:
-    """Writes a page with the curves of several runs over each other, (label, run), and the comparison's `lines` of text.
+    """Writes a page with the overlaid curves of several runs, (label, run), and the comparison's text `lines`.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the page cannot be written.
     """
     labels = list(dict.fromkeys(label for label, _ in runs))
     colours = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(labels)}
@@ -82,75 +82,75 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) ->
     write_whole(path, text)
 
 
-def _predictions(run: Run, notes: list[str]) -> Judged | None:
-    """What the best model said of every image, if it is kept and of that model."""
+def _load_predictions(run: Run, notes: list[str]) -> PredictionTable | None:
+    """Returns the best model's predictions; None, with a note, if the file is missing, damaged or of another model."""
     path, best = run.path / PREDICTIONS, run.metrics["best"]
     if not path.is_file():
-        notes.append(f"There is no {PREDICTIONS}: the run was validated as a stream by several processes, or by a version "
-                     "that did not keep what the model said of every image.")  # fmt: skip
+        notes.append(f"There is no {PREDICTIONS}: several processes validated a stream, or the run was made by a version that "
+                     "did not save predictions.")  # fmt: skip
         return None
     try:
-        judged = read_predictions(path, int(run.options.get("num_classes") or 10**7))
+        table = read_predictions(path, int(run.options.get("num_classes") or 10**7))
     except UserError as error:
         notes.append(f"Scores by class are left out: {error}")
         return None
-    if len(judged.files) != best["images"] or abs(100 * judged.hits.mean() - best["val_top1"]) > 1e-3:
-        notes.append(f"Scores by class are left out: {PREDICTIONS} is not of the best epoch's model.")
+    if len(table.files) != best["images"] or abs(100 * table.hits.mean() - best["val_top1"]) > 1e-3:
+        notes.append(f"Scores by class are left out: {PREDICTIONS} is not from the best epoch's model.")
         return None
-    return judged
+    return table
 
 
-def _drawn(run: Run, judged: Judged | None) -> dict[str, Any]:
-    """The figures of a run's scores by name: ``curves``, ``confusion``, ``reliability``."""
+def _draw_figures(run: Run, table: PredictionTable | None) -> dict[str, Any]:
+    """Returns the figures of a run's scores by name: ``curves`` and, with predictions, ``confusion`` and ``reliability``."""
     found = {"curves": figures.draw(lambda figure: figures.sheet(figure, own_panels(run)), (12, 5.4))}
-    if judged is None:
+    if table is None:
         return found
-    names = _fitting(_class_names(run), judged)
-    counts, share = judged.confusion(len(names))
+    names = _with_numbers(_class_names(run), table)
+    counts, share = table.confusion(len(names))
     side = 4.8 if len(names) > 5 else 3.6
     found["confusion"] = figures.draw(lambda figure: figures.confusion(figure, counts, share, names), (side, side))
-    found["reliability"] = figures.draw(lambda figure: figures.reliability(figure, judged, ECE_BINS), (4.8, 4.2))
+    found["reliability"] = figures.draw(lambda figure: figures.reliability(figure, table, ECE_BINS), (4.8, 4.2))
     return found
 
 
-def _contents(
-    run: Run, judged: Judged | None, drawn: dict[str, Any], notes: list[str], mistakes: int, dataset: Any
+def _page_values(
+    run: Run, table: PredictionTable | None, drawings: dict[str, Any], notes: list[str], mistakes: int, dataset: Any
 ) -> dict[str, Any]:
-    """What the page's template takes."""
+    """Returns the values for the page's template."""
     page: dict[str, Any] = {
-        "run": run, "name": run.path.absolute().name, "notes": notes, "judged": judged,
+        "run": run, "name": run.path.absolute().name, "notes": notes, "predictions": table,
         "best": run.metrics["best"], "last": run.metrics["last"], "epochs": len(run.rows),
-        "again": f"python train_sfr.py --config {shlex.quote(str(run.path / 'args.yaml'))}",
+        "command": f"python train_sfr.py --config {shlex.quote(str(run.path / 'args.yaml'))}",
         "recipe": yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True),
-        "classes": [], "pairs": [], "mistakes": [], "taught": [], "by_channel": [],
+        "classes": [], "pairs": [], "mistakes": [], "matches": [], "channel_figures": [],
     }  # fmt: skip
     page["curves"] = [_curve(panel) for panel in own_panels(run)]
-    page |= {name: _svg(figure, name, name) for name, figure in drawn.items() if name != "curves"}
-    model, gallery = _opened(run, notes, dataset)
+    page |= {name: _svg(figure, name, name) for name, figure in drawings.items() if name != "curves"}
+    model, gallery = _open_run(run, notes, dataset)
     names = _class_names(run) or list((gallery and gallery.class_names) or [])
-    if judged is not None:
-        names = _fitting(names, judged)
-        wrong = judged.wrong()
-        page["classes"], page["pairs"] = _by_class(judged, wrong, names), _confused(wrong, names)
-        if gallery is not None and not gallery.judged(judged):
-            notes.append(f"The images cannot be shown: the data are not those of {PREDICTIONS}.")
+    if table is not None:
+        names = _with_numbers(names, table)
+        wrong = table.wrong()
+        page["classes"], page["pairs"] = _by_class(table, wrong, names), _confused_pairs(wrong, names)
+        if gallery is not None and not gallery.matches(table):
+            notes.append(f"The images cannot be shown: the data do not match {PREDICTIONS}.")
             gallery = None
-        page["mistakes"] = _mistakes(judged, names, gallery, mistakes) if gallery is not None else []
+        page["mistakes"] = _mistakes(table, names, gallery, mistakes) if gallery is not None else []
     if model is not None and gallery is not None and run.metrics.get("sfr") and run.options.get("sfr_weight", 1):
         try:
-            page |= _sfr(run, model, gallery, judged, names)
+            page |= _sfr_values(run, model, gallery, table, names)
         except UserError as error:
-            notes.append(f"SFR cannot be pictured: {error}")
+            notes.append(f"The SFR section is left out: {error}")
     return page
 
 
-def _opened(
+def _open_run(
     run: Run, notes: list[str], dataset: Any
 ) -> tuple[tuple[nn.Module, Preprocessing, RunConfig] | None, Gallery | None]:
-    """The run's best model with its preprocessing and options, and the images of its validation split."""
+    """Returns the run's best model with its preprocessing and options, and the images of its validation split."""
     try:
         config = RunConfig.from_flat({**run.options, "experiment": None}, where=run.path / "args.yaml")
-        # Making a model draws random numbers, which are not this page's to take.
+        # Creating a model draws random numbers; a report written during training must not change its random state.
         with torch.random.fork_rng(devices=[]):
             model = create_model(f"local-dir:{run.path.absolute() / 'model'}")
         prep = preprocessing(config.model, model)
@@ -164,12 +164,12 @@ def _opened(
         return (model, prep, config), None
 
 
-def _by_class(judged: Judged, wrong: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, Any]]:
-    """Accuracy of each class and what it is most often called instead, the worst first."""
-    images, hits = judged.by_class(len(names))
+def _by_class(table: PredictionTable, wrong: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, Any]]:
+    """Returns each class's accuracy and the wrong class predicted most often for it, the lowest accuracy first."""
+    images, hits = table.by_class(len(names))
     instead: dict[int, int] = {}
-    for one, other, _ in wrong:
-        instead.setdefault(one, other)
+    for target, prediction, _ in wrong:
+        instead.setdefault(target, prediction)
     rows = [
         {"name": names[k], "images": int(images[k]), "accuracy": 100 * hits[k] / images[k],
          "instead": names[instead[k]] if k in instead else ""}
@@ -178,59 +178,61 @@ def _by_class(judged: Judged, wrong: list[tuple[int, int, int]], names: list[str
     return sorted(rows, key=lambda row: row["accuracy"])
 
 
-def _confused(wrong: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, Any]]:
-    """The pairs of classes that are taken for each other most often, both ways together."""
+def _confused_pairs(wrong: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, Any]]:
+    """Returns the pairs of classes confused most often, counted in both directions."""
     found: dict[tuple[int, int], list[int]] = {}
-    for one, other, count in wrong:
-        pair = found.setdefault((min(one, other), max(one, other)), [0, 0])
-        pair[int(one > other)] += count
-    most = sorted(found.items(), key=lambda item: -sum(item[1]))[:PAIRS]
+    for target, prediction, count in wrong:
+        pair = found.setdefault((min(target, prediction), max(target, prediction)), [0, 0])
+        pair[int(target > prediction)] += count
+    most = sorted(found.items(), key=lambda item: -sum(item[1]))[:MAX_PAIRS]
     return [{"one": names[i], "other": names[j], "there": a, "back": b} for (i, j), (a, b) in most]
 
 
-def _mistakes(judged: Judged, names: list[str], gallery: Gallery, count: int) -> list[dict[str, Any]]:
+def _mistakes(table: PredictionTable, names: list[str], gallery: Gallery, count: int) -> list[dict[str, Any]]:
     found = []
-    for index in judged.mistakes(count):
+    for index in table.mistakes(count):
         sample = gallery.sample(index)
-        if sample is not None and sample.target == judged.target[index]:
-            found.append({"uri": data_uri(sample.pixels), "small": _is_small(sample), "target": names[judged.target[index]],
-                          "prediction": names[judged.prediction[index]], "confidence": 100 * float(judged.confidence[index]),
-                          "file": gallery.short(judged.files[index])})  # fmt: skip
+        if sample is not None and sample.target == table.target[index]:
+            found.append({"uri": data_uri(sample.pixels), "small": _is_small(sample), "target": names[table.target[index]],
+                          "prediction": names[table.prediction[index]], "confidence": 100 * float(table.confidence[index]),
+                          "file": gallery.short(table.files[index])})  # fmt: skip
     return found
 
 
-def _sfr(run: Run, opened: Any, gallery: Gallery, judged: Judged | None, names: list[str]) -> dict[str, Any]:
-    """What the template shows of SFR: for every shallow tap, images with who teaches what, and the channels."""
+def _sfr_values(
+    run: Run, opened: Any, gallery: Gallery, table: PredictionTable | None, names: list[str]
+) -> dict[str, Any]:
+    """Returns the values for the template's SFR section: each shallow tap's plan on images, and its channel weights."""
     model, prep, config = opened
-    samples = gallery.spread(
-        judged.target if judged is not None else None, BATCH if config.sfr.channels == "transport" else TAUGHT
-    )
+    count = SFR_BATCH if config.sfr.channels == "transport" else SFR_IMAGES
+    samples = gallery.spread(table.target if table is not None else None, count)
     if not samples:
         raise UserError("no image of the validation split decodes")
     names = names + [str(k) for k in range(len(names), 1 + max(one.target for one in samples))]
     plan = choose_taps(model, prep.input_size, config.sfr.taps)
     maps = _projection(run, plan) if config.sfr.channels == "projection" else None
-    found = lessons(model, plan, config.sfr, prep.normalize(torch.stack([sample.pixels for sample in samples])), maps)
-    shown = samples[:TAUGHT]
+    images = prep.normalize(torch.stack([sample.pixels for sample in samples]))
+    matches = tap_matches(model, plan, config.sfr, images, maps)
+    shown = samples[:SFR_IMAGES]
     pictures = [{"uri": data_uri(one.pixels), "small": _is_small(one), "name": names[one.target]} for one in shown]
     return {
         "deep": plan.deep.module, "options": config.sfr, "images": pictures,
         "height": 100 * prep.input_size[1] / prep.input_size[2],
-        "taught": [{"lesson": lesson, "stays": lesson.stays, "images": [_cells(lesson, i) for i in range(len(shown))]}
-                   for lesson in found if lesson.plan is not None],
-        "by_channel": [
-            _svg(figures.draw(lambda figure, one=lesson: figures.channels(figure, one.channels.numpy(), one.module), (4.8, 2.6)),
-                 f"channels{number}", f"channels of {lesson.module}")
-            for number, lesson in enumerate(found)
+        "matches": [{"tap": match, "stays": match.stays, "images": [_cells(match, i) for i in range(len(shown))]}
+                    for match in matches if match.plan is not None],
+        "channel_figures": [
+            _svg(figures.draw(lambda figure, one=match: figures.channels(figure, one.channels.numpy(), one.module), (4.8, 2.6)),
+                 f"channels{number}", f"channels of {match.module}")
+            for number, match in enumerate(matches)
         ],
     }  # fmt: skip
 
 
 def _projection(run: Run, plan: TapPlan) -> ChannelProjection:
-    """The learned channel maps, which are kept in checkpoints alone: those of the best epoch, or of the nearest one after it.
+    """Returns the learned channel maps, which only checkpoints contain, of the best epoch or the nearest later one.
 
     Raises:
-        UserError: if there is no checkpoint that has them.
+        UserError: if no such checkpoint is left.
     """
     with torch.random.fork_rng(devices=[]):
         maps = ChannelProjection(tuple(tap.channels for tap in plan.shallow), plan.deep.channels)
@@ -242,23 +244,23 @@ def _projection(run: Run, plan: TapPlan) -> ChannelProjection:
                 return maps
         except (UserError, KeyError, RuntimeError):
             continue
-    raise UserError("the learned channel maps are in the checkpoints, and none of the best epoch or after it is left")
+    raise UserError("no checkpoint with the learned channel maps is left from the best epoch or later")
 
 
-def _cells(lesson: Lesson, image: int) -> dict[str, Any]:
-    """One image of a lesson: the plan in thousandths of the mass, and where each location's teachers lie on the mean."""
-    plan = lesson.plan[image].numpy()
+def _cells(match: TapMatch, image: int) -> dict[str, Any]:
+    """Returns one image's plan, in thousandths of the mass, and the mean position of each location's teachers."""
+    plan = match.plan[image].numpy()
     shares = plan / np.maximum(plan.sum(1, keepdims=True), 1e-12)
-    deep = _locations(lesson.deep_grid)
+    deep = _locations(match.deep_grid)
     means = shares @ np.array([(one["x"] + one["w"] / 2, one["y"] + one["h"] / 2) for one in deep])
-    cells = [{**one, "from_x": x, "from_y": y} for one, (x, y) in zip(_locations(lesson.grid), means, strict=True)]
+    cells = [{**one, "from_x": x, "from_y": y} for one, (x, y) in zip(_locations(match.grid), means, strict=True)]
     sparse = [[[int(j), round(1000 * float(plan[i, j]), 2)] for j in np.flatnonzero(row >= 0.005)]
               for i, row in enumerate(shares)]  # fmt: skip
-    return {"cells": cells, "deep": deep, "plan": sparse, "distance": float(lesson.distance[image])}
+    return {"cells": cells, "deep": deep, "plan": sparse, "distance": float(match.distance[image])}
 
 
 def _locations(grid: tuple[int, int]) -> list[dict[str, float]]:
-    """The locations of a grid as rectangles, in percent of the image, row by row."""
+    """Returns a grid's locations as rectangles, in percent of the image, row by row."""
     rows, columns = grid
     return [{"x": 100 * column / columns, "y": 100 * row / rows, "w": 100 / columns, "h": 100 / rows}
             for row, column in np.ndindex(rows, columns)]  # fmt: skip
@@ -269,7 +271,7 @@ def _is_small(sample: Sample) -> bool:
 
 
 def _class_names(run: Run) -> list[str]:
-    """The model's class names; none where it has none."""
+    """Returns the model's class names; an empty list if it has none."""
     try:
         names = json.loads((run.path / "model" / CONFIG).read_text())["label_names"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -277,10 +279,10 @@ def _class_names(run: Run) -> list[str]:
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
-def _fitting(names: list[str], judged: Judged) -> list[str]:
-    """`names`, and numbers for classes beyond them."""
-    most = int(max(judged.target.max(initial=0), judged.prediction.max(initial=0))) + 1
-    return names + [str(k) for k in range(len(names), most)]
+def _with_numbers(names: list[str], table: PredictionTable) -> list[str]:
+    """Returns `names`, extended by numbers for classes without a name."""
+    count = int(max(table.target.max(initial=0), table.prediction.max(initial=0))) + 1
+    return names + [str(k) for k in range(len(names), count)]
 
 
 def _curve(panel: Panel) -> Markup:

@@ -1,8 +1,8 @@
-"""Resumable states: written whole or not at all, checked before they are read, read without unpickling.
+"""Resumable states: written atomically, verified before they are read, and read without unpickling.
 
-A checkpoint is a folder ``epoch-E-image-I`` (E epochs and I images of the next are done) with ``state.pt`` and
-``manifest.txt``: a line of JSON with the size and the SHA-256 of the state and where in training it is, and a line with the
-SHA-256 of the first.
+A checkpoint is a folder ``epoch-E-image-I`` (E epochs and I images of the next one are done) with ``state.pt`` and
+``manifest.txt``. The manifest's first line is JSON: the size and the SHA-256 of the state, and its position in training. The
+second line is the SHA-256 of the first.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ _CHUNK = 1 << 20
 
 
 class Damaged(UserError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint whose files changed after they were written."""
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) -> Path:
-    """Writes a state and removes all but the newest `keep` checkpoints and the newest that was best; returns its folder.
+    """Writes a checkpoint and deletes old ones; returns its folder. The newest `keep` and the newest best one remain.
 
-    Whole or not at all: it is written beside its place, flushed to the disk with its manifest, and renamed.
+    The write is atomic: into a temporary folder with the manifest, flushed to the disk, then renamed.
 
     Args:
         folder: The run's ``checkpoints/``.
-        state: Tensors, numbers, strings, lists and dictionaries only; `PLACE` names what says where it is.
-        keep: How many to keep.
-        best: Whether the model scored best here so far.
+        state: Tensors, numbers, strings, lists and dictionaries only; the keys in `PLACE` are its position in training.
+        keep: How many checkpoints to keep.
+        best: Whether this is the model's best score so far.
 
     Raises:
-        OSError: if the disk is full or cannot be written to; what was there stays.
+        OSError: if the disk is full or cannot be written to; older checkpoints stay.
     """
     path = folder / _name(state)
 
@@ -66,30 +66,30 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) 
         _sync(fresh)
 
     folder.mkdir(parents=True, exist_ok=True)
-    needed, free = _bytes(state), shutil.disk_usage(folder).free
+    needed, free = _tensor_bytes(state), shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(errno.ENOSPC, _no_room(needed, free, folder))
+        raise OSError(errno.ENOSPC, _no_space(needed, free, folder))
     try:
         replace_atomically(path, write)
-    except RuntimeError as error:  # torch's word for a write that failed
-        raise OSError(errno.ENOSPC, _no_room(needed, shutil.disk_usage(folder).free, folder)) from error
+    except RuntimeError as error:  # torch raises this when a write fails
+        raise OSError(errno.ENOSPC, _no_space(needed, shutil.disk_usage(folder).free, folder)) from error
     _sync(folder)
-    for half in folder.glob(".epoch-*"):  # of processes that were killed in a write
-        _remove(half)
-    _thin(folder, keep)
+    for partial in folder.glob(".epoch-*"):  # left by processes that were killed during a write
+        _remove(partial)
+    _delete_old(folder, keep)
     return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The run's checkpoints, newest last."""
+    """Returns the folders of the run's checkpoints, newest last."""
     return sorted(path for path in folder.glob("epoch-*") if path.is_dir())
 
 
 def load_newest(folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """The newest whole checkpoint; each damaged one before it is reported and passed over.
+    """Returns the state of the newest intact checkpoint; reports and skips damaged ones.
 
     Raises:
-        UserError: if there is none.
+        UserError: if no checkpoint is intact.
     """
     found = checkpoints(folder)
     for path in reversed(found):
@@ -98,33 +98,28 @@ def load_newest(folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
         except Damaged as error:
             report(f"{error}; trying the one before it")
     raise UserError(
-        f"resume: no whole checkpoint in {str(folder)!r} ({len(found)} damaged); start the run anew with --config "
+        f"resume: no intact checkpoint in {str(folder)!r} ({len(found)} damaged); start a new run with --config "
         f"{str(folder.parent / 'args.yaml')!r}"
     )
 
 
 def set_aside(folder: Path, state: dict[str, Any]) -> None:
-    """Renames the damaged checkpoints that are newer than the state that was taken, so that they count as none."""
-    taken = _name(state)
+    """Renames the checkpoints that are newer than the loaded `state`: they are damaged, and must not be found again."""
+    loaded = _name(state)
     for path in checkpoints(folder):
-        if path.name > taken:
-            replace = path.with_name(f"damaged-{path.name}")
-            _remove(replace)
-            path.rename(replace)
-
-
-def _name(state: dict[str, Any]) -> str:
-    # By images, not updates: in order of time also where a run goes on with another batch size.
-    return f"epoch-{state['epoch']:05d}-image-{state['images']:010d}"
+        if path.name > loaded:
+            aside = path.with_name(f"damaged-{path.name}")
+            _remove(aside)
+            path.rename(aside)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state of one checkpoint, on the CPU, once its size and its SHA-256 are found to be the manifest's.
+    """Returns the state of one checkpoint, on the CPU, after checking its size and SHA-256 against the manifest.
 
-    Nothing is unpickled but tensors, numbers, strings, lists and dictionaries.
+    Only tensors, numbers, strings, lists and dictionaries are loaded (torch's ``weights_only``).
 
     Raises:
-        Damaged: if it is not what was written.
+        Damaged: if the checkpoint changed after it was written.
     """
     try:
         manifest = _read_manifest(path)
@@ -132,10 +127,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise Damaged(f"checkpoint {path} is of format {manifest['format']}, expected {FORMAT}")
         if (path / STATE).stat().st_size != expected[0] or _digest(path / STATE) != expected:
-            raise Damaged(f"checkpoint {path} is damaged: {STATE} is not what {MANIFEST} says")
+            raise Damaged(f"checkpoint {path} is damaged: {STATE} does not match {MANIFEST}")
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         if any(state[name] != manifest[name] for name in PLACE):
-            raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} is of another one")
+            raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} belongs to another checkpoint")
         return state
     except (
         OSError,
@@ -152,8 +147,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise Damaged(f"checkpoint {path} is damaged ({type(error).__name__})") from error
 
 
-def _thin(folder: Path, keep: int) -> None:
-    """Removes all checkpoints but the newest `keep` and the newest that was best."""
+def _name(state: dict[str, Any]) -> str:
+    # Images, not updates, so that names sort by time even if a resumed run changes the batch size.
+    return f"epoch-{state['epoch']:05d}-image-{state['images']:010d}"
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    """Deletes all checkpoints except the newest `keep` and the newest best one."""
     found = checkpoints(folder)
     best = next((path for path in reversed(found) if _was_best(path)), None)
     for path in found[:-keep]:
@@ -169,10 +169,10 @@ def _was_best(path: Path) -> bool:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    text = (path / MANIFEST).read_bytes().decode()  # read as text, a carriage return would pass unseen
+    text = (path / MANIFEST).read_bytes().decode()  # text mode would hide an added carriage return
     line = text.split("\n", 1)[0]
     if text != f"{line}\n{_sha256(line)}\n":
-        raise ValueError("the manifest is not what was written")
+        raise ValueError("the manifest has been changed")
     return json.loads(line)
 
 
@@ -181,7 +181,7 @@ def _sha256(text: str) -> str:
 
 
 def _digest(path: Path) -> tuple[int, str]:
-    """Bytes and SHA-256 of a file."""
+    """Returns the size in bytes and the SHA-256 of a file."""
     size, digest = 0, hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -191,7 +191,7 @@ def _digest(path: Path) -> tuple[int, str]:
 
 
 def _sync(folder: Path) -> None:
-    """Has the disk keep the names in `folder`, where the system can be asked to."""
+    """Flushes the entries of `folder` to the disk, on systems that can."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -200,13 +200,13 @@ def _sync(folder: Path) -> None:
             os.close(handle)
 
 
-def _no_room(needed: int, free: int, folder: Path) -> str:
+def _no_space(needed: int, free: int, folder: Path) -> str:
     return f"it needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free in {str(folder)!r}"
 
 
-def _bytes(state: Any) -> int:
-    """Bytes of all tensors in a state."""
+def _tensor_bytes(state: Any) -> int:
+    """Returns the size of all tensors in a state, in bytes."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     values = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_bytes, values))
+    return sum(map(_tensor_bytes, values))

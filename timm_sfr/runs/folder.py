@@ -1,4 +1,4 @@
-"""The folder of a run, and who speaks: the main process alone."""
+"""Makes, locks and finds the folders of runs; prints from the main process only."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import launch_id, on_main
 
-LOCK_PATIENCE = 12  # seconds: loading processes hold the lock of a killed run until they see, within five, that it is gone
-LOCK, LAUNCH = ".lock", ".launch"  # in a run's folder: held while it trains; what started it
+# Seconds to wait for the lock. Loading processes of a killed run hold its lock until they notice, within five seconds.
+LOCK_PATIENCE = 12
+# Files in a run's folder: locked while it trains; the id of the launch that started it.
+LOCK, LAUNCH = ".lock", ".launch"
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """A run's folder on the disk, the same on every process."""
+    """A run's folder, the same on all processes; only the main process holds the lock."""
 
     run: Path
     main: bool
@@ -34,29 +36,29 @@ class Workspace:
             self.lock.release()
 
     def say(self, text: str, event: str | None = None, **values: Any) -> None:
-        """Prints a line, from the main process alone; `event` and `values` are what it says to programs (--json-logs)."""
+        """Logs a line, on the main process only; `event` and `values` are its machine-readable form (--json-logs)."""
         if self.main:
             logger.info(text, extra=fields(event, **values) if event else None)
 
     def kept(self) -> str:
-        """What is safe on the disk, in words."""
+        """Returns a phrase that names the newest checkpoint, for messages."""
         found = checkpoints(self.run / "checkpoints")
         return f"the checkpoint {found[-1]} is kept" if found else "no checkpoint was due yet"
 
 
 def open_workspace(output: str, experiment: str | None, model: str, resume: Path | None, accelerator: Any) -> Workspace:
-    """Makes the folder of a new run, or takes that of the run to resume.
+    """Makes and locks the folder of a new run, or locks the folder of the run to resume.
 
     Raises:
-        UserError: if the folder already holds a run or cannot be made.
+        UserError: if the folder already contains a run, cannot be made, or another process trains in it.
     """
     show_log()
     lock: FileLock | None = None
 
-    def take() -> str:
+    def make_and_lock() -> str:
         nonlocal lock
         run = resume if resume is not None else _make(Path(output), experiment, model)
-        lock = _own(run)
+        lock = _lock(run)
         if resume is None:
             _check_empty(run)
         launch = launch_id()
@@ -64,21 +66,21 @@ def open_workspace(output: str, experiment: str | None, model: str, resume: Path
             (run / LAUNCH).write_text(launch)
         return str(run)
 
-    run = Path(on_main(accelerator, take))
+    run = Path(on_main(accelerator, make_and_lock))
     return Workspace(run, accelerator.is_main_process, lock)
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """The options of the run in folder `run`, from its args.yaml.
+    """Returns the options of the run in folder `run`, from its args.yaml.
 
     Raises:
-        UserError: if `run` is no run.
+        UserError: if `run` is not a run's folder with a checkpoint.
     """
     if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
         hint = "" if run.exists() else near_paths(run)
         lacks = "args.yaml" if not (run / "args.yaml").is_file() else "checkpoints/epoch-*"
         raise UserError(
-            f"resume: {str(run)!r} is no run: it has no {lacks}{hint}; give the folder that the run printed"
+            f"resume: {str(run)!r} is not a run: it has no {lacks}{hint}; give the folder that the run printed"
         )
     return read_yaml(run / "args.yaml")
 
@@ -86,9 +88,9 @@ def read_run(run: Path) -> dict[str, Any]:
 def newest_run(
     output: str, experiment: str | None, model: str, given: dict[str, Any], launch: str | None = None
 ) -> Path | None:
-    """The run to go on with: that of the experiment, or the newest in `output` with the options `given`; None if there is none.
+    """Returns the run to resume: the `experiment`, or the newest run in `output` with the options `given`; None if none.
 
-    A run without a checkpoint does not count, nor one of another `launch` where that is given.
+    Skips runs without a checkpoint and, if `launch` is given, runs of other launches.
     """
     root, given = Path(output), {**{name: value for name, value in given.items() if name != "output"}, "model": model}
     found = [root / experiment] if experiment is not None else sorted(root.glob(f"*-{_stem(model)}*"))
@@ -103,12 +105,12 @@ def newest_run(
 
 
 def _stem(model: str) -> str:
-    """A model's part of the folder's name: of one that is a folder itself the folder's."""
+    """Returns the model's part of the run folder's name; for a model in a folder, from that folder's name."""
     return safe_model_name(model) if ":" in model else safe_model_name(Path(model).name or "model")
 
 
 def _make(output: Path, experiment: str | None, model: str) -> Path:
-    """A new run's folder: made by us alone, or that of the experiment."""
+    """Makes the folder of a new run: the experiment's, which may exist, or one whose name is not taken yet."""
     run = output / (experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{_stem(model)}")
     while True:
         try:
@@ -125,8 +127,8 @@ def _make(output: Path, experiment: str | None, model: str) -> Path:
             return run
 
 
-def _own(run: Path) -> FileLock | None:
-    """A lock on the folder, kept until the process ends.
+def _lock(run: Path) -> FileLock | None:
+    """Locks the folder until the process ends; returns None if the file system has no locks.
 
     Raises:
         UserError: if another process trains in it.
@@ -136,15 +138,15 @@ def _own(run: Path) -> FileLock | None:
         lock.acquire(timeout=LOCK_PATIENCE)
     except Timeout as error:
         raise UserError(f"output: another process is training in {str(run)!r}; choose another --experiment") from error
-    except (OSError, NotImplementedError):  # a file system without locks
+    except (OSError, NotImplementedError):
         return None
     return lock
 
 
 def _check_empty(run: Path) -> None:
-    """Raises UserError if a folder for a new run holds anything but what a run that died before its first checkpoint left."""
+    """Raises UserError unless the folder is empty or contains a run that died before its first checkpoint."""
     dead = (run / "args.yaml").is_file() and not checkpoints(run / "checkpoints") and not (run / "model").exists()
     if not dead and any(path.name not in (LOCK, LAUNCH) for path in run.iterdir()):
         raise UserError(
-            f"output: {str(run)!r} already holds files; choose another --experiment, or go on with --resume {run}"
+            f"output: {str(run)!r} already holds files; choose another --experiment, or continue it with --resume {run}"
         )

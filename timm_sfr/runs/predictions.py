@@ -1,4 +1,4 @@
-"""What a model said of every image of a split: kept on the device while it is validated, written as ``predictions.csv``.
+"""A model's predictions for all images of a split: kept on the device during validation, written to ``predictions.csv``.
 
 Shape suffixes: B batch, n images, K classes.
 """
@@ -19,37 +19,38 @@ from timm_sfr.utils.files import replace_atomically
 
 PREDICTIONS = "predictions.csv"
 COLUMNS = ("index", "file", "target", "prediction", "confidence")
+ECE_BINS = 15
 
 
 @dataclass
 class Predictions:
-    """Of every image, in the order of the split: its class, the predicted one, and its probability.
+    """Collects each image's class, predicted class and its probability, in the order of the split.
 
     Attributes:
-        parts: Targets, predictions and confidences, (3, B) a batch, on the device.
+        parts: One tensor (3, B) per batch, on the device: targets, predictions, confidences.
     """
 
     parts: list[Tensor] = field(default_factory=list)
 
     def add(self, target: Tensor, prediction: Tensor, confidence: Tensor) -> None:
-        """Keeps a batch: three tensors (B,); nothing waits for the device."""
-        # Classes as floats are exact up to 2^24.
+        """Adds a batch, three tensors (B,), without waiting for the device."""
+        # float32 holds class indices exactly up to 2^24.
         self.parts.append(torch.stack([target.float(), prediction.float(), confidence.float()]))
 
     def rows(self) -> np.ndarray:
-        """(n, 3): target, prediction, confidence."""
+        """Returns an array (n, 3): target, prediction, confidence."""
         return torch.cat(self.parts, 1).T.cpu().numpy() if self.parts else np.zeros((0, 3), np.float32)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """``predictions.csv``, read.
+class PredictionTable:
+    """The contents of ``predictions.csv``.
 
     Attributes:
-        files: Name of each image's file, or its number; (n,).
+        files: The file name of each image, or its number, (n,).
         target: Its class, (n,).
         prediction: The predicted class, (n,).
-        confidence: The probability of that class, (n,).
+        confidence: The probability of the predicted class, (n,).
     """
 
     files: list[str]
@@ -59,13 +60,14 @@ class Judged:
 
     @property
     def hits(self) -> np.ndarray:
-        """Whether each image's class was predicted, (n,)."""
+        """Whether each prediction is correct, (n,)."""
         return self.target == self.prediction
 
     def confusion(self, classes: int, most: int = 200) -> tuple[np.ndarray, int]:
-        """Counts of images of class i that were called j, and how many classes share a row and column: 1 up to `most`.
+        """Returns the confusion matrix and the number n of neighbouring classes that share a row and a column.
 
-        With more classes neighbours are counted together, n at a time: (K / n, K / n).
+        Entry (i, j) counts the images of class i that were predicted as j. Up to `most` classes n is 1 and the matrix is
+        (K, K); with more classes it is (K / n, K / n), rounded up.
         """
         share = -(-classes // most)
         size = -(-classes // share)
@@ -73,32 +75,32 @@ class Judged:
         return np.bincount(codes, minlength=size**2).reshape(size, size), share
 
     def by_class(self, classes: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images of each class, and how many of them were right, both (K,)."""
+        """Returns the number of images of each class and how many of them were predicted correctly, both (K,)."""
         return tuple(np.bincount(chosen, minlength=classes) for chosen in (self.target, self.target[self.hits]))
 
     def wrong(self) -> list[tuple[int, int, int]]:
-        """Which class was called which other one, and how often, the most frequent first."""
+        """Returns the wrong predictions as (class, predicted class, count), the most frequent first."""
         wrong = np.stack([self.target, self.prediction], 1)[~self.hits]
         pairs, counts = np.unique(wrong, axis=0, return_counts=True)
         order = np.argsort(-counts, kind="stable")
         return [(int(i), int(j), int(n)) for (i, j), n in zip(pairs[order], counts[order], strict=True)]
 
     def calibration(self, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Images, mean confidence and accuracy of every bin of equal width, each (bins,); nan where a bin is empty."""
-        place = np.minimum((self.confidence * bins).astype(int), bins - 1)
-        count = np.bincount(place, minlength=bins)
-        some = np.where(count > 0, count, np.nan)
-        confidence = np.bincount(place, self.confidence, minlength=bins) / some
-        return count, confidence, np.bincount(place, self.hits, minlength=bins) / some
+        """Returns the image count, mean confidence and accuracy of bins of equal width, each (bins,); nan in empty bins."""
+        index = np.minimum((self.confidence * bins).astype(int), bins - 1)
+        count = np.bincount(index, minlength=bins)
+        divisor = np.where(count > 0, count, np.nan)
+        confidence = np.bincount(index, self.confidence, minlength=bins) / divisor
+        return count, confidence, np.bincount(index, self.hits, minlength=bins) / divisor
 
     def mistakes(self, count: int) -> list[int]:
-        """Indices of the `count` wrong predictions of the highest confidence, the surest first."""
+        """Returns the indices of the `count` wrong predictions with the highest confidence, the most confident first."""
         wrong = np.flatnonzero(~self.hits)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")][:count].tolist()
 
 
 def write_predictions(path: Path, rows: np.ndarray, name: Callable[[int], str]) -> None:
-    """Writes rows (n, 3) as a CSV file, whole; `name` gives the file of an image by its index."""
+    """Writes rows (n, 3) to a CSV file, atomically; `name` returns an image's file name for its index."""
 
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -110,26 +112,23 @@ def write_predictions(path: Path, rows: np.ndarray, name: Callable[[int], str]) 
     replace_atomically(path, write)
 
 
-def read_predictions(path: Path, classes: int = 10**7) -> Judged:
-    """What `write_predictions` wrote, of `classes` classes at most.
+def read_predictions(path: Path, classes: int = 10**7) -> PredictionTable:
+    """Reads a file of `write_predictions` with at most `classes` classes.
 
     Raises:
-        UserError: if it is not that.
+        UserError: if the file cannot be read or has invalid contents.
     """
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             rows = list(csv.DictReader(file))
         files = [row["file"] for row in rows]
         target, prediction = (np.array([int(row[name]) for row in rows], dtype=int) for name in COLUMNS[2:4])
-        # A model that has diverged has no probabilities: nan.
+        # A diverged model outputs nan instead of probabilities.
         confidence = np.nan_to_num(np.array([float(row["confidence"]) for row in rows], dtype=np.float32))
         if min(target.min(), prediction.min()) < 0 or max(target.max(), prediction.max()) >= classes:
             raise ValueError(f"expected classes from 0 to {classes - 1}")
         if not ((confidence >= 0) & (confidence <= 1)).all():
-            raise ValueError("expected probabilities")
+            raise ValueError("expected probabilities from 0 to 1")
     except (OSError, KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
-        raise UserError(f"{path.name} is not what a run wrote: {error}") from error
-    return Judged(files, target, prediction, confidence)
-
-
-ECE_BINS = 15
+        raise UserError(f"cannot read {path.name}: {error}") from error
+    return PredictionTable(files, target, prediction, confidence)

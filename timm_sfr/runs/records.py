@@ -1,4 +1,4 @@
-"""The records of a run: the loss's terms, the log line of an epoch, summary.csv, args.yaml, metrics.json."""
+"""The records of a run: the terms of the loss, the log line of an epoch, summary.csv, args.yaml, metrics.json."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Term:
 
     Attributes:
         name: Its key in the task's result.
-        title: Its title in curves; empty where there is nothing to draw.
-        loss: Whether it is a loss, which must stay finite, rather than a weight.
-        teacher: Whether it is only there with a teacher.
+        title: Its title in curves; empty if it is not drawn.
+        loss: Whether it is a loss, which must stay finite, and not a weight.
+        teacher: Whether it exists only with a teacher.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Term:
     teacher: bool = False
 
 
-# loss = task_loss + sfr_weight * sfr_loss, and with a teacher task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
-# Checkpoints in mid-epoch hold sums in this order.
+# loss = task_loss + sfr_weight * sfr_loss; with a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+# Mid-epoch checkpoints store sums in this order.
 TERMS = (
     Term("loss", "training loss", loss=True),
     Term("task_loss", "task term of the training loss", loss=True),
     Term("sfr_loss", "feature loss, raw", loss=True),
     Term("sfr_weight", "weight λ of the feature loss"),
     Term("smoothing", "smoothing ε"),
-    Term("cls_loss", "loss of the labels beside a teacher's, raw", loss=True, teacher=True),
+    Term("cls_loss", "classification loss, raw", loss=True, teacher=True),
     Term("cls_weight", teacher=True),
     Term("kd_loss", "distillation loss, raw", loss=True, teacher=True),
     Term("kd_weight", teacher=True),
@@ -56,23 +56,23 @@ TERMS = (
 
 
 def term_names(teacher: bool) -> tuple[str, ...]:
-    """The names of the loss's terms, in the order of `TERMS`."""
+    """Returns the names of the loss's terms, in the order of `TERMS`."""
     return tuple(term.name for term in TERMS if teacher or not term.teacher)
 
 
 def columns(teacher: bool) -> tuple[str, ...]:
-    """The columns of summary.csv."""
-    taught = [term.name for term in TERMS if term.teacher and teacher]
+    """Returns the columns of summary.csv."""
+    distillation = [term.name for term in TERMS if term.teacher and teacher]
     terms = [term.name for term in TERMS if not term.teacher and term.name not in ("loss", "task_loss")]
     return (
-        "epoch", "lr", "train_loss", "task_loss", *taught, *terms, "val_loss", "val_top1", "val_top5", "images_per_second"
+        "epoch", "lr", "train_loss", "task_loss", *distillation, *terms, "val_loss", "val_top1", "val_top5", "images_per_second"
     )  # fmt: skip
 
 
 def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
-    """A row of summary.csv: train_loss = task_loss + sfr_weight * sfr_loss, each the mean over the epoch's images.
+    """Returns a row of summary.csv; losses are means over the epoch's images.
 
-    With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+    train_loss = task_loss + sfr_weight * sfr_loss. With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
     """
     row = {
         "epoch": epoch,
@@ -86,7 +86,7 @@ def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, flo
 
 
 def log_line(row: dict[str, Any], epochs: int) -> str:
-    """One line on an epoch."""
+    """Returns the log line of an epoch."""
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"lr {row['lr']:.3g}", f"loss {row['train_loss']:.4f}"]
     terms = []
     if "kd_loss" in row:
@@ -102,7 +102,7 @@ def log_line(row: dict[str, Any], epochs: int) -> str:
 
 
 def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes summary.csv whole, numbers to 8 digits."""
+    """Writes summary.csv atomically, numbers with 8 significant digits."""
 
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="") as file:
@@ -115,10 +115,10 @@ def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
-    """The rows of the first `epochs` epochs of a summary.csv, to go on from.
+    """Returns the rows of the first `epochs` epochs of a summary.csv; an empty list if the file does not exist.
 
     Raises:
-        UserError: if it is not one.
+        UserError: if the file is not a valid summary.csv.
     """
     if not path.exists():
         return []
@@ -127,11 +127,11 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
             rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise UserError(
-            f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to go on without"
+            f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to continue without it"
         ) from error
     if any(set(row) not in (set(columns(False)), set(columns(True))) for row in rows):
         raise UserError(
-            f"resume: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to go on without"
+            f"resume: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to continue without it"
         )
     return rows
 
@@ -142,7 +142,7 @@ def write_args(path: Path, values: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that a figure can depend on."""
+    """Returns the versions of Python and of all packages that can affect results."""
     modules = {"timm": timm, "torch": torch, "accelerate": accelerate, "safetensors": safetensors,
                "huggingface_hub": huggingface_hub}  # fmt: skip
     found = {name: str(module.__version__) for name, module in modules.items()}
@@ -150,7 +150,7 @@ def versions() -> dict[str, str]:
 
 
 def hardware(device: torch.device, processes: int) -> str:
-    """The device in words."""
+    """Returns a description of the device and the number of processes."""
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
     return f"{device.type}, {os.cpu_count()} cores, {processes} process{'es' if processes > 1 else ''}"
@@ -158,7 +158,7 @@ def hardware(device: torch.device, processes: int) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read.
+    """The contents of a run's folder.
 
     Attributes:
         path: The folder.
@@ -174,27 +174,27 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Its seed."""
+        """The run's seed."""
         return int(self.options.get("seed", 0))
 
     def score(self, name: str) -> float:
-        """A score at the last epoch."""
+        """Returns a score of the last epoch."""
         return float(self.metrics["last"][name])
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
-        """Epochs, from 1, and values of a column of summary.csv where it has any; ``weighted`` is sfr_weight * sfr_loss."""
+        """Returns epochs (from 1) and values of a column where it is not empty; ``weighted`` is sfr_weight * sfr_loss."""
         if name == "weighted":
             epochs, raw = self.column("sfr_loss")
-            return epochs, [one * weight for one, weight in zip(raw, self.column("sfr_weight")[1], strict=True)]
+            return epochs, [loss * weight for loss, weight in zip(raw, self.column("sfr_weight")[1], strict=True)]
         found = [(float(row["epoch"]) + 1, float(row[name])) for row in self.rows if row.get(name) not in ("", None)]
         return [epoch for epoch, _ in found], [value for _, value in found]
 
 
 def read_finished(path: Path) -> Run:
-    """A run's folder.
+    """Reads a run's folder.
 
     Raises:
-        UserError: if it is none, or has not been validated yet.
+        UserError: if it is not a run's folder, or the run has not been validated yet.
     """
     missing = [name for name in ("args.yaml", "summary.csv", "metrics.json") if not (path / name).is_file()]
     if not path.exists():
@@ -215,7 +215,7 @@ def read_finished(path: Path) -> Run:
 
 
 def _check(run: Run) -> None:
-    """Raises an error of Python's where the run's files lack what is read from them, or hold something else."""
+    """Raises KeyError, TypeError, ValueError or AttributeError if a value that readers need is missing or invalid."""
     for when in ("best", "last"):
         for name in ("epoch", "images", "ece", "val_top1", "val_top5", "val_loss"):
             float(run.metrics[when][name])

@@ -1,4 +1,4 @@
-"""The machine that a run is on: its devices and precision, its allocator, and what it says when it gives out."""
+"""The machine of a run: devices and precision, memory allocator, and explanations of its failures."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from timm_sfr.training.trackers import chosen
 from timm_sfr.utils.errors import UserError, first_line
 from timm_sfr.utils.processes import join_restarted_cpu_processes
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt's names, <malloc.h>
-_MOST = 2**31 - 1  # mallopt takes an int
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from <malloc.h>
+_MAX_INT = 2**31 - 1  # mallopt takes an int
 
 
 def keep_freed_blocks() -> bool:
-    """Lets glibc use freed blocks of any size again; True where it has been told to.
+    """Makes glibc reuse freed blocks of any size; returns whether it was set.
 
-    By default glibc maps every block of 32 MiB and more anew from the system and gives it back when it is freed, so that
-    each batch pays the page faults of its large activations again: 13 % of a step of ``resnet18_cifar`` on 128 images of
-    32 pixels (docs/performance.md). Environment variables that set the allocator, and other allocators, are left alone.
+    By default glibc maps every block of 32 MiB or more from the system and returns it when it is freed. Each batch then
+    pays the page faults of its large activations again: 13 % of a step of ``resnet18_cifar`` on 128 images of 32 pixels
+    (docs/performance.md). Does nothing if environment variables configure the allocator or another allocator is loaded.
     """
     if "GLIBC_TUNABLES" in os.environ or "LD_PRELOAD" in os.environ:
         return False
@@ -32,53 +32,46 @@ def keep_freed_blocks() -> bool:
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  others have a mallopt of that name that does nothing
+        ctypes.CDLL(None).gnu_get_libc_version  # noqa: B018  other C libraries have a mallopt that does nothing
     except (AttributeError, OSError, TypeError):  # no glibc: macOS, musl, Windows
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, _MOST) and mallopt(_TRIM_THRESHOLD, _MOST))
-
-
-def _last_word(error: Exception) -> Exception:
-    """What torch says of a loading process whose pipe broke: its end is signalled a moment later, wherever we are then."""
-    if not isinstance(error, (ConnectionError, EOFError)):
-        return error
-    try:
-        for _ in range(20):
-            time.sleep(0.1)
-    except RuntimeError as said:
-        return said
-    return error
+    return bool(mallopt(_MMAP_THRESHOLD, _MAX_INT) and mallopt(_TRIM_THRESHOLD, _MAX_INT))
 
 
 def explained(error: Exception, kept: str) -> UserError | None:
-    """The error in one line where it is of the machine or the options, not of the code; None where it is."""
-    error = _last_word(error)
+    """Returns a one-line error if the machine or the options caused `error`; None if the code did.
+
+    Args:
+        error: What was raised.
+        kept: What the run has saved, for the message.
+    """
+    error = _worker_error(error)
     text = first_line(error)
-    # Its pipe may break before torch notices that it is gone.
+    # The pipe of a dead process may break before torch notices that the process has ended.
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
         return UserError(
-            f"data: a loading process died: {text.rstrip('.')}; {kept}; where memory ran out, lower --workers"
+            f"data: a loading process died: {text.rstrip('.')}; {kept}; if memory ran out, lower --workers"
         )
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return UserError(f"out of memory: {text}; {kept}; lower --batch-size (and raise --grad-accum-steps), or give "
+        return UserError(f"out of memory: {text}; {kept}; lower --batch-size (and raise --grad-accum-steps), or use "
                          "--grad-checkpointing")  # fmt: skip
     if "more than 1 value per channel" in text:
         return UserError(
-            "batch-size: BatchNorm needs more than one value a channel; raise --batch-size, or take larger images"
+            "batch-size: BatchNorm needs more than one value per channel; raise --batch-size, or use larger images"
         )
     if any(word in text for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
-        return UserError(f"another process of this run has ended; see what it said; {kept}")
+        return UserError(f"another process of this run has ended; see its output; {kept}")
     return None
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
-    """Accelerate's devices, processes and precision.
+    """Returns Accelerate's object for devices, processes and precision.
 
     Raises:
-        UserError: if the device cannot compute in the asked precision, or a tracker is not installed.
+        UserError: if the device does not support the precision, or a tracker is not installed.
     """
     engine, trackers = config.engine, chosen(config.engine.report_to)
-    # Without this word Accelerate would take each of torchrun's processes on a machine without a GPU for the only one.
+    # Without `cpu`, Accelerate treats each of torchrun's processes on a machine without a GPU as the only one.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = engine.device == "cpu" or (several and not torch.accelerator.is_available())
     if cpu and several:
@@ -89,20 +82,35 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             mixed_precision=engine.mixed_precision,
             dynamo_backend=engine.torchcompile,
             log_with=trackers or None,
-            project_config=ProjectConfiguration(logging_dir="."),  # `Trackers` gives the run's folder, once it is known
+            project_config=ProjectConfiguration(logging_dir="."),  # `Trackers` sets the run's folder later
         )
     except (ValueError, ImportError) as error:
         if "already been initialized" in str(error):
             raise UserError(
                 f"mixed-precision: this Python process has trained at another precision than {engine.mixed_precision!r}, "
-                "and accelerate keeps the first; train in a new process, or at the same precision"
+                "and accelerate keeps the first one; use a new process, or the same precision"
             ) from error
         if "backend" in str(error).lower():
-            raise UserError(f"torchcompile: {error}; inductor is the usual one") from error
+            raise UserError(f"torchcompile: {error}; inductor is the usual backend") from error
         raise UserError(
             f"mixed-precision: {error}; --mixed-precision no always works, bf16 works on CPUs and recent GPUs"
         ) from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # Accelerate would go on in float32 without a word.
+        # Accelerate would silently continue in float32.
         raise UserError("mixed-precision: fp16 needs a GPU and this run is on the CPU; use bf16 or no")
     return accelerator
+
+
+def _worker_error(error: Exception) -> Exception:
+    """Returns torch's own error for a dead loading process in place of the broken pipe.
+
+    Torch raises it from a signal handler, up to a moment later, in whatever code runs then: so this waits.
+    """
+    if not isinstance(error, (ConnectionError, EOFError)):
+        return error
+    try:
+        for _ in range(20):
+            time.sleep(0.1)
+    except RuntimeError as worker_error:
+        return worker_error
+    return error

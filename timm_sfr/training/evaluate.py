@@ -1,4 +1,4 @@
-"""Validation: exact sums over every image once, and the scores made from them.
+"""Validation: exact sums over the images, each counted once, and the scores computed from them.
 
 Shape suffixes: B batch, K classes.
 """
@@ -18,16 +18,16 @@ from timm_sfr.runs.predictions import ECE_BINS, Predictions
 
 
 class Scores:
-    """Sums of what validation counts, kept on the device: images, loss, top-1, top-5 and the calibration bins."""
+    """Validation sums on the device: images, loss, top-1, top-5 and the calibration bins."""
 
     def __init__(self, device: torch.device) -> None:
-        # float64 counts exactly and keeps long sums of losses; Apple's GPUs do not have it.
+        # float64 counts exactly and sums many losses accurately; Apple's GPUs do not have it.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(4, dtype=dtype, device=device)
         self.bins = torch.zeros(3, ECE_BINS, dtype=dtype, device=device)
 
     def add(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Counts a batch: logits (B, K) and class indices (B,); the predicted classes (B,) and their probabilities (B,)."""
+        """Adds a batch of logits (B, K) and class indices (B,); returns the predicted classes (B,) and probabilities (B,)."""
         logits = logits.float()
         order = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = order == target[:, None]
@@ -35,13 +35,13 @@ class Scores:
         counts = torch.stack([loss.new_tensor(len(target)), loss, hits[:, 0].sum(), hits.sum()])
         self.sums += counts.to(self.sums.dtype)
         confidence = logits.softmax(1).amax(1)
-        place = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
+        bins = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), confidence, hits[:, 0].float()])
-        self.bins.index_add_(1, place, rows.to(self.bins.dtype))
+        self.bins.index_add_(1, bins, rows.to(self.bins.dtype))
         return order[:, 0], confidence
 
     def result(self) -> dict[str, float]:
-        """``images``, ``loss``, ``top1`` and ``top5`` (percent), and ``ece``.
+        """Returns ``images``, ``loss``, ``top1`` and ``top5`` (percent), and ``ece``.
 
         ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over 15 bins of equal width (Guo et al., arXiv 1706.04599).
         """
@@ -66,12 +66,18 @@ def evaluate(
     seen: Predictions | None = None,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, float]:
-    """Scores of `model` over the whole split, the same on every process; `seen` takes what was said of each image.
+    """Returns the scores of `model` over the whole split, the same on every process.
 
-    An indexed split's `loader` was prepared by Accelerate: each process takes its part, and `gather_for_metrics` drops
-    what was repeated to make the parts even. A stream is split by timm's reader, and only the sums are added up: of
-    several processes, each has seen its own part of the images. `watch` is handed the loader and gives its batches on,
-    to count them.
+    For an indexed split, Accelerate has prepared the loader: each process reads its part, and `gather_for_metrics` drops
+    the images repeated to make the parts even. timm's reader splits a stream, and only the sums are added up.
+
+    Args:
+        model: The model.
+        loader: The validation batches.
+        prep: Normalises the images.
+        accelerator: Accelerate's.
+        seen: Collects the prediction for every image; for a stream, only for the images of this process.
+        watch: Wraps the loader, to count its batches.
     """
     streamed = isinstance(loader.dataset, torch.utils.data.IterableDataset)
     scores = Scores(accelerator.device)

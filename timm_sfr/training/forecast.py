@@ -1,4 +1,4 @@
-"""Options that no error forbids and that look wrong: one line for each, printed before training."""
+"""Warnings before training, one line each, about options that are allowed but look wrong."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 from timm_sfr.config import RunConfig
 from timm_sfr.method.smoothing import default_warmup
 
-# Optimizers by what their names hold, first match: the usual rate at a batch of 256, how it moves with the batch (the power),
-# and by which factor it may be lower or higher without a word. SGD: Goyal et al., arXiv 1706.02677; the adaptive ones: the
-# recipes of timm's and of the papers' (AdamW 5e-4 to 1e-3, LAMB 5e-3, Lion a tenth of AdamW's, RMSprop 0.016).
+# The usual learning rates, by a part of the optimizer's name (the first match counts): the rate at a batch of 256, the power
+# of the batch that it scales with, and the factors by which it may be lower or higher without a warning. SGD: Goyal et al.,
+# arXiv 1706.02677; the adaptive ones: recipes of timm and of the papers (AdamW 5e-4 to 1e-3, LAMB 5e-3, Lion a tenth of
+# AdamW's, RMSprop 0.016).
 RATES = {
     "lamb": (5e-3, 0.5, 1000, 20),
     "lion": (1e-4, 0.5, 1000, 20),
@@ -22,32 +23,24 @@ RATES = {
     "momentum": (0.1, 1.0, 2000, 30),
     "nesterov": (0.1, 1.0, 2000, 30),
 }
-
-
-UNKNOWN = ("adagrad", "adadelta", "adafactor")  # theirs are of another kind
-
-
-FAR = 1.8  # times the size of the pretrained weights, or less than a part
-
-
-FEW = 32  # images: below, the rate is not usually lowered any more
-
-
-SMALL_IMAGES = 64  # pixels: below this there are architectures of our own
+UNKNOWN = ("adagrad", "adadelta", "adafactor")  # their rates are not comparable with those of Adam
+FAR = 1.8  # warn if the images are this many times larger or smaller than those of pretraining
+FEW = 32  # images: the rate is usually not lowered further for smaller batches
+SMALL_IMAGES = 64  # pixels: up to this size, timm_sfr has architectures of its own
 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What a run is besides its options.
+    """What the warnings need to know of a run, beyond its options.
 
     Attributes:
         model: The model.
-        images: Training images; None for a stream that does not say.
-        global_batch: Images of an update, on all processes.
-        lr: The rate after warm-up.
-        epochs: Of the schedule.
-        cores: That this process may use.
-        processes: On this machine.
+        images: Number of training images; None for a stream of unknown length.
+        global_batch: Images per update, over all processes.
+        lr: The learning rate after warm-up.
+        epochs: Epochs of the schedule.
+        cores: CPU cores that this process may use.
+        processes: Processes on this machine.
     """
 
     model: nn.Module
@@ -60,7 +53,7 @@ class Circumstances:
 
 
 def advice(config: RunConfig, run: Circumstances) -> list[str]:
-    """The lines, none for a run where nothing looks wrong; `config` as it is resolved."""
+    """Returns the warnings, or an empty list if nothing looks wrong; `config` has to be resolved."""
     found = [
         _size(config, run),
         _reduction(config, run),
@@ -72,33 +65,55 @@ def advice(config: RunConfig, run: Circumstances) -> list[str]:
     return [f"warning: {line}" for line in found if line]
 
 
-def _size(config: RunConfig, run: Circumstances) -> str | None:
-    """Pretrained weights see objects at the scale that they were trained at."""
-    own, size = (getattr(run.model, "pretrained_cfg", None) or {}).get("input_size"), config.model.img_size
-    if not config.model.pretrained or not own or size is None or own[-1] / FAR < size < own[-1] * FAR:
-        return None
-    return (f"img-size: {size} px is far from the {own[-1]} px that the pretrained weights of {config.model.model} were trained "
-            f"at; --img-size {own[-1]}, or near it, makes use of them")  # fmt: skip
-
-
-def _reduction(config: RunConfig, run: Circumstances) -> str | None:
-    """Stems made for 224 pixels leave nothing of small images."""
-    size, end = config.model.img_size, total_reduction(run.model)
-    if size is None or end is None or size > SMALL_IMAGES or size // end[0] > (2 if end[1] else 1):
-        return None
-    grid = max(1, size // end[0])
-    return (f"model: images of {size} px end as {grid}x{grid} in {config.model.model}, which divides them by {end[0]}: it is "
-            f"made for larger ones; for small images take --model {_instead(config.model.model or '')}")  # fmt: skip
-
-
 def total_reduction(model: nn.Module) -> tuple[int, bool] | None:
-    """By what a timm model divides its images, and whether it does so at once (ViT, mixers); None where it does not say."""
+    """Returns a timm model's total stride, and whether its first layer applies all of it (ViT, mixers); None if unknown."""
     info = getattr(model, "feature_info", None)
     info = getattr(info, "info", info)
     if not isinstance(info, (list, tuple)) or not info or not all(isinstance(one, dict) for one in info):
         return None
     reductions = [int(one.get("reduction") or 0) for one in info]
     return (max(reductions), min(reductions) == max(reductions)) if min(reductions) > 0 else None
+
+
+def usual_rate(opt: str, batch: int, momentum: float = 0.9) -> tuple[float, float, float] | None:
+    """Returns the usual learning rate of `opt` at batch size `batch`, and the lowest and highest rates without a warning.
+
+    Returns None for an optimizer whose usual rate is not known.
+    """
+    name = opt.lower()
+    if any(word in name for word in UNKNOWN):
+        return None
+    for word, (rate, power, below, above) in RATES.items():
+        if word in name:
+            if word == "sgd":
+                rate *= (1 - momentum) / 0.1  # momentum makes a step 1 / (1 - momentum) gradients long
+            rate *= (max(batch, FEW) / 256) ** power
+            return rate, rate / below, rate * above
+    return None
+
+
+def cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+
+
+def _size(config: RunConfig, run: Circumstances) -> str | None:
+    """Pretrained weights expect objects at the scale of their training images."""
+    own, size = (getattr(run.model, "pretrained_cfg", None) or {}).get("input_size"), config.model.img_size
+    if not config.model.pretrained or not own or size is None or own[-1] / FAR < size < own[-1] * FAR:
+        return None
+    return (f"img-size: {size} px is far from the {own[-1]} px that the pretrained weights of {config.model.model} were trained "
+            f"at; use --img-size {own[-1]} or a size near it")  # fmt: skip
+
+
+def _reduction(config: RunConfig, run: Circumstances) -> str | None:
+    """Stems made for 224 pixels reduce small images to almost nothing."""
+    size, end = config.model.img_size, total_reduction(run.model)
+    if size is None or end is None or size > SMALL_IMAGES or size // end[0] > (2 if end[1] else 1):
+        return None
+    grid = max(1, size // end[0])
+    return (f"model: images of {size} px end as {grid}x{grid} in {config.model.model}, which divides them by {end[0]}: it is "
+            f"made for larger images; for small ones use --model {_instead(config.model.model or '')}")  # fmt: skip
 
 
 def _instead(name: str) -> str:
@@ -115,51 +130,37 @@ def _batch(run: Circumstances) -> str | None:
             "--batch-size or --grad-accum-steps")  # fmt: skip
 
 
-def usual_rate(opt: str, batch: int, momentum: float = 0.9) -> tuple[float, float, float] | None:
-    """The usual learning rate of an optimizer at a batch, and the lowest and highest that pass; None where none is usual."""
-    name = opt.lower()
-    if any(word in name for word in UNKNOWN):
-        return None
-    for word, (rate, power, below, above) in RATES.items():
-        if word in name:
-            if word == "sgd":
-                rate *= (1 - momentum) / 0.1  # a step is 1 / (1 - momentum) gradients long in the end
-            rate *= (max(batch, FEW) / 256) ** power
-            return rate, rate / below, rate * above
-    return None
-
-
 def _rate(config: RunConfig, run: Circumstances) -> str | None:
     optim = config.optim
     usual = usual_rate(optim.opt, run.global_batch, min(optim.momentum, 0.99))
     if usual is None or run.lr == 0 or usual[1] <= run.lr <= usual[2]:
         return None
     far, end = ("above", "may well diverge") if run.lr > usual[2] else ("below", "will learn very little")
-    return (f"lr: {run.lr:.2g} is far {far} what {optim.opt} usually takes at {run.global_batch} images an update, about "
-            f"{usual[0]:.1g}; the run {end}; give --lr {usual[0]:.1g}")  # fmt: skip
+    return (f"lr: {run.lr:.2g} is far {far} the usual rate of {optim.opt} at {run.global_batch} images per update, about "
+            f"{usual[0]:.1g}; the run {end}; use --lr {usual[0]:.1g}")  # fmt: skip
 
 
 def _warmup(config: RunConfig, run: Circumstances) -> str | None:
     optim, sfr = config.optim, config.sfr
     if optim.sched != "none" and not optim.warmup_prefix and (optim.warmup_epochs or 0) >= run.epochs:
-        return (f"warmup-epochs: {optim.warmup_epochs} of {run.epochs} epochs: the learning rate never gets to {run.lr:.2g}; "
+        return (f"warmup-epochs: {optim.warmup_epochs} of {run.epochs} epochs: the learning rate never reaches {run.lr:.2g}; "
                 f"--warmup-epochs {default_warmup(run.epochs)} is usual")  # fmt: skip
     if sfr.enabled and sfr.weight > 0 and (sfr.warmup_epochs or 0) >= run.epochs:
-        return (f"sfr-warmup-epochs: {sfr.warmup_epochs} of {run.epochs} epochs: lambda never gets to {sfr.weight:g}; "
+        return (f"sfr-warmup-epochs: {sfr.warmup_epochs} of {run.epochs} epochs: lambda never reaches {sfr.weight:g}; "
                 f"--sfr-warmup-epochs {default_warmup(run.epochs)} is usual")  # fmt: skip
     return None
 
 
 def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
-    """Values that are taken without a word and do something else than they say."""
+    """Values that are accepted silently and do not do what they seem to."""
     crop, decay, workers = config.model.crop_pct, config.optim.layer_decay, config.data.workers * run.processes
     found: list[str | None] = []
     if crop is not None and not 0 < crop <= 1:
-        found.append(f"crop-pct: expected a share above 0 and up to 1; got {crop:g}, which timm takes in a way of its own "
-                     "(0 as 0.875); leave it out for the model's")  # fmt: skip
+        found.append(f"crop-pct: expected a share above 0 and up to 1; got {crop:g}, which timm interprets differently "
+                     "(0 as 0.875); leave it out to use the model's")  # fmt: skip
     if decay is not None and not 0 < decay <= 1:
-        found.append(f"layer-decay: expected above 0 and up to 1, usually 0.5 to 0.9; with {decay:g} the layers next to the "
-                     "images would learn fastest, or not at all")  # fmt: skip
+        found.append(f"layer-decay: expected above 0 and up to 1, usually 0.5 to 0.9; with {decay:g} the first layers "
+                     "would learn fastest, or not at all")  # fmt: skip
     if workers > run.cores:
         found.append(f"workers: {workers} loading processes for {run.cores} core{'s' if run.cores > 1 else ''}; "
                      f"--workers {max(1, run.cores // run.processes)} is enough")  # fmt: skip
@@ -167,10 +168,5 @@ def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
     if sfr.enabled and sfr.weight > 0 and sfr.solver != "auto" and sfr.matching != "emd":
         found.append(f"sfr-solver: {sfr.solver} solves the plans of --sfr-matching emd; with {sfr.matching} it has no effect")
     elif config.sfr.solver == "triton" and next(run.model.parameters()).device.type != "cuda":
-        found.append("sfr-solver: triton runs on CUDA alone; sinkhorn, the same in PyTorch, takes its place here")
+        found.append("sfr-solver: triton runs on CUDA only; sinkhorn, the same solver in PyTorch, replaces it here")
     return found
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Non-finite losses and gradients, found before they reach the weights; the run stops, or leaves the update out."""
+"""Guards of a run: `FiniteGuard` finds non-finite losses and gradients, `Signals` notes signals to stop or to save."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from timm_sfr.runs.records import TERMS, term_names
 from timm_sfr.utils.errors import Interrupted, UserError
 from timm_sfr.utils.files import write_json
 
-# Which term is told when several are not finite: the parts of a sum before the sum.
+# The terms in the order in which a non-finite one is looked for: the parts of a sum before the sum.
 WATCHED = [term.name for term in sorted((t for t in TERMS if t.loss), key=lambda t: (t.name == "loss", not t.teacher))]
-MOST_IN_A_ROW = 10  # updates left out one after another: more is no accident
-ADVICE = "try a lower --lr, --clip-grad 1, or --mixed-precision bf16 in place of fp16"
+MOST_IN_A_ROW = 10  # updates skipped in a row: more are no accident
+ADVICE = "try a lower --lr, --clip-grad 1, or --mixed-precision bf16 instead of fp16"
+AGREE_EVERY = 10  # updates: how often several processes agree on signals, which takes a collective
+ECHO = 1.0  # seconds: a terminal sends Ctrl-C to all processes, and their launcher then sends it to them again
 
 
 class Watched:
-    """Numbers on the device, read by the host without making the device wait: they travel while it works on."""
+    """Copies numbers from the device to the host without making the device wait."""
 
     def __init__(self, device: torch.device, count: int) -> None:
         cuda = device.type == "cuda"
@@ -37,7 +39,7 @@ class Watched:
         self.values: Tensor | None = None
 
     def send(self, values: Tensor) -> None:
-        """Takes (count,) numbers."""
+        """Starts to copy (count,) numbers."""
         if self.pinned is None or self.event is None:
             self.values = values
             return
@@ -45,7 +47,7 @@ class Watched:
         self.event.record()
 
     def receive(self) -> list[float] | None:
-        """The numbers sent last, once; None if there are none."""
+        """Returns the numbers sent last, or None if they were already received."""
         if self.values is None:
             return None
         if self.event is not None:
@@ -55,15 +57,15 @@ class Watched:
 
 
 class FiniteGuard:
-    """Watches the terms of the loss and the norm of the gradients.
+    """Checks that the terms of the loss and the norm of the gradients are finite.
 
-    The loss is looked at while the backward pass runs. The norm is looked at before the update where there is nothing to
-    wait for or the update may have to be left out; else, on a GPU, at the next update, and before anything is kept. In
-    fp16 the gradient scaler leaves updates out by itself: then only too many in a row count.
+    The loss is checked while the backward pass runs. The norm is checked before the update on a CPU, or if the policy is
+    to skip; otherwise, on a GPU, at the next update and before anything is saved, so that the device need not wait. In
+    fp16 the gradient scaler skips updates by itself: then only too many in a row count.
 
     Args:
         accelerator: Accelerate's.
-        policy: ``"stop"``, or ``"skip"``: leave the update out and put back the statistics that the batch changed.
+        policy: ``"stop"``, or ``"skip"``: skip the update and restore the statistics that the batch changed.
         names: The terms of the loss, in the order in which they are sent; by default those without a teacher.
     """
 
@@ -71,29 +73,29 @@ class FiniteGuard:
         names = names or term_names(teacher=False)
         self.accelerator, self.policy, self.names = accelerator, policy, names
         self.terms, self.norm = Watched(accelerator.device, len(names)), Watched(accelerator.device, 1)
-        self.bad: tuple[str, float] | None = None  # in this group of batches
-        self.late: tuple[int, int, int] | None = None  # which epoch, batch and update it was, where that was made since
+        self.bad: tuple[str, float] | None = None  # the non-finite term of this group of batches, and its value
+        self.late: tuple[int, int, int] | None = None  # epoch, batch and update of one found only after its update
         self._sent: tuple[int, int, int] | None = None
         self.in_a_row = self.skipped = 0
-        self.loss = math.nan  # of the batch looked at last
+        self.loss = math.nan  # of the batch checked last
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     @property
     def scaled(self) -> bool:
-        """Whether a gradient scaler leaves updates out."""
+        """Whether a gradient scaler skips updates by itself."""
         return self.accelerator.scaler is not None
 
     def begin(self, module: nn.Module, sums: dict[str, Tensor]) -> None:
-        """Before a group of batches: remembers what a bad one would spoil besides the gradients."""
+        """Begins a group of batches: copies the state of `module` and `sums` that a non-finite batch would spoil."""
         self.bad = None
         if self.policy == "skip" or self.scaled:
             spoiled = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
             self._kept = [(tensor, tensor.clone()) for tensor in [*spoiled, *sums.values()]]
 
     def check_terms(self) -> bool:
-        """Whether the terms sent last are finite, and the last update's gradients were, where nobody has looked yet."""
+        """Returns whether the terms sent last are finite, and also the last update's gradients if not yet checked."""
         self.settle()
-        if self.late is not None:  # these terms are of weights that it has spoiled
+        if self.late is not None:  # these terms come from weights that a bad update has spoiled
             return False
         values = dict(zip(self.names, self.terms.receive() or [0.0] * len(self.names), strict=True))
         self.loss = values["loss"]
@@ -104,10 +106,10 @@ class FiniteGuard:
         return found is None
 
     def check_gradients(self, module: nn.Module, place: tuple[int, int, int]) -> bool:
-        """Whether the update is to be made; the same on all processes.
+        """Returns whether to make the update; the same on all processes.
 
         Args:
-            module: What is trained.
+            module: The trained module.
             place: Epoch and batch (from 0) and update (from 1).
         """
         if self.scaled:
@@ -128,29 +130,29 @@ class FiniteGuard:
         return self.bad is None
 
     def settle(self) -> None:
-        """Looks at the norm sent last."""
+        """Checks the norm sent last."""
         norm = self.norm.receive()
         if norm is not None and not math.isfinite(norm[0]):
             self.bad, self.late = self.bad or ("gradient", norm[0]), self._sent
 
     def rollback(self) -> None:
-        """Puts back what the group's batches have spoiled."""
+        """Restores the state from before the group of batches."""
         with torch.no_grad():
             for tensor, kept in self._kept:
                 tensor.copy_(kept)
 
     def count(self, made: bool) -> None:
-        """Counts an update that was made, or left out."""
+        """Counts an update that was made or skipped."""
         self.in_a_row = 0 if made else self.in_a_row + 1
         self.skipped += not made
 
     def too_many(self) -> bool:
-        """Whether too many updates in a row were left out."""
+        """Returns whether too many updates in a row were skipped."""
         return self.in_a_row > MOST_IN_A_ROW
 
 
 def write_event(path: Path, event: dict[str, Any]) -> None:
-    """Adds an event to a JSON list in a file."""
+    """Appends an event to the JSON list in a file."""
     try:
         events = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -159,24 +161,17 @@ def write_event(path: Path, event: dict[str, Any]) -> None:
 
 
 def stopped(term: str, value: float, where: str, how: str, kept: str) -> UserError:
-    """The error of a run that a non-finite number stops."""
+    """Returns the error for a run that stops at a non-finite number."""
     what = "gradients" if term == "gradient" else "loss"
     return UserError(f"non-finite {what} at {where}: {term} is {value}; {how}, {kept}; {ADVICE}")
 
 
-# Several processes agree by a collective; a signal waits for at most so many updates.
-AGREE_EVERY = 10
-
-
-ECHO = 1.0  # seconds: a terminal sends Ctrl-C to all processes, and their launcher hands it on to them once more
-
-
 class Signals:
-    """A context in which signals are noted in place of ending the process.
+    """A context that notes SIGTERM, SIGINT and SIGUSR1 instead of ending the process; a second Ctrl-C ends it.
 
     Attributes:
-        stop: The signal that asked for a stop, or None.
-        save: Whether a checkpoint was asked for.
+        stop: The signal that requested a stop, or None.
+        save: Whether a checkpoint was requested.
     """
 
     def __init__(self, accelerator: Any) -> None:
@@ -187,7 +182,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        # Python lets the main thread alone set handlers; a run in another thread goes without.
+        # Python lets only the main thread set handlers; a run in another thread has none.
         if threading.current_thread() is threading.main_thread():
             names = ("SIGTERM", "SIGINT", "SIGUSR1")  # Windows lacks the last
             numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -209,11 +204,11 @@ class Signals:
             self.stop, self._since = number, time.monotonic()
 
     def asked(self, updates: int, now: bool = False) -> tuple[int | None, bool]:
-        """What any process was asked for, the same on all: the signal to stop for, and whether to keep a checkpoint.
+        """Returns the signal to stop for, or None, and whether to save a checkpoint; the same on all processes.
 
         Args:
-            updates: How many are done, the same on all processes.
-            now: All processes are here at the end of an epoch: agree at once.
+            updates: Number of updates made, the same on all processes.
+            now: Agree at once: all processes are at the end of an epoch.
         """
         if self.accelerator.num_processes == 1:
             stop, save = self.stop, self.save
@@ -229,7 +224,7 @@ class Signals:
 
 
 def interrupted(number: int, updates: int, workspace: Workspace, accelerator: Any) -> Interrupted:
-    """The exception of a run that signal `number` has stopped after so many updates."""
+    """Returns the exception for a run that signal `number` stopped after `updates` updates."""
     launcher, count = "python", accelerator.num_processes
     if count > 1:
         cpu = accelerator.device.type == "cpu"

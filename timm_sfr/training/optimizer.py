@@ -1,4 +1,4 @@
-"""Makes the parts of a run from its configuration, all with timm's factories: model, task, optimizer, schedule, mixing."""
+"""The optimizer and the learning-rate schedule of a run, made by timm's factories."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from timm_sfr.utils.errors import UserError, near_matches
 
 
 def learning_rate(config: OptimConfig, global_batch: int) -> float:
-    """lr, or lr_base scaled with the global batch: linearly, or by the square root for adaptive optimizers, as timm."""
+    """Returns lr if it is set; else lr_base scaled with the global batch, as timm does.
+
+    The scale is linear, or by default the square root for adaptive optimizers.
+    """
     if config.lr is not None:
         return config.lr
     adaptive = any(part in config.opt.lower() for part in ("ada", "lamb"))
@@ -27,10 +30,10 @@ def learning_rate(config: OptimConfig, global_batch: int) -> float:
 
 
 def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer over the trainable module's parameters.
+    """Returns timm's optimizer for the parameters of `module`.
 
     Raises:
-        UserError: for a name or arguments that timm does not take.
+        UserError: if timm does not accept the name or the arguments.
     """
     arguments: dict[str, Any] = dict(config.opt_kwargs or {})
     if config.opt_eps is not None:
@@ -54,25 +57,25 @@ def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch
 
 @dataclass(frozen=True)
 class Schedule:
-    """timm's scheduler, stepped by hand: once per update whatever the number of processes (never `prepare` it)."""
+    """timm's scheduler, stepped once per update on any number of processes. Accelerate must not `prepare` it."""
 
     scheduler: Any
     epochs: int
 
     @property
     def remembers(self) -> bool:
-        """Whether the rate depends on more than the count: on how the scores went (plateau)."""
+        """Whether the rate depends on the scores so far (plateau) and not only on the number of updates and epochs."""
         return isinstance(self.scheduler, PlateauLRScheduler)
 
     def state(self) -> dict[str, Any] | None:
-        """What a checkpoint keeps: the counters that timm's own state leaves out too."""
+        """Returns the state for a checkpoint, with the counters that timm's own state omits; None if not needed."""
         return self.scheduler.lr_scheduler.state_dict() if self.remembers else None
 
     def resume(self, epoch: int, updates: int, state: dict[str, Any] | None) -> None:
-        """Sets the rate for the update after `updates` ones and `epoch` epochs.
+        """Sets the rate that follows `updates` updates and `epoch` epochs.
 
-        timm's schedules are functions of that count alone, so that a resumed run may be given more epochs; plateau
-        is not, and takes its `state`.
+        timm's schedules depend on these counts only, so a resumed run may get more epochs. Plateau also needs its
+        `state`.
         """
         if self.remembers and state is not None:
             self.scheduler.lr_scheduler.load_state_dict(state)
@@ -81,12 +84,12 @@ class Schedule:
             self.scheduler.step_update(num_updates=updates)
 
     def after_update(self, updates: int) -> None:
-        """Sets the rate for the update after the first `updates` ones."""
+        """Sets the rate that follows `updates` updates."""
         if self.scheduler is not None:
             self.scheduler.step_update(num_updates=updates)
 
     def after_epoch(self, epoch: int, metric: float | None) -> None:
-        """Sets the rate for the epoch after epoch `epoch`; plateau looks at the metric."""
+        """Sets the rate that follows epoch `epoch`; plateau uses `metric`."""
         if self.scheduler is not None:
             self.scheduler.step(epoch + 1, metric)
 
@@ -94,10 +97,10 @@ class Schedule:
 def create_schedule(
     config: OptimConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int, eval_metric: str = "top1"
 ) -> Schedule:
-    """timm's schedule for `optimizer` and the number of epochs it takes (with cooldown and cycles).
+    """Returns timm's schedule for `optimizer`, with its number of epochs (including cooldown and cycles).
 
     Raises:
-        UserError: for a schedule that timm does not have or cannot make.
+        UserError: if timm does not have the schedule or cannot make it.
     """
     warmup = default_warmup(config.epochs) if config.warmup_epochs is None else config.warmup_epochs
     try:
@@ -121,5 +124,3 @@ def create_schedule(
     except (ValueError, AssertionError) as error:
         raise UserError(f"sched: timm cannot make the schedule {config.sched!r}: {error}") from error
     return Schedule(scheduler, epochs)
-
-

@@ -1,7 +1,7 @@
-"""How far a run is: two bars in a terminal, now and then a line where there is none, or lines of JSON.
+"""The progress of a run: two bars in a terminal, otherwise a line now and then, or lines of JSON.
 
-All that the package says goes through its logger. A record carries its text and, where a program may want more, its
-fields; `show_log` chooses which of the two standard output gets.
+All output of the package goes through its logger. A record has a text and, for programs, fields; `show_log` chooses which
+of the two goes to standard output.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from timm_sfr.runs.records import log_line
 from timm_sfr.utils.console import clock, fields, logger
 
 Item = TypeVar("Item")
-LINE_EVERY = 30.0  # seconds between the lines of an epoch where there are no bars
-VALIDATION = 1 / 3  # what a batch of validation counts for: a step goes forward once and backward for twice as much
-NARROW = 64  # columns: below, the text alone
+LINE_EVERY = 30.0  # seconds between lines within an epoch when there are no bars
+VALIDATION = 1 / 3  # cost of a validation batch in training batches: a backward pass costs two forward passes
+NARROW = 64  # columns: in a narrower terminal, only the text is shown
 WIDE_FORMAT, NARROW_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {text}", "{desc} {percentage:3.0f}% {text}"
 
 
 class Progress:
-    """What is shown while a run trains: nothing here touches the device.
+    """Shows the progress of a run without using the device.
 
     Args:
-        epochs: Of the whole run.
-        steps: Batches of an epoch, and of a validation (0 where that is not known).
+        epochs: Epochs of the whole run.
+        steps: Batches per epoch, and per validation (0 if unknown).
         val_interval: Epochs between validations.
-        log_interval: Batches between looks at whether a line is due.
-        main: Whether this process speaks.
+        log_interval: Batches between checks whether a line is due.
+        main: Whether this process prints.
     """
 
     def __init__(self, epochs: int, steps: tuple[int, int], val_interval: int, log_interval: int, main: bool) -> None:
@@ -45,7 +45,7 @@ class Progress:
         self.epoch_bar: _Bar | None = None
         self.epoch, self.first, self.step, self.images, self.loss, self.finite = 0, 0, 0, 0, 0.0, 0
         self.score = ""
-        self.done = self.before = 0.0  # in units of a training batch; before: what this process did not do itself
+        self.done = self.before = 0.0  # in training batches; before: done before this process started
         self.began = self.epoch_began = self.spoke = time.perf_counter()
 
     def __enter__(self) -> Progress:
@@ -59,12 +59,12 @@ class Progress:
         self.epoch_bar = self.run_bar = None
 
     def work(self, epochs: int) -> float:
-        """What so many epochs take, in training batches: a batch of validation counts for a third."""
+        """Returns the work of the first `epochs` epochs in training batches; a validation batch counts as a third."""
         validations = epochs // self.val_interval + (epochs == self.epochs and epochs % self.val_interval > 0)
         return epochs * self.steps + validations * self.val_steps * VALIDATION
 
     def begin(self, epoch: int, start: int) -> None:
-        """An epoch begins, with batch `start`."""
+        """Begins an epoch at batch `start`."""
         now = time.perf_counter()
         if self.done == 0:
             self.before, self.began = self.work(epoch) + start, now
@@ -76,9 +76,9 @@ class Progress:
             self._draw()
 
     def batch(self, images: int, loss: float) -> None:
-        """A batch is done: how many images that were on all processes, and its loss."""
+        """Counts a finished batch: its number of images on all processes, and its loss."""
         self.step, self.images = self.step + 1, self.images + images
-        if math.isfinite(loss):  # one that is not is told by itself, and left out
+        if math.isfinite(loss):  # a non-finite loss is reported separately
             self.loss, self.finite = self.loss + loss, self.finite + 1
         self.done += 1
         if not self.main:
@@ -91,7 +91,7 @@ class Progress:
                         batches=self.steps, images_per_second=self.rate)  # fmt: skip
 
     def validating(self, loader: Iterable[Item]) -> Iterator[Item]:
-        """The batches of a validation, counted as they are asked for."""
+        """Yields the batches of a validation and counts them."""
         if self.bars and self.val_steps > 0:
             self._new_bar(f"validation {self.epoch + 1}/{self.epochs}", self.val_steps, 0)
         for count, batch in enumerate(loader, 1):
@@ -104,7 +104,7 @@ class Progress:
                 self._line(f"validation {count}/{self.val_steps}", validation=count)
 
     def end(self, row: dict[str, Any]) -> None:
-        """An epoch is over: says its row of summary.csv in a line."""
+        """Ends an epoch: prints its row of summary.csv as a line."""
         if row["val_top1"] != "":
             self.score = f"top-1 {row['val_top1']:.2f} (epoch {self.epoch + 1}), "
         self._end_bar()
@@ -113,7 +113,7 @@ class Progress:
 
     @property
     def mean_loss(self) -> float:
-        """The mean over the epoch's batches so far, of those that are finite."""
+        """The mean loss of the epoch's batches so far, without the non-finite ones."""
         return self.loss / max(1, self.finite)
 
     @property
@@ -123,7 +123,7 @@ class Progress:
 
     @property
     def left(self) -> float:
-        """Seconds that the run still takes, at the pace of this process so far."""
+        """Estimated seconds until the run ends, at the average speed of this process so far."""
         made = self.done - self.before
         if made <= 0:
             return math.inf
@@ -149,29 +149,29 @@ class Progress:
             self.epoch_bar = None
 
     def _line(self, text: str, **values: Any) -> None:
-        """Says where an epoch is, if it is long since the last word; where bars say it, in JSON alone."""
+        """Logs the progress of an epoch if the last line is old enough; if bars show it, only in JSON."""
         now = time.perf_counter()
         if now - self.spoke < LINE_EVERY or now - self.epoch_began < LINE_EVERY:
             return
         self.spoke, left = now, self.left
-        what = fields("progress", epoch=self.epoch, epochs=self.epochs, seconds_left=left, **values)
-        what["fields"]["json_only"] = self.bars
-        logger.info(f"epoch {self.epoch + 1}/{self.epochs}: {text}; {clock(left)} left of the run", extra=what)
+        extra = fields("progress", epoch=self.epoch, epochs=self.epochs, seconds_left=left, **values)
+        extra["fields"]["json_only"] = self.bars
+        logger.info(f"epoch {self.epoch + 1}/{self.epochs}: {text}; {clock(left)} left of the run", extra=extra)
 
 
 def watched(loader: Iterable[Item]) -> Iterator[Item]:
-    """The batches of a loader, with a bar where there is a terminal."""
+    """Yields the batches of a loader, with a bar in a terminal."""
     main = os.environ.get("RANK", "0") == "0"
     yield from tqdm(loader, "validation", length_of(loader) or None, leave=False, disable=None if main else True)
 
 
 def length_of(loader: Any) -> int:
-    """Batches of a loader; 0 for a stream, whose length is no promise."""
+    """Returns the number of batches of a loader; 0 for a stream, whose length is not reliable."""
     return 0 if isinstance(getattr(loader, "dataset", None), IterableDataset) else len(loader)
 
 
 class _Bar(tqdm):
-    """A bar with a text behind it that never wraps."""
+    """A bar followed by a text; the line never wraps."""
 
     text = ""
 
@@ -182,13 +182,13 @@ class _Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm formats by."""
+        """The values that tqdm formats the bar with."""
         found = super().format_dict
         narrow = found["ncols"] is not None and found["ncols"] < NARROW
         return {**found, "text": self.text, "bar_format": NARROW_FORMAT if narrow else WIDE_FORMAT}
 
     def advance(self, count: float, text: str) -> None:
-        """Moves on, to be drawn when tqdm finds it due."""
+        """Advances the bar; tqdm redraws it when its interval has passed."""
         self.text = text
         self.update(count)
 

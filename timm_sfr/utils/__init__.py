@@ -1,4 +1,4 @@
-"""Knows nothing of SFR: errors, options, files, lines on the console, seeds, processes, and the client of the Hub.
+"""Helpers that do not depend on SFR: errors, options, files, console output, seeds, processes and the client of the Hub.
 
-Errors first: everything below raises them. Options are checked dataclasses; files are written whole or not at all.
+The other modules raise the exceptions of `errors`. Options are checked dataclasses. Files are written atomically.
 """

@@ -1,4 +1,4 @@
-"""Text for people: tables in columns."""
+"""The package's output on the console: log lines as text or JSON, tables and durations."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from tqdm import tqdm
 
 from timm_sfr.utils.errors import Interrupted, UserError, one_line
 
+logger = logging.getLogger("timm_sfr")
+
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the columns under each other, two blanks apart."""
+    """Returns rows of cells as lines with aligned columns, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-logger = logging.getLogger("timm_sfr")
-
-
 class Lines(logging.StreamHandler):
-    """Writes the package's records to standard output, a line each, above the bars if there are any."""
+    """Writes the package's log records to a stream, one line each, above any progress bars."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
         self.as_json = False
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's text, or a JSON object: ``event``, ``time`` (Unix seconds), ``text`` and its fields."""
+        """Returns the record's text, or a JSON object: ``event``, ``time`` (Unix seconds), ``text`` and its fields."""
         text = record.getMessage()
         if not self.as_json:
             return text
@@ -45,10 +44,10 @@ class Lines(logging.StreamHandler):
         return json.dumps(_plain(line), allow_nan=False)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes the line at once."""
+        """Writes the line immediately, unless it is for JSON only and the format is text."""
         if getattr(record, "fields", {}).get("json_only") and not self.as_json:
             return
-        if get_worker_info() is not None:  # its copy of the bars' lock may be one that nobody gives back
+        if get_worker_info() is not None:  # its copy of tqdm's lock may never be released
             super().emit(record)
             return
         with tqdm.external_write_mode(file=self.stream):
@@ -56,12 +55,12 @@ class Lines(logging.StreamHandler):
 
 
 def fields(event: str, **values: Any) -> dict[str, Any]:
-    """What `extra` of a log call takes, to give a record its fields."""
+    """Returns the `extra` argument of a log call that gives the record an event and fields."""
     return {"fields": {"event": event, **values}}
 
 
 def show_log(as_json: bool | None = None) -> None:
-    """Sends the package's log lines to standard output, once; as JSON or not, or as before where `as_json` is None."""
+    """Sends the package's log lines to standard output, once, as JSON or text; `as_json` None keeps the format."""
     if not logger.handlers:
         logger.addHandler(Lines(sys.stdout))
         logger.setLevel(logging.INFO)
@@ -73,13 +72,13 @@ def show_log(as_json: bool | None = None) -> None:
 
 @contextlib.contextmanager
 def console_output(as_json: bool) -> Iterator[None]:
-    """Within a run: with `as_json`, standard output gets our lines alone, the last of which says how the run has failed.
+    """Sets up the output of a run; with `as_json`, standard output gets our JSON lines only.
 
-    What other libraries print goes to standard error then.
+    If the run fails, the last JSON line says how. The output of other libraries then goes to standard error.
     """
     show_log(as_json)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="This DataLoader will create")  # `advice` says it in one line
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # `advice` reports this in one line
         if not as_json:
             yield
             return
@@ -99,7 +98,7 @@ def console_output(as_json: bool) -> Iterator[None]:
 
 
 def clock(seconds: float) -> str:
-    """A duration as M:SS, H:MM:SS or in days."""
+    """Formats a duration as M:SS, H:MM:SS or, from 48 hours on, in days; ``?`` if it is not finite."""
     if not math.isfinite(seconds):
         return "?"
     whole = max(0, round(seconds))
@@ -110,7 +109,7 @@ def clock(seconds: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON knows it: what is not finite, and an empty cell, as null."""
+    """Returns `value` as valid JSON values: numbers that are not finite, and empty strings, become null."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items() if key != "json_only"}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The exceptions that a user's mistake, or the network, raises."""
+"""Exceptions for user errors, the network and interruptions, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something the user can put right: the message says what was expected, what came, and what to do.
+    """An error that the user can fix: the message says what was expected, what came, and what to do.
 
     The command line prints it as one line and exits with a non-zero status; from Python it is a ``ValueError``.
     """
 
 
 class HubError(UserError):
-    """Something failed between here and the Hugging Face Hub; what is on the disk is whole.
+    """A transfer from or to the Hugging Face Hub failed; the files on disk are intact.
 
     Attributes:
-        reason: The error behind it.
+        reason: The underlying error.
     """
 
     reason: BaseException | None = None
 
 
 class Interrupted(Exception):
-    """A run that a signal stopped, after its update and with a checkpoint: the message says how to go on."""
+    """A signal stopped the run after an update and a checkpoint; the message says how to resume."""
 
 
 def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:
-    """``", did you mean 'a' or 'b'?"`` for the `names` closest to `name`, or an empty string if none is close."""
+    """Returns ``"; did you mean 'a' or 'b'?"`` with the `names` closest to `name`, or an empty string if none is close."""
     found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
     return f"; did you mean {' or '.join(repr(match) for match in found)}?" if found else ""
 
 
 def near_paths(path: str | Path, count: int = 3) -> str:
-    """`near_matches` of a path that is not there among what lies beside it."""
+    """Returns the text of `near_matches` for a missing path, with the closest names in its folder."""
     path = Path(os.path.expanduser(path))
     try:
         names = [one.name for one in path.parent.iterdir()]
@@ -48,17 +48,17 @@ def near_paths(path: str | Path, count: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the error's message, or its type where it has none."""
+    """Returns the first line of the error's message, or its type without a message."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def brief(error: BaseException) -> str:
-    """The error's message on one line, its first 200 characters, or its type where it has none."""
+    """Returns the first 200 characters of the error's message on one line, or its type without a message."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def one_line(error: UserError) -> str:
-    """The error's message alone, also where a data loading process has wrapped it in its traceback."""
+    """Returns the error's message without the traceback that a data loading process wraps around it."""
     text = str(error)
     if text.startswith("Caught ") and "Traceback" in text:
         return text.strip().splitlines()[-1].split(": ", 1)[-1]

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and options read from YAML."""
+"""Writes files atomically (completely or not at all), and reads options from YAML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from timm_sfr.utils.errors import UserError
 
 
 def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Has `write` make a file or folder beside `path`, then puts it in `path`'s place; a failure leaves `path` as it was."""
+    """Calls `write` to create a file or folder beside `path`, then moves it to `path`; a failure leaves `path` unchanged."""
     fresh = path.with_name(f".{path.name}.new")
     old = path.with_name(f".{path.name}.old")
     for leftover in (fresh, old):
@@ -23,7 +23,7 @@ def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     try:
         write(fresh)
         if fresh.is_dir() and path.exists():
-            path.rename(old)  # a folder cannot be renamed onto a full one
+            path.rename(old)  # a folder cannot replace a folder that is not empty
         os.replace(fresh, path)
     except BaseException:
         if old.exists() and not path.exists():
@@ -34,24 +34,20 @@ def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, UTF-8, in the place of what was there; a failure leaves that as it was."""
+    """Writes a UTF-8 text file atomically, replacing any old one; a failure leaves the old one unchanged."""
     replace_atomically(path, lambda fresh: fresh.write_text(text, encoding="utf-8"))
 
 
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
-    """Writes a JSON file whole."""
+    """Writes a JSON file atomically."""
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping of options from a YAML file.
+    """Returns the options in a YAML file by name, with underscores for hyphens.
 
     Raises:
-        UserError: if the file is missing or holds something else.
+        UserError: if the file cannot be read or does not contain a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text())
@@ -59,5 +55,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = getattr(error, "problem", None) or getattr(error, "strerror", None) or type(error).__name__
         raise UserError(f"config: cannot read {str(path)!r}: {reason}") from error
     if not isinstance(values, dict):
-        raise UserError(f"config: expected {str(path)!r} to hold OPTION: VALUE lines; got {type(values).__name__}")
+        raise UserError(f"config: expected {str(path)!r} to contain OPTION: VALUE lines; got {type(values).__name__}")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hub: told in one line, and tried again where that helps."""
+"""Errors of the Hugging Face Hub, the network and the disk: reported in one line, and retried where that can help."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ from timm_sfr.utils.errors import HubError, UserError, brief
 
 Result = TypeVar("Result")
 
-# 412: somebody else's commit came between ours and what it was made on.
+# HTTP statuses worth a retry. 412: somebody else's commit came in after the one that ours is based on.
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
-WAITS = (1, 2, 4)  # seconds before each further try
-RETRY_SECONDS = 10  # seconds after which no further try begins: huggingface_hub has tried for up to 23 by itself
-XET = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "5s"}
-HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")
+WAITS = (1, 2, 4)  # seconds before each retry
+RETRY_SECONDS = 10  # no retry starts later than this: huggingface_hub itself has already tried for up to 23 s
+XET = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "5s"}  # environment variables of hf_xet
+HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")  # their exceptions are network errors
 
 
 @contextlib.contextmanager
 def hub_errors(what: str, again: str = "", token: str | None = None) -> Iterator[None]:
-    """Turns what the Hub's client, the network and the disk raise inside into one `HubError`: ``what: reason; advice``.
+    """Converts errors of the Hub's client, the network and the disk into one `HubError`: ``what: reason; advice``.
 
-    The advice is to do `again`, if given: at once where that may help, else once the reason is gone. The token never is a
-    part of it.
+    Args:
+        what: What failed.
+        again: The command to run again, if any. The advice is to run it now if a retry may help, otherwise after a fix.
+        token: The token in use, if given. It never appears in the message or its traceback.
     """
     try:
         yield
@@ -51,22 +53,22 @@ def hub_errors(what: str, again: str = "", token: str | None = None) -> Iterator
             raise
         text = f"{what}: {reason(error, token)}"
         if again:
-            text += f"; nothing is lost; {'to try again' if transient(error) else 'once that is put right'}: {again}"
+            text += f"; nothing is lost; {'to try again' if transient(error) else 'once that is fixed'}: {again}"
         secrets = [secret for secret in (token, get_token()) if secret]
         for secret in secrets:
             text = text.replace(secret, "***")
-        told_off = HubError(text)
-        told_off.reason = error
-        # A client's own message may quote the header that it sent: then it is left out of the traceback too.
+        hub_error = HubError(text)
+        hub_error.reason = error
+        # The client's message may quote the header with the token; the traceback must then omit it too.
         leaks = any(secret in str(link) for secret in secrets for link in _chain(error))
-        raise told_off from (None if leaks else error)
+        raise hub_error from (None if leaks else error)
 
 
 def check_token(token: str | None) -> str | None:
-    """`token` without blanks around it.
+    """Returns `token` without surrounding whitespace.
 
     Raises:
-        UserError: if it can be no token; its text is not repeated.
+        UserError: if it cannot be a token; the message does not repeat it.
     """
     if token is None:
         return None
@@ -77,7 +79,7 @@ def check_token(token: str | None) -> str | None:
 
 
 def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
-    """What `action` gives, tried up to four times while it fails by something that passes: the network, a busy server."""
+    """Returns the result of `action`, tried up to four times on transient errors such as a lost network or a busy server."""
     started, waits = time.monotonic(), iter(WAITS)
     while True:
         try:
@@ -92,9 +94,10 @@ def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
 
 @contextlib.contextmanager
 def bounded_xet() -> Iterator[None]:
-    """Has uploads by hf_xet inside give up a request after five seconds in which it fails; by itself it tries for minutes.
+    """Limits retries of an hf_xet request inside to five seconds; by default hf_xet retries for minutes.
 
-    hf_xet reads its limits when huggingface_hub opens a session, and downloads open one too: so one is opened for this alone.
+    hf_xet reads its limits when huggingface_hub opens a session, which downloads do too. This therefore ends any open session
+    before and after.
     """
     added = {name: value for name, value in XET.items() if name not in os.environ}
     os.environ.update(added)
@@ -107,16 +110,8 @@ def bounded_xet() -> Iterator[None]:
         _end_xet_session()
 
 
-def _end_xet_session() -> None:
-    # huggingface_hub ends it so itself when an upload fails; where a release has no such thing, the bound may not hold.
-    with contextlib.suppress(ImportError):
-        from huggingface_hub.utils._xet import abort_xet_session
-
-        abort_xet_session()
-
-
 def transient(error: BaseException) -> bool:
-    """Whether trying again may help."""
+    """Returns whether a retry may help."""
     if any(isinstance(link, (OfflineModeIsEnabled, LocalTokenNotFoundError)) for link in _chain(error)):
         return False
     code = status(error)
@@ -124,12 +119,12 @@ def transient(error: BaseException) -> bool:
 
 
 def status(error: BaseException) -> int | None:
-    """The HTTP status that the server answered with, if it did."""
+    """Returns the HTTP status of the server's answer, or None without an answer."""
     for link in _chain(error):
         response = getattr(link, "response", None)
         if response is not None:
             return response.status_code
-        # hf_xet raises Python's own ConnectionError for an answer, too, with the status in its text.
+        # hf_xet raises Python's own ConnectionError even for an answer, with the status in its text.
         found = re.search(r"HTTP status \w+ error \((\d{3})", str(link)) if type(link) is ConnectionError else None
         if found is not None:
             return int(found[1])
@@ -137,7 +132,7 @@ def status(error: BaseException) -> int | None:
 
 
 def network(error: BaseException) -> bool:
-    """Whether the server could not be reached, or was lost."""
+    """Returns whether the server could not be reached or the connection was lost."""
     return any(
         isinstance(link, (ConnectionError, TimeoutError)) or type(link).__module__.startswith(HTTP_CLIENTS)
         for link in _chain(error)
@@ -145,7 +140,7 @@ def network(error: BaseException) -> bool:
 
 
 def reason(error: BaseException, token: str | None = None) -> str:
-    """Why, in words, without a line break; `token` is the one that was given, if one was."""
+    """Returns the reason for the error in words, on one line; `token` is the token in use, if given."""
     links, code, server = list(_chain(error)), status(error), constants.ENDPOINT
     full = next((x for x in links if isinstance(x, OSError) and x.errno == errno.ENOSPC), None)
     if full is not None:
@@ -175,21 +170,29 @@ def reason(error: BaseException, token: str | None = None) -> str:
         return "somebody else's commit came in between (412)"
     if code is not None:
         return f"{server} answered {code}{_quoted(links)}"
-    if any(type(link) is ConnectionError for link in links):  # Python's own is hf_xet's
+    if any(type(link) is ConnectionError for link in links):  # hf_xet raises Python's own class
         return f"cannot reach the storage (Xet) of {server}"
     if network(error) or _any(links, LocalEntryNotFoundError):
         return f"cannot reach {server}"
     return brief(links[0])
 
 
+def _end_xet_session() -> None:
+    # huggingface_hub itself ends sessions this way when an upload fails. In a release without it, the limit may not apply.
+    with contextlib.suppress(ImportError):
+        from huggingface_hub.utils._xet import abort_xet_session
+
+        abort_xet_session()
+
+
 def _expected(error: BaseException) -> bool:
-    """Whether this is the world's doing rather than a fault of this program."""
+    """Returns whether the error comes from outside (network, server, disk) rather than from a bug in this program."""
     kinds = (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError)
     return isinstance(error, kinds) or network(error) or status(error) is not None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it came from."""
+    """Yields the error and its causes."""
     link: BaseException | None = error
     seen: set[int] = set()
     while link is not None and id(link) not in seen:
@@ -207,6 +210,6 @@ def _said(links: list[BaseException], *texts: str) -> bool:
 
 
 def _quoted(links: list[BaseException]) -> str:
-    """What the server said of it, after a colon."""
-    said = next((link.server_message for link in links if getattr(link, "server_message", None)), "")
-    return f": {' '.join(said.split())[:200]}" if said else ""
+    """Returns the server's message after a colon, or an empty string without one."""
+    message = next((link.server_message for link in links if getattr(link, "server_message", None)), "")
+    return f": {' '.join(message.split())[:200]}" if message else ""

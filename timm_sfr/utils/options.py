@@ -1,4 +1,4 @@
-"""What the configuration dataclasses share: documented options whose types, choices and bounds are checked when made."""
+"""Base of the configuration dataclasses: documented options with types, choices and bounds that are checked on creation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def option(
     name: str = "",
     short: str = "",
 ) -> Any:
-    """A documented option of a `Checked` dataclass.
+    """Returns the field of a documented option in a `Checked` dataclass.
 
     Args:
         default: The default value.
         text: The help text.
-        choices: The allowed values, any if empty.
+        choices: The allowed values; empty allows any.
         low: The lowest allowed number.
         high: The highest allowed number.
-        name: The name outside of Python, where it is not the field's.
+        name: The name outside Python, if it differs from the field's.
         short: A short flag, such as ``-b``.
     """
     return field(
@@ -42,7 +42,7 @@ def option(
 class Checked:
     """A frozen dataclass that checks each option's type, choices and bounds; subclasses check more in `check`.
 
-    `prefix` stands before the outside names of a section's options.
+    `prefix` is the prefix of the options' names outside Python.
     """
 
     prefix: ClassVar[str] = ""
@@ -58,28 +58,34 @@ class Checked:
         self.check()
 
     def check(self) -> None:
-        """Raises UserError for values that fit no run."""
+        """Raises UserError for invalid combinations of values; does nothing here."""
 
 
 def _check_value(value: Any, name: str, choices: tuple[str, ...] | None, low: float | None, high: float | None) -> None:
-    """Raises UserError for a value that is not one of `choices`, or not from `low` to `high`."""
+    """Raises UserError if the value is not one of `choices` or not between `low` and `high`."""
     if choices and value not in choices:
         raise UserError(
             f"{name}: expected one of {', '.join(choices)}; got {value!r}{near_matches(str(value), choices)}"
         )
-    # Asked this way round, NaN is out of bounds.
+    # `not low <= value` rather than `value < low`, so that NaN is out of bounds.
     if (low is not None and not low <= value) or (high is not None and not value <= high):
         bounds = f"at least {low}" if high is None else f"a value from {low} to {high}"
         raise UserError(f"{name}: expected {bounds}; got {value}")
 
 
 def outside_name(item: dataclasses.Field, prefix: str = "") -> str:
-    """The option's name on the command line and in YAML."""
+    """Returns the option's name on the command line and in YAML."""
     return item.metadata.get("name") or prefix + item.name
 
 
 def coerce(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the annotated type `hint`: integers become floats and lists tuples; anything else is an error."""
+    """Converts `value` to the annotated type `hint`.
+
+    Numbers and numeric strings become floats, integers become strings, lists become tuples.
+
+    Raises:
+        UserError: if the value has another type.
+    """
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
@@ -87,10 +93,10 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(coerce(entry, typing.get_args(kind)[0], name) for entry in value)
     if kind is str and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # an index among names, such as a tap's
+        return str(value)  # an index where names are expected, such as a tap's
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-4 as text
+            return float(value)  # YAML reads 1e-4 as a string
         except ValueError:
             pass
     plain = typing.get_origin(kind) or kind

@@ -1,4 +1,4 @@
-"""Several processes: what one of them does for all, and restarts by torchrun."""
+"""Helpers for runs with several processes: work by one process for all, and restarts by torchrun."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from filelock import FileLock
 
 from timm_sfr.utils.errors import UserError
 
+Result = TypeVar("Result")
+
 
 def restarts() -> int:
-    """How many times torchrun has started these processes again."""
+    """Returns how many times torchrun has restarted these processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
 def launch_id() -> str | None:
-    """What tells this launch of torchrun's from others, the same after a restart; None where nothing does."""
+    """Returns an identifier of this torchrun launch, which stays the same after a restart; None if there is none."""
     known = os.environ.get("TORCHELASTIC_RUN_ID")
     if known is None or known != "none":
         return known
     if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
-        return None  # each host has a launcher of its own
+        return None  # each host has its own launcher
     with contextlib.suppress(psutil.Error):
         launcher = psutil.Process().parent()
         return None if launcher is None else f"{launcher.pid}-{launcher.create_time()}"
@@ -37,9 +39,9 @@ def launch_id() -> str | None:
 
 
 def join_restarted_cpu_processes() -> None:
-    """Joins CPU processes that torchrun has started again, under names of their own in its store.
+    """Joins the CPU processes that torchrun has restarted, with a new prefix for their names in its store.
 
-    That store outlives a restart, and gloo would find the addresses of the processes that have died.
+    The store outlives a restart, and without the prefix gloo would find the addresses of the dead processes.
     """
     if restarts() == 0 or dist.is_initialized():
         return
@@ -49,14 +51,11 @@ def join_restarted_cpu_processes() -> None:
     dist.init_process_group("gloo", store=own, rank=int(os.environ["RANK"]), world_size=size)
 
 
-Result = TypeVar("Result")
-
-
 def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
-    """What `work` gives on the main process, on every process.
+    """Runs `work` on the main process and returns its result on every process.
 
     Raises:
-        UserError: on every process, if it fails there.
+        UserError: on every process, if `work` raises it on the main process.
     """
     answer: list[Any] = [None, None]
     if accelerator.is_main_process:
@@ -71,12 +70,12 @@ def on_main(accelerator: Any, work: Callable[[], Any]) -> Any:
 
 
 def one_at_a_time(accelerator: Any, work: Callable[[], Result]) -> Result:
-    """What `work` gives on each process, one after another on a machine: what the first downloads is there for the others.
+    """Runs `work` on each process, one at a time per machine, so that the others find what the first has downloaded.
 
-    A lock on a file, not a barrier: those who wait at a barrier give up after the ten minutes that NCCL allows.
+    This uses a file lock instead of a barrier, because NCCL barriers time out after ten minutes.
     """
     if accelerator.num_processes == 1:
         return work()
-    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # a user may have no name, in a container
+    user = os.getuid() if hasattr(os, "getuid") else getpass.getuser()  # in a container, a user may have no name
     with FileLock(Path(tempfile.gettempdir()) / f"timm_sfr-{user}.lock"):
         return work()

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a place in the training alone."""
+"""Seeds random numbers from the position in the training only."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch.utils.data import get_worker_info
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Leaves the random numbers of Python, NumPy and torch (CPU) as they were, whatever is seeded inside.
+    """Restores the random states of Python, NumPy and torch (CPU) at the end, whatever is seeded inside.
 
-    In a data loading process nothing else draws any: there it does nothing.
+    Does nothing in a data loading process, where no other code draws random numbers.
     """
     if get_worker_info() is not None:
         yield
@@ -38,7 +38,7 @@ def seed_cpu(*entropy: int) -> None:
 
 
 def reseed(*entropy: int) -> None:
-    """Seeds Python, NumPy and torch (all devices) from `entropy`: dropout, mixup and erasing of (seed, epoch, process)."""
+    """Seeds Python, NumPy and torch (all devices) from `entropy`, such as (seed, epoch, process): for dropout, mixup, erasing."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
