@@ -84,7 +84,7 @@ def test_taps_by_index_and_name():
     assert choose_taps(model, taps=["layer2", -1]).indices == [2, 4]
     assert choose_taps(model, taps=[1, "3"]).indices == [1, 3]
     for taps, message in (
-        ([3, 1], "then a deeper one"),
+        ([3, 1], "and then a deeper one"),
         (["layr2", 4], "did you mean 'layer2'"),
         ([4], "and then"),
     ):
@@ -168,7 +168,7 @@ def test_features_that_training_changes_are_refused():
     with pytest.raises(UserError, match="patch_drop_rate: vit_tiny_patch16_224 drops patches"):
         choose_taps(timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.25))
     task = SFRTask(timm.create_model("resnet10t", num_classes=4), verbose=False)
-    with pytest.raises(UserError, match="images are 32x32, and the taps were chosen for 176x176"):
+    with pytest.raises(UserError, match="images are 32x32, but the taps were chosen for 176x176"):
         task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
     assert task(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))["sfr_loss"] > 0
     model = timm.create_model("resnet10t", num_classes=4)

@@ -150,12 +150,7 @@ class FeatureLoss(nn.Module):
         self.config = config
 
     def forward(self, shallow: list[Tensor], deep: Tensor) -> Tensor:
-        """Returns the loss, a scalar.
-
-        Args:
-            shallow: S shallow taps (B, N_s, C_s), after `ChannelProjection` if the options ask for it.
-            deep: The deep tap, (B, M, C_d).
-        """
+        """Returns the loss, a scalar, of S shallow taps (B, N_s, C_s), projected if needed, and the deep tap (B, M, C_d)."""
         deep = deep.detach()
         total = deep.new_zeros((), dtype=torch.float32)
         for features in shallow:

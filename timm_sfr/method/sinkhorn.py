@@ -168,13 +168,8 @@ def entropic_self(cost: Tensor, a: Tensor, eps: Tensor, updates: int = ENTROPIC_
     """Returns the `entropic` plans of sets with themselves, (B, N, N): the cost is symmetric with zero diagonal, and b = a.
 
     The plan is symmetric, so P_ij = f_i G_ij f_j with one vector f and G = exp(-C / eps). The update
-    f <- sqrt(f a / (G f)) averages the old and the new f geometrically, which converges faster.
-
-    Args:
-        cost: C, (B, N, N), float32, finite.
-        a: Masses, (B, N), positive.
-        eps: Entropy weight, (B,), positive, in the units of the cost.
-        updates: Updates of f.
+    f <- sqrt(f a / (G f)) averages the old and the new f geometrically, which converges faster. The cost C is (B, N, N),
+    the masses a are (B, N), the entropy weights eps (B,).
     """
     kernel = cost.div(-eps[:, None, None]).exp_().clamp_min_(FLOOR)
     a = a[:, None]

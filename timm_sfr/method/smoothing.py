@@ -106,10 +106,7 @@ def right_predictions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, T
 def update_table(table: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
     """Returns the class table after an epoch, (K, K): a class's mean prediction, or its old row if it has none.
 
-    Args:
-        table: The old table, (K, K); row k is a distribution.
-        sums: Sums of the right predictions of each class, (K, K).
-        counts: Numbers of right predictions of each class, (K,).
+    `sums` (K, K) and `counts` (K,) are the sum and the number of the right predictions of each class.
     """
     fresh = sums / counts[:, None].clamp_min(1)
     return torch.where(counts[:, None] > 0, fresh / fresh.sum(-1, keepdim=True).clamp_min(1e-12), table)
@@ -162,9 +159,7 @@ class DynamicLabelSmoothing(nn.Module):
         if epsilon is not None and not 0 <= epsilon < 1:
             raise UserError(f"expected smoothing in [0, 1); got {epsilon}")
         if source not in (None, *SOURCES) or schedule not in SCHEDULES:
-            raise UserError(
-                f"expected source in {SOURCES} and schedule in {SCHEDULES}; got {source!r}, {schedule!r}"
-            )
+            raise UserError(f"expected source in {SOURCES} and schedule in {SCHEDULES}; got {source!r}, {schedule!r}")
         if epsilon is None and schedule != "constant":
             raise UserError(f"schedule: {schedule!r} needs a given epsilon, such as 0.1 (--smoothing 0.1); got None")
         self.num_classes, self.epsilon, self.schedule = num_classes, epsilon, schedule

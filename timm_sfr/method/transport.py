@@ -95,12 +95,9 @@ def triton_for(cost_shape: tuple[int, ...], device: torch.device) -> ModuleType 
 
 
 def exact(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Returns optimal plans (B, N, M) by POT's network simplex (`ot.emd`), in NumPy float64, one problem at a time.
+    """Returns optimal plans (B, N, M) for cost (B, N, M), a (B, N), b (B, M) by POT's network simplex (`ot.emd`).
 
-    Args:
-        cost: (B, N, M), finite.
-        a: Row masses, (B, N).
-        b: Column masses, (B, M).
+    It runs in NumPy float64, one problem at a time.
     """
     import ot  # here because it takes a second, a fifth of this package's import time
 
@@ -109,5 +106,3 @@ def exact(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     rows, columns = rows / rows.sum(-1, keepdims=True), columns / columns.sum(-1, keepdims=True)
     plans = [torch.from_numpy(ot.emd(*problem)) for problem in zip(rows, columns, costs, strict=True)]
     return torch.stack(plans).to(cost)
-
-

@@ -55,7 +55,7 @@ class Gallery:
         mode = config.data.input_img_mode or prep.img_mode
         split = open_split(config.data, False, mode, config.engine.seed) if dataset is None else Split(dataset, None)
         if split.streamed:
-            raise UserError("a stream has no images by index")
+            raise UserError("images of a stream cannot be read by index")
         self.images, self.transform, self.root = (
             Decoded(split.dataset, mode),
             prep.eval_transform(),
