@@ -248,7 +248,7 @@ CASES = (
     Case("a checkpoint that runs code", "no intact checkpoint", pickled),
     Case("a checkpoint without weights", "module is '3'", mistyped),
     Case("another model than the run's", "Missing key(s)", lambda folder, run: resumed(run, "--model", "wrn_16_2_cifar")),
-    Case("another optimizer than the run's", "its optimizer is another", lambda folder, run: resumed(run, "--opt", "adamw")),
+    Case("another optimizer than the run's", "it is from another optimizer", lambda folder, run: resumed(run, "--opt", "adamw")),
     Case("no such weights", "initial-checkpoint: no such file", given("--initial-checkpoint", "/does/not/exist.pth")),
     Case("weights that run code", "is not unpickled",
          lambda folder, run: ["--initial-checkpoint", file(folder, "w.pth", pickle.dumps(Evil(folder), 2))]),

@@ -74,6 +74,6 @@ def test_by_default_it_stops_the_run(tmp_path, gradient):
 
 def test_too_many_in_a_row_stop_it_anyway(tmp_path):
     trainer = spoiled(tmp_path, "skip", range(2, 99))
-    with pytest.raises(UserError, match="11 updates in a row were left out, the last at epoch 1, update 13"):
+    with pytest.raises(UserError, match="11 updates in a row were skipped, the last at epoch 1, update 13"):
         trainer.train_epoch(0)
     assert finite(trainer)

@@ -38,7 +38,8 @@ def logits_by(create, images, out, env, imports="import timm_sfr"):
 def test_train_push_load(hub, tmp_path):
     """Training publishes; another process with an empty cache gets the same logits, bit for bit."""
     env = hub.env(tmp_path / "home")
-    done = run(*TRAIN, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "--push-to-hub", "user/x", **env)
+    words = ("--epochs", 1, "--report-interval", 1, "--output", tmp_path, "--experiment", "run")
+    done = run(*TRAIN, *words, "--push-to-hub", "user/x", **env)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert "published: " in done.stdout and 'timm.create_model("hf-hub:user/x", pretrained=True)' in done.stdout
     commits = hub.repos["user/x"].commits
@@ -106,7 +107,7 @@ except timm_sfr.UserError as error:
 
 
 @pytest.mark.parametrize("name,said", [
-    ("pickle", "they are not both there, and a pickle is not loaded"), ("truncated", "are damaged"),
+    ("pickle", "at least one is missing, and a pickle is not loaded"), ("truncated", "are damaged"),
     ("unknown architecture", "'resnet_of_mine', which neither timm"), ("keys", "do not fit"),
     ("config", "is damaged or not timm's"),
     ("missing", "no such repository, or it is private"),

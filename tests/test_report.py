@@ -329,6 +329,6 @@ def test_the_pictures_for_the_card_are_of_figures_alone(reported):
 
 def test_the_templates_are_packaged():
     text = (ROOT / "pyproject.toml").read_text()
-    assert '"timm_sfr.reporting" = ["*.html"]' in text
+    assert '"timm_sfr.reporting" = ["*.html"]' in text and '"timm_sfr.hub" = ["*.md"]' in text
     with pytest.raises(UserError, match="has no args"):
         write_report(ROOT / "docs")

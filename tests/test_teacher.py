@@ -165,7 +165,7 @@ def test_the_teacher_is_no_part_of_what_is_trained_kept_or_exported(kind, tmp_pa
     assert made.recorder.facts["parameters"] == plain.recorder.facts["parameters"] == student
     assert sum(p.numel() for group in made.optimizer.param_groups for p in group["params"]) == student + extra
     assert sum(p.numel() for p in made.task.get_clip_parameters()) == student + extra
-    with pytest.raises(UserError, match="5 terms of the loss, expected 9: a teacher came or went"):
+    with pytest.raises(UserError, match="5 terms of the loss, expected 9: a teacher was added or removed"):
         restore(made, collect(made, 0, 4, torch.zeros(5)))
     state = collect(made, 1, 0, None)
     assert set(state["module"]) == set(state["ema"]) and not any(key.startswith("base") for key in state["module"])
@@ -249,7 +249,7 @@ def test_classes_of_another_order_are_refused_and_of_other_names_told(digits_run
     (("--kd-model-name", "resnet20_cifra.sfr_digits"), "did you mean 'resnet20_cifar.sfr_digits'"),
     (("--kd-model-name", "resnet20_cifar"), "kd-model-name: "),
     (("--kd-model-name", "./nowhere"), "kd-model-name: there is no folder './nowhere'"),
-    (("--kd-model-name", "runs/gone"), "give hf-hub:runs/gone"),
+    (("--kd-model-name", "runs/gone"), "use hf-hub:runs/gone"),
     (("--kd-model-name", NAME, "--num-classes", 12), "has 10 classes, expected the data's 12"),
     (("--kd-model-name", NAME, "--kd-distill-type", "token"), "resnet20_cifar has no distillation head"),
     (("--kd-model-name", NAME, "--kd-distill-type", "logits"), "expected one of logit, feature, token"),
@@ -298,7 +298,7 @@ def test_a_run_with_a_teacher_goes_on_to_the_same_bits(digits_run, tmp_path):
     files = run_files(tmp_path / "cut", "user/name", tmp_path / "place")
     published = "".join(files[name].read_text() for name in ("args.yaml", "metrics.json", "README.md"))
     assert "kd_model_name: run\n" in published and str(teacher.parent) not in published
-    assert "`--kd-model-name`, where its teacher lies" in published
+    assert "Add `--kd-model-name` with the path to the teacher" in published
     keys = set(load_file(tmp_path / "cut" / "model" / "model.safetensors"))
     assert keys == set(timm.create_model("wrn_16_2_cifar").state_dict())
 

@@ -209,7 +209,7 @@ def test_one_that_does_not_start_stops_a_new_run_and_not_a_resumed_one(tmp_path,
     trackers.start({}, 0, True)
     trackers.log(ROWS)
     trackers.finish()
-    assert len(said) == 1 and said[0].endswith("going on without it")
+    assert len(said) == 1 and said[0].endswith("continuing without it")
 
 
 def test_options_as_trackers_take_them():

@@ -85,7 +85,7 @@ def test_a_namespace_that_is_none():
 def test_a_recipe_that_is_wrong_is_named(tmp_path, monkeypatch):
     (tmp_path / "resnet18.sfr_x.yaml").write_text("model: resnet18\nzoo: {parameter: 1}\n")
     monkeypatch.setattr("timm_sfr.models.zoo.CONFIGS", tmp_path)
-    with pytest.raises(timm_sfr.UserError, match=r"resnet18.sfr_x.yaml: the `zoo:` part does not read"):
+    with pytest.raises(timm_sfr.UserError, match=r"resnet18.sfr_x.yaml: the `zoo:` part cannot be read"):
         zoo.__wrapped__()
 
 
@@ -222,7 +222,7 @@ def test_predict_a_run(digits_run, pictures):
     [
         (("resnet20_cifar.sfr_digit", "x"), "no such file"),
         (("resnet20_cifra", "README.md"), "did you mean"),
-        (("./nowhere", "README.md"), "holds no config.json"),
+        (("./nowhere", "README.md"), "has no config.json"),
         ((NAME, "tests"), "no image in tests"),
         ((NAME, "README.md", "--topk", 0), "expected 1 or more"),
         ((NAME, "README.md", "--top", 0), "did you mean '--topk'"),

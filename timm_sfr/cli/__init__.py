@@ -1,4 +1,4 @@
 """The command ``timm-sfr``.
 
-`main` finds the verb, `parser` reads its options, and the verb VERB runs in ``VERB.py`` (``list`` in ``list_zoo.py``).
+`main` finds the verb and `parser` reads its options. Each verb is in the module of its name (``list`` in ``list_zoo.py``).
 """

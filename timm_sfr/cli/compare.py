@@ -1,4 +1,4 @@
-"""Runs side by side: ``timm-sfr compare RUN RUN ...``."""
+"""``timm-sfr compare RUN RUN ...``: compares runs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError
 
-WHAT = "Put runs side by side: what differs in their options, their scores, and the differences, paired by seed."
-# What does not make two runs different experiments.
+WHAT = "Compare runs: the options that differ, the scores, and the differences in top-1, paired by seed."
+# Options that do not make two runs different experiments.
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
               "hub_dataset", "workers", "log_interval", "report_interval", "report_to", "json_logs", "checkpoint_hist",
               "checkpoint_interval")  # fmt: skip
-FEWEST = 3  # seeds that an interval is given for: that of two is several times their distance
+FEWEST = 3  # seeds for an interval: with two, it would be several times as wide as the difference between them
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
         name: A letter.
-        options: What sets them apart from the other groups.
-        runs: By seed.
+        options: The options that distinguish them from other groups.
+        runs: The runs by seed.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Group:
     runs: dict[int, Run]
 
     def values(self, score: str) -> list[float]:
-        """A score by seed."""
+        """Returns a score of every run, in the order of the seeds."""
         return [run.score(score) for _, run in sorted(self.runs.items())]
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs of the same options but for the seed together, in the order in which they were given.
+    """Returns the runs in groups that differ only in their seed, in the order of the arguments.
 
     Raises:
-        UserError: if two are the same, seed and all.
+        UserError: if two runs have the same options and the same seed.
     """
     names = sorted({name for run in runs for name in run.options} - set(INCIDENTAL))
     differing = [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
@@ -60,21 +60,21 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         if run.seed in group.runs:
             raise UserError(
                 f"run: {str(run.path)!r} and {str(group.runs[run.seed].path)!r} have the same options and seed {run.seed}; "
-                "give one of them"
+                "leave out one of them"
             )
         group.runs[run.seed] = run
     return list(found.values())
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % t-interval of the mean, t_{0.975, n-1} s / sqrt(n); nan for one value."""
+    """Returns half the width of the 95 % t-interval of the mean, t_{0.975, n-1} s / sqrt(n); nan for one value."""
     if len(values) < 2:
         return float("nan")
     return float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
 
 
 def spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
-    """The mean, and half the 95 % interval from three values on; empty for none."""
+    """Returns the mean as text, with half the 95 % interval for three or more values; empty for no values."""
     if not values:
         return ""
     half = f" ± {half_interval(values):.{digits}f}" if len(values) >= FEWEST else ""
@@ -82,7 +82,7 @@ def spread(values: Sequence[float], digits: int = 2, sign: str = "") -> str:
 
 
 def difference(one: Group, base: Group, score: str) -> list[float]:
-    """`one` minus `base` at every seed that both have; where they share none, of the means."""
+    """Returns `one` minus `base` for every seed that both have; if they share none, the difference of the means."""
     shared = sorted(one.runs.keys() & base.runs.keys())
     if not shared:
         return [mean(one.values(score)) - mean(base.values(score))]
@@ -90,7 +90,7 @@ def difference(one: Group, base: Group, score: str) -> list[float]:
 
 
 def scores_table(groups: Sequence[Group]) -> str:
-    """Scores at the last epoch, and differences in top-1 to the first group, paired by seed."""
+    """Returns a table of the scores at the last epoch and the differences in top-1 from the first group, paired by seed."""
     base = groups[0]
     lines = [("", "seeds", "top-1", "top-5", "loss", "ECE", "best top-1", "minutes", f"top-1 - {base.name}")]
     for group in groups:
@@ -104,32 +104,27 @@ def scores_table(groups: Sequence[Group]) -> str:
                       spread(gain, 2, "+") + unpaired))  # fmt: skip
     text = aligned(lines)
     text.append(
-        "at the last epoch, percent; ± half the 95 % interval over seeds, from three on; the best epoch is chosen on val"
+        "at the last epoch, percent; ± half the 95 % interval over 3 or more seeds; the best epoch is chosen on val"
     )
     options = [("", *(group.name for group in groups))]
     options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]
     return "\n".join([*text, "", *aligned(options)] if base.options else text)
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"...{text[-37:]}"
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the base")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a group")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with their curves over each other, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per group")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with all curves in shared plots")
 
 
 def run(args: Namespace) -> int:
-    """Runs the command; 0."""
+    """Runs the command; returns 0."""
     if len(args.runs) < 2:
         raise UserError("run: expected two or more folders to compare; got one")
     groups = grouped([read_finished(path) for path in args.runs])
     if args.html is not None:
-        from timm_sfr.reporting.page import write_comparison  # only here: matplotlib takes a while
+        from timm_sfr.reporting.page import write_comparison  # imported here because matplotlib is slow to import
 
         try:
             write_comparison(
@@ -155,3 +150,8 @@ def run(args: Namespace) -> int:
             )
         )
     return 0
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"...{text[-37:]}"

@@ -1,4 +1,4 @@
-"""Models for where there is no timm: ``timm-sfr export MODEL --format onnx|torchscript|pt2``, checked against PyTorch."""
+"""``timm-sfr export MODEL --format onnx|torchscript|pt2``: writes a model that runs without timm, and checks it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WHAT = (
 )
 FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
-BATCHES = (1, 3, 8)  # any size works: the traced one is 2
-TOLERANCE = 1e-3  # of the largest logit; another runtime adds up in another order
+BATCHES = (1, 3, 8)  # batch sizes of the check: other than the traced size, 2, because the file has to take any
+TOLERANCE = 1e-3  # as a share of the largest logit; other runtimes sum in another order
 METADATA = "timm_sfr.json"
 
 
 def metadata(model: nn.Module, name: str) -> dict[str, Any]:
-    """What whoever runs the file needs: the image's size, range and normalisation, and the names of the classes."""
+    """Returns what is needed to use the file: the images' size, range and normalisation, and the class names."""
     data = timm.data.resolve_model_data_config(model)
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     names = model.pretrained_cfg.get("label_names")
@@ -49,19 +49,19 @@ def metadata(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def export(model: nn.Module, path: Path, kind: str, about: dict[str, Any]) -> float:
-    """Writes a model for batches of any size, and runs what was written.
+    """Writes a model for batches of any size and checks the file against the model.
 
     Args:
         model: A timm model in evaluation mode.
-        path: The file; replaced whole.
+        path: The file; replaced atomically.
         kind: ``"onnx"``, ``"torchscript"`` or ``"pt2"``.
-        about: What goes into it beside the model, as `metadata` gives it.
+        about: The result of `metadata`, which is stored in the file.
 
     Returns:
-        The largest difference of its logits from the model's, over batches of 1, 3 and 8 random images.
+        The largest difference between the logits of file and model, over batches of 1, 3 and 8 random images.
 
     Raises:
-        UserError: if the model cannot be exported so, what was written differs from it, or a package is missing.
+        UserError: if the model cannot be exported to the format, the logits differ, or a package is missing.
     """
     missing = [name for name in NEEDS.get(kind, ()) if importlib.util.find_spec(name) is None]
     if missing:
@@ -87,14 +87,16 @@ def export(model: nn.Module, path: Path, kind: str, about: dict[str, Any]) -> fl
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporters' own, of what they plan to change
+            warnings.simplefilter("ignore")  # the exporters announce their own future changes
             replace_atomically(path, write_and_check)
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
     except (*MISFITS, torch.onnx.OnnxExporterError) as error:
-        raise UserError(f"format: {about['model']!r} does not export to {kind}: {brief(error)}; try another") from error
+        raise UserError(
+            f"format: {about['model']!r} cannot be exported to {kind}: {brief(error)}; try another --format"
+        ) from error
     return largest
 
 
@@ -130,7 +132,7 @@ def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_pt2(model: nn.Module, example: Tensor, path: Path, about: str) -> None:
     program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    with path.open("wb") as file:  # a name that does not end in .pt2 would be refused
+    with path.open("wb") as file:  # torch rejects file names that do not end in .pt2
         torch.export.save(program, file, extra_files={METADATA: about})
 
 
@@ -153,12 +155,13 @@ WRITERS = {
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
-    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="what to write (default: onnx)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: the model's name here)")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="file format (default: onnx)")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="file to write (default: the model's name, in the current folder)")  # fmt: skip
 
 
 def run(args: Namespace) -> int:
-    """Runs the command; 0."""
+    """Runs the command; returns 0."""
     model = create_model(args.model, revision=args.revision)
     about = metadata(model, args.model)
     name = Path(args.model.split(":")[-1].split("@")[0]).name

@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from timm_sfr.models.zoo import list_pretrained
 
-WHAT = "List the models of the zoo, with their scores and where they are."
+WHAT = "List the models of the zoo with their scores and repositories."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -15,6 +15,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Prints the zoo; 0."""
+    """Prints the zoo; returns 0."""
     print(list_pretrained(args.filter))
     return 0

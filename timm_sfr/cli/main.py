@@ -1,4 +1,4 @@
-"""``timm-sfr VERB ...``: one command for all that the package does."""
+"""``timm-sfr VERB ...``: one command for everything in the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from timm_sfr.cli import compare, export, list_zoo, predict, push, report, taps,
 from timm_sfr.cli.parser import Parser, call
 from timm_sfr.version import __version__
 
-# Each is a module with ``WHAT`` (one line of help), ``add_arguments(parser)`` and ``run(args)``, which gives the exit status.
+# Each module has ``WHAT`` (one line of help), ``add_arguments(parser)`` and ``run(args)``, which returns the exit status.
 VERBS: dict[str, Any] = {
     "train": train, "validate": validate, "predict": predict, "taps": taps, "report": report, "compare": compare,
     "export": export, "push": push, "list": list_zoo,
@@ -20,7 +20,7 @@ VERBS: dict[str, Any] = {
 
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
-    """The parser of the command, and that of each verb."""
+    """Returns the parser of the command, and the parsers of the verbs."""
     parser = Parser(
         prog="timm-sfr",
         description="Train, inspect, score, compare, deploy and publish models with Self-Feature Regularization.",
@@ -28,7 +28,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="version", version=f"timm-sfr {__version__}")
     shtab.add_argument_to(
-        parser, "--print-completion", help="print the completion of a shell: source it in its profile"
+        parser, "--print-completion", help="print a shell completion script: source it in the shell's profile"
     )
     places = parser.add_subparsers(dest="verb", metavar="VERB", required=True, title="verbs")
     for name, verb in VERBS.items():
@@ -38,12 +38,12 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status."""
+    """Runs the command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser, parsers = make_parser()
     if not words or words[0] not in VERBS:
         return call(lambda args: 0, parser, words)
-    # The verb's own parser knows what a mistyped option may have meant.
+    # The verb's own parser suggests options similar to a mistyped one.
     return call(VERBS[words[0]].run, parsers[words[0]], words[1:])
 
 

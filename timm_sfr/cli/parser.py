@@ -1,4 +1,4 @@
-"""The command lines: options made from the configuration's fields, in groups, under timm's names; errors in one line."""
+"""Command lines: options made from the configuration's fields, in groups, with timm's names; one-line errors."""
 
 from __future__ import annotations
 
@@ -16,20 +16,18 @@ import yaml
 from timm_sfr.config import SECTIONS, options
 from timm_sfr.utils.errors import UserError, near_matches, one_line
 
-# Exit statuses beside 0 and 2: the run is done and whole, but not published; a signal stopped it, --resume goes on.
+# Exit statuses other than 0 and 2: the run is complete but not published; a signal stopped it, and --resume continues it.
 PUSH_FAILED, INTERRUPTED = 3, 75
-
-
 # Options of timm's train.py that have another name here.
 OTHERS = {"--amp": "--mixed-precision fp16 (or bf16)", "--amp-dtype": "--mixed-precision", "--num-gpu": "accelerate launch",
           "--native-amp": "--mixed-precision fp16 (or bf16)", "--no-prefetcher": "not needed"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, with near matches for a mistyped option."""
+    """argparse's parser with one-line errors that suggest options similar to a mistyped one."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError in place of printing the usage."""
+        """Raises UserError instead of printing the usage."""
         if message.startswith("unrecognized arguments: "):
             words = message.removeprefix("unrecognized arguments: ").split() or ["''"]  # an empty word
             message = f"unrecognized arguments: {' '.join(words)}"
@@ -42,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Adds some of a run's options, by their outside names; what is not given stays out of the result."""
+    """Adds the run options `names`; the parsed result has only the options that the user gave."""
     known = {name: (section, item) for section, name, item in options()}
     for name in names:
         section, item = known[name]
@@ -50,7 +48,7 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL and --revision: what `timm_sfr.create_model` takes."""
+    """Adds MODEL and --revision, the arguments of `timm_sfr.create_model`."""
     parser.add_argument(
         "model", metavar="MODEL", help="a run's folder, USER/NAME on the Hub, zoo name, or any timm name"
     )
@@ -58,12 +56,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
-    """Those of the options `names` that were given."""
+    """Returns those of the options `names` that the user gave."""
     return {name: value for name, value in vars(args).items() if name in names}
 
 
 def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> None:
-    """Adds one option of a section, from its field."""
+    """Adds one option of a section, made from its field."""
     flag, hint = "--" + name.replace("_", "-"), typing.get_type_hints(SECTIONS[section])[item.name]
     text = item.metadata["help"].replace("%", "%%")
     kind = next(k for k in typing.get_args(hint) if k is not type(None)) if isinstance(hint, types.UnionType) else hint
@@ -90,12 +88,26 @@ def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> 
     group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **extra)
 
 
+def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Sequence[str] | None) -> int:
+    """Parses the arguments and runs a command; returns its exit status, or prints one line and returns 2 for an error."""
+    try:
+        return run(parser.parse_args(arguments))
+    except UserError as error:
+        return fail(one_line(error))
+
+
+def fail(message: str, status: int = 2) -> int:
+    """Prints one error line; returns the exit status `status`."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
 def _number(kind: type) -> type:
     return kind if kind in (int, float) else str
 
 
 class _Pairs(argparse.Action):
-    """KEY=VALUE words as a dictionary, values read as YAML."""
+    """Parses KEY=VALUE words into a dictionary, with the values read as YAML."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest, None) or {})
@@ -105,17 +117,3 @@ class _Pairs(argparse.Action):
                 parser.error(f"argument {option_string}: expected KEY=VALUE; got {word!r}")
             pairs[key] = yaml.safe_load(value)
         setattr(namespace, self.dest, pairs)
-
-
-def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Sequence[str] | None) -> int:
-    """Parses and runs a command; its exit status, 2 with one line for a mistake."""
-    try:
-        return run(parser.parse_args(arguments))
-    except UserError as error:
-        return fail(one_line(error))
-
-
-def fail(message: str, status: int = 2) -> int:
-    """Prints one error line; the exit status, 2 for a failed run."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return status

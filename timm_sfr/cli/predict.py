@@ -1,4 +1,4 @@
-"""``timm-sfr predict MODEL IMAGE_OR_FOLDER ...``: names what is in images."""
+"""``timm-sfr predict MODEL IMAGE_OR_FOLDER ...``: classifies images."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from typing import Any
 from timm_sfr.cli.parser import add_model, fail
 from timm_sfr.utils.errors import UserError, near_paths
 
-WHAT = "Name the most probable classes of images, by a model of the zoo, the Hub, a folder, or timm."
-
+WHAT = "Print the most probable classes of images, with a model of the zoo, the Hub, a folder, or timm."
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The best classes of an image, or why there are none."""
+    """The most probable classes of an image with their probabilities, or the error if it could not be read."""
 
     file: str
     classes: list[tuple[str, float]]
@@ -28,10 +27,10 @@ class Prediction:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths`, and the images in the folders among them, sorted.
+    """Returns the files in `paths`, and in place of each folder the images in it, sorted.
 
     Raises:
-        UserError: if a path does not exist, or there is no image at all.
+        UserError: if a path does not exist, or no image was found.
     """
     found: list[Path] = []
     for path in paths:
@@ -47,7 +46,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def class_names(model: Any) -> list[str] | None:
-    """The model's own class names, or ImageNet's where timm's tag says that they are meant."""
+    """Returns the model's own class names, or ImageNet's if timm's tag implies them; else None."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     own = model.pretrained_cfg.get("label_names")
@@ -62,13 +61,13 @@ def class_names(model: Any) -> list[str] | None:
 
 
 def predict(model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 32) -> Iterator[Prediction]:
-    """The `topk` most probable classes of every image, in order; a file that does not decode gives its error.
+    """Yields the `topk` most probable classes of every image, in order, or the error of a file that does not decode.
 
     Args:
         model: A timm model in evaluation mode; its own preprocessing is used.
         files: Image files.
-        topk: How many classes.
-        batch_size: Images at once.
+        topk: Number of classes.
+        batch_size: Images per batch.
     """
     import timm
     import torch
@@ -101,13 +100,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files and folders")
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to name (default: 5)")
-    parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: 5)")
+    parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
 
 
 def run(args: Namespace) -> int:
-    """Runs the command; 0, or 1 if an image could not be read."""
+    """Runs the command; returns 0, or 1 if an image could not be read."""
     from timm_sfr.models.loading import create_model
 
     if args.topk < 1 or args.batch_size < 1:

@@ -8,15 +8,15 @@ from pathlib import Path
 from timm_sfr.cli.parser import PUSH_FAILED, fail
 from timm_sfr.utils.errors import HubError
 
-WHAT = "Publish a finished run on the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."
+WHAT = "Publish a finished run on the Hugging Face Hub. Uses the token of `hf auth login` or HF_TOKEN."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder of the run")
-    parser.add_argument("repo_id", metavar="USER/NAME", help="repository; made if it is missing")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="repository; created if it does not exist")
     parser.add_argument(
-        "--private", "--hub-private", action="store_true", help="make the repository private, if it is made now"
+        "--private", "--hub-private", action="store_true", help="make a newly created repository private"
     )
     parser.add_argument("--revision", "--hub-revision", help="branch to publish on (default: main)")
     parser.add_argument("--commit-message", help="title of the commit")
@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Runs the command; 0, or 3 where the Hub is in the way."""
+    """Runs the command; returns 0, or 3 if the upload fails."""
     from timm_sfr.hub.push import published, push_to_hub
     from timm_sfr.utils.console import show_log
 

@@ -1,4 +1,4 @@
-"""``timm-sfr report RUN``: writes the page on a run."""
+"""``timm-sfr report RUN``: writes the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from timm_sfr.utils.errors import UserError
 
-WHAT = "Write RUN/report.html: curves, scores by class, mistakes, and which features teach which; it needs no network."
+WHAT = "Write RUN/report.html: curves, scores by class, mistakes, and which features teach which. Needs no network."
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -17,8 +17,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Runs the command; 0."""
-    from timm_sfr.reporting.page import write_report  # only here: matplotlib takes a while
+    """Runs the command; returns 0."""
+    from timm_sfr.reporting.page import write_report  # imported here because matplotlib is slow to import
 
     if args.mistakes < 0:
         raise UserError(f"mistakes: expected 0 or more; got {args.mistakes}")

@@ -1,4 +1,4 @@
-"""What SFR would tap in a model, as a table and as a picture: ``timm-sfr taps MODEL``."""
+"""``timm-sfr taps MODEL``: shows what SFR would tap in a model, as a table and as a picture."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from timm_sfr.models.loading import new_model
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError
 
-WHAT = "Show what SFR would tap in a model: which features teach which, and what that costs a step."
+WHAT = "Show what SFR would tap in a model: which features teach which, and the cost per step."
 OPTIONS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",
            "sfr_solver", "sfr_max_nodes")  # fmt: skip
-ROUNDS = 5
+ROUNDS = 5  # timed runs of a loss, after one to warm up
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class TapRow:
 
     Attributes:
         role: ``"shallow"`` or ``"deep"``.
-        stage: Which grid of the network it is on, 1 for the finest.
+        stage: Number of its grid among the network's grids, 1 for the finest.
         module: The tapped module.
         channels: C.
-        reduction: Pixels of the image a location, along a side.
+        reduction: Stride: image pixels per location, along a side.
         grid: Locations H x W of the feature map.
-        nodes: Locations that are matched, after pooling.
+        nodes: Number of matched locations, after pooling.
         match: How the deep channels teach this tap's; empty for the deep tap.
         milliseconds: Time that its loss adds to a step on this machine, forward and backward; 0 for the deep tap.
     """
@@ -60,13 +60,13 @@ class TapRow:
 
 
 def describe(plan: TapPlan, features: list[Feature], config: SFRConfig, batch: int) -> list[TapRow]:
-    """A row for each tap of `plan`, its loss timed on random features of a batch of `batch` images.
+    """Returns a row for each tap of `plan`; the losses are timed on random features.
 
     Args:
         plan: The taps.
         features: All features of the model.
         config: SFR's options.
-        batch: Images.
+        batch: Batch size for the timing.
     """
     stages = list(dict.fromkeys(feature.grid for feature in features))
     *grids, deep_grid = plan.node_grids(config.max_nodes, config.common_grid)
@@ -79,39 +79,8 @@ def describe(plan: TapPlan, features: list[Feature], config: SFRConfig, batch: i
     return [*rows, _row("deep", deep, stages, deep_grid, "", 0.0)]
 
 
-def _row(role: str, tap: Feature, stages: list[Any], grid: tuple[int, int], match: str, cost: float) -> TapRow:
-    place = stages.index(tap.grid) + 1
-    return TapRow(role, place, tap.module, tap.channels, tap.stride, tap.grid, grid[0] * grid[1], match, cost)
-
-
-def _match(deep: int, shallow: int, method: str) -> str:
-    if method == "projection":
-        return f"{shallow} projected to {deep}"
-    if deep == shallow and method == "groups":
-        return f"{deep} to {shallow}, one to one"
-    if deep < shallow:
-        return f"{deep} to {shallow}, each for {math.ceil(shallow / deep)}"
-    return f"{deep} to {shallow}, {deep / shallow:.3g} to 1" + ", by correlation" * (method == "transport")
-
-
-def _milliseconds(
-    tap: Feature, grid: tuple[int, int], deep: Feature, deep_grid: tuple[int, int], config: SFRConfig, batch: int
-) -> float:
-    """Median time of one tap's loss with its gradient."""
-    shallow = torch.randn(batch, grid[0] * grid[1], tap.channels, requires_grad=True)
-    teacher = torch.randn(batch, deep_grid[0] * deep_grid[1], deep.channels)
-    loss = FeatureLoss(config)
-    project = ChannelProjection((tap.channels,), deep.channels) if config.channels == "projection" else list
-    times = []
-    for _ in range(ROUNDS + 1):
-        started = time.perf_counter()
-        loss(project([shallow]), teacher).backward()
-        times.append(time.perf_counter() - started)
-    return 1e3 * median(times[1:])
-
-
 def taps_table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> str:
-    """The rows under each other, and the rule that chose them."""
+    """Returns the rows as a table, followed by the rule that chose the taps and the total cost."""
     lines = [("role", "stage", "module", "channels", "reduction", "grid", "nodes", "deep channels teach", "ms a step")]
     for row in rows:
         cost = f"{row.milliseconds:.2f}" if row.role == "shallow" else ""
@@ -128,12 +97,12 @@ def taps_table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> 
 
 
 def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: str, path: Path) -> None:
-    """Draws the features in the order of depth, the tapped ones coloured, with an arrow from the deep tap to each shallow one.
+    """Draws the features by depth, with the taps coloured and an arrow from the deep tap to each shallow one.
 
     Raises:
-        UserError: if the file cannot be written, or matplotlib does not write such files.
+        UserError: if the file cannot be written, or matplotlib does not support its type.
     """
-    from matplotlib.figure import Figure  # only here: it takes a while
+    from matplotlib.figure import Figure  # imported here because it is slow to import
     from matplotlib.patches import Rectangle
 
     tapped = {row.module: row for row in rows}
@@ -169,13 +138,13 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("model", metavar="MODEL", help="any timm name, hf-hub:USER/NAME, or local-dir:FOLDER")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it, too: a .png, .svg or .pdf file")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the taps to a .png, .svg or .pdf file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_options(parser.add_argument_group("as in training"), OPTIONS)
 
 
 def run(args: Namespace) -> int:
-    """Runs the command; 0."""
+    """Runs the command; returns 0."""
     config = RunConfig.from_flat({"dataset": "none", "model": args.model, **given(args, OPTIONS)})
     model: nn.Module = new_model(config.model, 10)
     size = preprocessing(config.model, model).input_size
@@ -192,3 +161,34 @@ def run(args: Namespace) -> int:
     else:
         print(taps_table(plan, rows, config.data.batch_size, config.sfr.matching))
     return 0
+
+
+def _row(role: str, tap: Feature, stages: list[Any], grid: tuple[int, int], match: str, cost: float) -> TapRow:
+    place = stages.index(tap.grid) + 1
+    return TapRow(role, place, tap.module, tap.channels, tap.stride, tap.grid, grid[0] * grid[1], match, cost)
+
+
+def _match(deep: int, shallow: int, method: str) -> str:
+    if method == "projection":
+        return f"{shallow} projected to {deep}"
+    if deep == shallow and method == "groups":
+        return f"{deep} to {shallow}, one to one"
+    if deep < shallow:
+        return f"{deep} to {shallow}, each for {math.ceil(shallow / deep)}"
+    return f"{deep} to {shallow}, {deep / shallow:.3g} to 1" + ", by correlation" * (method == "transport")
+
+
+def _milliseconds(
+    tap: Feature, grid: tuple[int, int], deep: Feature, deep_grid: tuple[int, int], config: SFRConfig, batch: int
+) -> float:
+    """Returns the median time of one tap's loss with its gradient, in milliseconds."""
+    shallow = torch.randn(batch, grid[0] * grid[1], tap.channels, requires_grad=True)
+    teacher = torch.randn(batch, deep_grid[0] * deep_grid[1], deep.channels)
+    loss = FeatureLoss(config)
+    project = ChannelProjection((tap.channels,), deep.channels) if config.channels == "projection" else list
+    times = []
+    for _ in range(ROUNDS + 1):
+        started = time.perf_counter()
+        loss(project([shallow]), teacher).backward()
+        times.append(time.perf_counter() - started)
+    return 1e3 * median(times[1:])

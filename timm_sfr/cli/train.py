@@ -18,11 +18,11 @@ from timm_sfr.utils.errors import HubError, Interrupted, UserError, one_line
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import launch_id, restarts
 
-WHAT = "Train any timm model with Self-Feature Regularization. With no data given, on the built-in digits."
+WHAT = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
 
 
 def training_parser() -> Parser:
-    """The parser of the training's options; what is not given stays out of its result."""
+    """Returns the parser of the training options; its result has only the options that the user gave."""
     parser = Parser(prog="train_sfr.py", description=WHAT, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     add_arguments(parser)
     return parser
@@ -31,8 +31,8 @@ def training_parser() -> Parser:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds all options of a run, in groups."""
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
-    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; 'auto': with the newest "
-                        "of these options or this --experiment, or begin it")  # fmt: skip
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; 'auto': continue the newest run "
+                        "with these options or this --experiment, or start one")  # fmt: skip
     groups = {
         name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
     }
@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | None]:
-    """The run that the command line asks for, and the folder of the run to resume, if any.
+    """Returns the configuration from the command line, and the folder of the run to resume, or None.
 
-    Options on the command line win over the ``--config`` file, and both over the defaults.
+    Options on the command line override the ``--config`` file, and both override the defaults.
 
     Raises:
         UserError: for an option that is unknown, of the wrong type or out of bounds.
@@ -52,11 +52,11 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | Non
 
 
 def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
-    """The same from parsed words."""
+    """Does the same as `parse` for parsed arguments."""
     given = dict(vars(args))
     config, resume = given.pop("config", None), given.pop("resume", None)
     if resume is None and restarts() > 0:
-        resume = "auto"  # torchrun has started the processes again after a failure
+        resume = "auto"  # torchrun has restarted the processes after a failure
     if resume == "auto":
         stored = _stored(config)
         wanted = RunConfig.from_flat({**stored, **given}, where=config or "options")
@@ -66,28 +66,19 @@ def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
         if found is None:
             if os.environ.get("RANK", "0") == "0":
                 show_log(wanted.engine.json_logs)
-                logger.info("no run of these options has a checkpoint to go on with: beginning one")
+                logger.info("no run with these options has a checkpoint to resume; starting a new run")
             return wanted, None
         config, resume = None, str(found)
     if resume is not None:
         if config is not None:
-            raise UserError("resume: the run has its own args.yaml; leave --config out")
+            raise UserError("resume: the run has its own args.yaml; leave out --config")
         return RunConfig.from_flat({**read_run(Path(resume)), **given}, where=resume), Path(resume)
     stored = _stored(config)
     return RunConfig.from_flat({**stored, **given}, where=config or "options"), None
 
 
-def _stored(config: str | None) -> dict[str, Any]:
-    """The options of a ``--config`` file."""
-    stored = read_yaml(Path(config)) if config is not None else {}
-    stored.pop("zoo", None)  # what a recipe in hub_configs says of its published model; no option
-    if config is not None and Path(config).resolve().parent.name == stored.get("experiment"):
-        del stored["experiment"]  # a run's own: to repeat it is to make another folder
-    return stored
-
-
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0, 2 for an error, 3 if only the push failed, 75 if a signal stopped the run."""
+    """Trains; returns 0, 2 for an error, 3 if only the push failed, 75 if a signal stopped the run."""
     try:
         fit(*read_options(args))
     except HubError as error:
@@ -102,5 +93,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """``train_sfr.py``: as ``timm-sfr train``."""
+    """Runs ``train_sfr.py``, which is ``timm-sfr train``; returns the exit status."""
     return call(run, training_parser(), arguments)
+
+
+def _stored(config: str | None) -> dict[str, Any]:
+    """Returns the options in a ``--config`` file."""
+    stored = read_yaml(Path(config)) if config is not None else {}
+    stored.pop("zoo", None)  # not an option: a recipe in hub_configs describes its published model there
+    if config is not None and Path(config).resolve().parent.name == stored.get("experiment"):
+        del stored["experiment"]  # a run's own args.yaml: repeating the run has to make another folder
+    return stored

@@ -1,4 +1,4 @@
-"""Scores a model on a split: ``timm-sfr validate MODEL --data-dir DIR``."""
+"""``timm-sfr validate MODEL --data-dir DIR``: scores a model on a split."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from timm_sfr.training.progress import watched
 from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import read_yaml
 
-WHAT = "Score a run, a model of the Hub or the zoo, or any timm model on the validation split: top-1, top-5, loss, ECE."
+WHAT = "Score a run, a model of the Hub or the zoo, or any timm model on a validation split: top-1, top-5, loss, ECE."
 DATA = ("data_dir", "dataset", "val_split", "val_num_samples", "dataset_download", "class_map", "input_img_mode", "input_key",
         "target_key", "batch_size", "validation_batch_size", "workers", "on_bad_image")  # fmt: skip
 INPUT = ("img_size", "mean", "std", "interpolation", "crop_pct")
@@ -34,16 +34,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for title, names in (("data (of a run: its own)", DATA), ("input", INPUT), ("machine", MACHINE)):
+    for title, names in (("data (default for a run: its own data)", DATA), ("input", INPUT), ("machine", MACHINE)):
         add_options(parser.add_argument_group(title), names)
 
 
 def run(args: Namespace) -> int:
-    """Runs the command; 0."""
+    """Runs the command; returns 0."""
     options = {**_recorded(args.model), **given(args, (*DATA, *INPUT, *MACHINE))}
     if not options.get("data_dir") and not options.get("dataset"):
         near = "" if Path(args.model).exists() else near_paths(args.model)
-        raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run knows its own data{near}")
+        raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data{near}")
     config = RunConfig.from_flat(options)
     scores = validate(create_model(args.model, revision=args.revision), config)
     if scores.pop("main"):
@@ -52,14 +52,14 @@ def run(args: Namespace) -> int:
 
 
 def validate(model: nn.Module, config: RunConfig) -> dict[str, Any]:
-    """Scores of a model on the validation split that `config` names, by the code that training validates with.
+    """Scores a model on the validation split that `config` names, with the same code as training.
 
     Returns:
         ``images``, ``top1`` and ``top5`` (percent), ``loss`` (mean cross-entropy), ``ece``, ``images_per_second``,
-        ``img_size``, ``hardware``, and ``main``, whether this is the process that speaks.
+        ``img_size``, ``hardware``, and ``main``, whether this is the process that prints.
 
     Raises:
-        UserError: if the split cannot be opened, or its classes are not the model's.
+        UserError: if the split cannot be opened, or its classes do not match the model's.
     """
     accelerator = make_accelerator(config)
     prep = preprocessing(config.model, model)
@@ -74,13 +74,13 @@ def validate(model: nn.Module, config: RunConfig) -> dict[str, Any]:
     scores: dict[str, Any] = evaluate(model, loader, prep, accelerator, watch=watched)
     scores["images_per_second"] = scores["images"] / (time.perf_counter() - started)
     main = accelerator.is_main_process
-    where = hardware(accelerator.device, accelerator.num_processes)
+    machine = hardware(accelerator.device, accelerator.num_processes)
     accelerator.end_training()
-    return {**scores, "img_size": prep.input_size[1], "hardware": where, "main": main}
+    return {**scores, "img_size": prep.input_size[1], "hardware": machine, "main": main}
 
 
 def _recorded(model: str) -> dict[str, Any]:
-    """What a run's args.yaml says of its data and input; nothing for any other model."""
+    """Returns the data and input options in a run's args.yaml; an empty dictionary for any other model."""
     path = Path(model) / "args.yaml"
     if not path.is_file():
         return {}
@@ -92,7 +92,7 @@ def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
         return
     if len(names) != model.num_classes:
         raise UserError(f"data: expected {model.num_classes} classes, as the model has; got {len(names)}: "
-                        f"{list(names)[:3]}...; give the split that it was trained for, or --class-map")  # fmt: skip
+                        f"{list(names)[:3]}...; use the split that it was trained for, or --class-map")  # fmt: skip
     own = model.pretrained_cfg.get("label_names")
     if own and list(own) != list(names) and set(own) & set(names):
         at = next(i for i, (one, other) in enumerate(zip(own, names, strict=True)) if one != other)

@@ -1,5 +1,5 @@
-"""Publishing: what goes into a repository on the Hub, and the push.
+"""Publishing on the Hugging Face Hub.
 
-`card` writes the model card, `model_folder` the folder that plain timm loads; `push` checks everything before training and
-uploads the folder after it.
+`card` writes the model card, `model_folder` the folder that plain timm loads. `push` checks token, repository and card before
+training and uploads the files after it.
 """

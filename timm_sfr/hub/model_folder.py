@@ -1,4 +1,4 @@
-"""The model folder of a run: what plain timm loads, from disk or from the Hub."""
+"""The model folder of a run, which plain timm loads from disk or from the Hub."""
 
 from __future__ import annotations
 
@@ -20,16 +20,23 @@ from timm_sfr.hub.card import Facts, dataset_name, render
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS, own_config
 from timm_sfr.utils.files import replace_atomically, write_whole
 
-# Weights under these are taken to ask nothing of those that they taught.
+# Licences of a teacher that are assumed to set no terms for the weights of its student.
 PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "bsd", "cc0-1.0", "cc-by-4.0")
 
 
 def resolve_hub(config: RunConfig, model: nn.Module, teacher: dict[str, Any] | None = None) -> HubConfig:
-    """The hub options with tag and licence written out: ``sfr_DATASET``; Apache 2.0 for weights made from scratch.
+    """Returns the hub options with the tag (default ``sfr_DATASET``) and the licence (default below) filled in.
 
-    Weights that started from others keep those's licence, or have none where it is not known; nor have those that a teacher
-    (its facts) under unknown terms, or such as reach further, has taught. `args.yaml` keeps what was asked for: another data
-    set or start would make the answer wrong.
+    - Weights trained from scratch: Apache 2.0.
+    - Weights trained from others: the licence of those, or none if it is unknown.
+    - Weights trained with a teacher whose licence is unknown or not permissive: none.
+
+    args.yaml keeps the options as given: filled in, they would be wrong for a run with another data set or start.
+
+    Args:
+        config: The run's options.
+        model: The model with its initial weights.
+        teacher: Facts of the teacher, if there is one.
     """
     name = dataset_name({"dataset": config.data.dataset, "data_dir": config.data.data_dir})
     theirs = getattr(model, "pretrained_cfg", {}).get("license") if config.model.pretrained else None
@@ -43,13 +50,13 @@ def resolve_hub(config: RunConfig, model: nn.Module, teacher: dict[str, Any] | N
 
 
 class Exporter:
-    """Writes ``config.json``, ``model.safetensors`` and ``README.md``; keeps an unwrapped copy of the model for it.
+    """Writes ``config.json``, ``model.safetensors`` and ``README.md`` from an unwrapped copy of the model.
 
     Args:
         model: The timm model before any wrapping; copied to the CPU.
-        prep: Its preprocessing, which goes into ``config.json``; None keeps what the model's configuration says.
-        class_names: Names of its classes, if known.
-        hub: Tag and licence of the weights, resolved.
+        prep: The preprocessing for ``config.json``; None keeps that of the model's configuration.
+        class_names: Names of the classes, if known.
+        hub: Options with the tag and licence of the weights, from `resolve_hub`.
     """
 
     def __init__(
@@ -60,11 +67,11 @@ class Exporter:
         self.prep, self.class_names, self.hub = prep, class_names, hub
 
     def write(self, folder: Path, state: dict[str, torch.Tensor], facts: Facts) -> None:
-        """Replaces `folder` by one with the weights `state`, which must have exactly the model's keys."""
+        """Replaces `folder` with one for the weights `state`, which must have exactly the model's keys."""
         self.template.load_state_dict(state, strict=True)
 
         def write(fresh: Path) -> None:
-            with _apart(self.template):
+            with _unshared(self.template):
                 save_for_hf(
                     self.template,
                     str(fresh),
@@ -73,7 +80,7 @@ class Exporter:
                     data_config=self._data_config(),
                 )
             self.describe(fresh, facts)
-            # safetensors leaves its file readable by the owner alone; give it what the user's umask gives the others.
+            # safetensors makes its file readable by the owner only; use the permissions that the umask gives to other files.
             (fresh / WEIGHTS).chmod((fresh / CARD).stat().st_mode)
 
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -81,14 +88,14 @@ class Exporter:
 
     @staticmethod
     def describe(folder: Path, facts: Facts) -> None:
-        """Replaces the card of the model in `folder`."""
+        """Rewrites the card of the model in `folder`."""
         text = render(json.loads((folder / CONFIG).read_text()), facts)
         write_whole(folder / CARD, text)
 
     def _model_config(self) -> dict[str, Any]:
-        says = {"tag": self.hub.tag, "license": self.hub.license}
-        found: dict[str, Any] = {"pretrained_cfg": {key: value for key, value in says.items() if value is not None}}
-        return found | ({"label_names": list(self.class_names)} if self.class_names else {})
+        given = {"tag": self.hub.tag, "license": self.hub.license}
+        config: dict[str, Any] = {"pretrained_cfg": {key: value for key, value in given.items() if value is not None}}
+        return config | ({"label_names": list(self.class_names)} if self.class_names else {})
 
     def _data_config(self) -> dict[str, Any] | None:
         names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -96,19 +103,19 @@ class Exporter:
 
 
 @contextlib.contextmanager
-def _apart(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's ``state_dict()``, which timm saves, holds no memory twice: safetensors refuses it, and CoaT has some.
+def _unshared(model: nn.Module) -> Iterator[None]:
+    """A context in which no two tensors of the model's ``state_dict()`` share memory.
 
-    Each name keeps its tensor, so that timm loads it as it loads any other.
+    safetensors refuses shared memory, which CoaT has. Each name keeps its own tensor, so timm loads the file like any other.
     """
 
     def state_dict() -> dict[str, torch.Tensor]:
         seen: set[int] = set()
-        found = {}
+        copied = {}
         for name, tensor in type(model).state_dict(model).items():
-            found[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+            copied[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
             seen.add(tensor.data_ptr())
-        return found
+        return copied
 
     model.state_dict = state_dict  # type: ignore[method-assign]
     try:

@@ -1,4 +1,4 @@
-"""Publishing on the Hugging Face Hub: the files of a run, or of a model, in one commit."""
+"""Publishes the files of a run or a model on the Hugging Face Hub, in one commit."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
+from jinja2 import UndefinedError
 from safetensors import SafetensorError, safe_open
 from timm.utils import unwrap_model
 from torch import nn
@@ -29,8 +30,8 @@ from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.hub_client import bounded_xet, check_token, hub_errors, retried, transient
 from timm_sfr.version import __version__
 
-# Where the run was kept and published is nothing to repeat.
-NOT_OTHERS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment")
+# Options on where the run is stored and published, which do not belong in the published args.yaml.
+LOCAL_OPTIONS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment")
 RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
 CARD_PICTURES = ("pictures/curves.png", "pictures/confusion.png", "pictures/reliability.png")
 PICKLES = ("pytorch_model.bin",)
@@ -48,24 +49,24 @@ def push_to_hub(
 ) -> str:
     """Publishes a finished run's best model, or a timm model, in one commit; returns the commit's address.
 
-    A run's repository gets ``config.json``, ``model.safetensors``, a card made from its measured scores, ``args.yaml``
-    (without where it was kept and pushed to), ``summary.csv``, ``metrics.json`` and pictures of its curves, its confusion matrix
-    and its calibration; a model's the first three, without scores.
-    Weights are the plain timm model's, as safetensors. The repository and the branch are made where they are missing. A run's
-    files and a pickle that are there and are not among these are of other weights, and are deleted by the same commit.
+    For a run, the commit has ``config.json``, ``model.safetensors``, a card with the measured scores, ``args.yaml`` (without the
+    options on where the run is stored and published), ``summary.csv``, ``metrics.json``, and pictures of the curves, the
+    confusion matrix and the calibration. For a model, it has the first three, without scores.
+    The weights are those of the plain timm model, as safetensors. The repository and the branch are created if missing. The
+    same commit deletes a pickle and files of a run in the repository that belong to other weights.
 
     Args:
         run_or_model: A run's folder, a timm model, or an `SFRTask`.
         repo_id: ``USER/NAME``.
-        private: Make the repository private, if it is made now; one that is there and public is refused.
-        revision: Branch to publish on, ``main`` by default.
+        private: Create the repository as private; an existing public one is refused.
+        revision: Branch to publish on; by default ``main``.
         token: A token with write access; by default that of ``hf auth login`` or HF_TOKEN.
         commit_message: The commit's title.
-        license: Licence of the weights; by default what the run recorded, and none for a model.
+        license: Licence of the weights; by default the one that the run recorded, and none for a model.
 
     Raises:
-        UserError: if there is nothing whole to publish.
-        HubError: if the Hub cannot be reached or refuses; nothing is lost on the disk, and it can be called again.
+        UserError: if the run is unfinished or damaged, or the model is not timm's.
+        HubError: if the Hub cannot be reached or refuses. The files on disk stay as they are, so call it again.
     """
     check_repo_id(repo_id, "repo_id")
     check_branch(revision, "revision")
@@ -79,24 +80,24 @@ def push_to_hub(
         api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
         upload = _Upload(api, repo_id, revision, files, commit_message or f"Publish with timm_sfr {__version__}")
         with hub_errors(f"push-to-hub: {repo_id} is not published", again, token):
-            # The card is checked before the repository is created: a refused push should leave none behind.
+            # Check the card before creating the repository, so that a refused push leaves none behind.
             retried(lambda: validate_card(files[CARD].read_text(encoding="utf-8")), logger.warning)
             retried(lambda: upload.create_repository(private), logger.warning)
             with bounded_xet():
-                # The upload is separate from the commit, so that a long upload leaves the commit its own retries.
+                # Upload separately from the commit, so that the commit has its own retries after a long upload.
                 retried(upload.send_files, logger.warning)
             return retried(upload.commit, logger.warning)
 
 
 @dataclass(frozen=True)
 class _Upload:
-    """One push, step by step; each step may be repeated after a failure.
+    """The steps of one push; each can be repeated after a failure.
 
     Attributes:
-        api: huggingface_hub's.
+        api: huggingface_hub's client.
         repo_id: ``USER/NAME``.
-        revision: The branch, None for ``main``.
-        files: Path of each file by its name in the repository.
+        revision: The branch; None for ``main``.
+        files: Maps each file's name in the repository to its path.
         message: The commit's title.
     """
 
@@ -107,8 +108,8 @@ class _Upload:
     message: str
 
     def create_repository(self, private: bool) -> None:
-        """Creates the repository and the branch where they are missing; raises ValueError if it is public against the wish."""
-        # With False, an organisation whose repositories are private by default would get a public one.
+        """Creates the repository and the branch if missing; raises ValueError if it is public and `private` is set."""
+        # None rather than False: False would create a public repository even if the organisation's default is private.
         self.api.create_repo(self.repo_id, private=private or None, exist_ok=True)
         if private:
             refuse_public(self.api, self.repo_id)
@@ -121,7 +122,7 @@ class _Upload:
 
     def commit(self) -> str:
         """Commits all files and deletes those of other weights; returns the commit's address."""
-        # Asked again for every try, because a commit whose answer was lost may have been made.
+        # Ask again on every try: the commit may have succeeded although its answer was lost.
         before = self.api.model_info(self.repo_id, revision=self.revision)
         present = {file.rfilename for file in before.siblings or []}
         stale = sorted({*RUN_FILES, *PICKLES, *CARD_PICTURES} & present - {*self.files})
@@ -140,17 +141,24 @@ class _Upload:
         return str(done.commit_url)
 
     def _additions(self) -> list[CommitOperationAdd]:
-        # New objects for every try: huggingface_hub notes in them what it has done. It sends no file twice anyway.
+        # New objects on every try: huggingface_hub records its progress in them. It still sends no file twice.
         return [CommitOperationAdd(name, path) for name, path in sorted(self.files.items())]
 
 
 def run_files(run: Path, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
-    """What is published of a run as `source`, USER/NAME[@REVISION]: file name to path; what is made for it goes to `place`.
+    """Prepares the files of a run for publishing.
 
-    `license`, if given, takes the place of the one that the run recorded.
+    Args:
+        run: The run's folder.
+        source: The repository, ``USER/NAME[@REVISION]``.
+        place: Folder for the files that differ from the run's: card, configuration and args.yaml.
+        license: Replaces the licence that the run recorded.
+
+    Returns:
+        The path of each file by its name in the repository.
 
     Raises:
-        UserError: if the run lacks a file, or one cannot be read.
+        UserError: if the run is unfinished, or a file is missing or cannot be read.
     """
     needed = {
         CONFIG: run / "model" / CONFIG,
@@ -159,33 +167,33 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     }
     missing = [str(path.relative_to(run)) for path in needed.values() if not path.is_file()]
     if missing and run.name == "model" and (run.parent / "args.yaml").is_file():
-        raise UserError(f"run: {str(run)!r} is the model within a run; give the run: {str(run.parent)!r}")
+        raise UserError(f"run: {str(run)!r} is a run's model folder; give the run: {str(run.parent)!r}")
     if missing:
-        raise UserError(f"run: {str(run)!r} is no finished run: it has no {', '.join(missing)}; give the folder that the "
-                        "training printed")  # fmt: skip
-    options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in NOT_OTHERS}
+        raise UserError(f"run: {str(run)!r} is not a finished run: it has no {', '.join(missing)}; give the folder that "
+                        "the training printed")  # fmt: skip
+    options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in LOCAL_OPTIONS}
     if options.get("data_dir"):
-        options["data_dir"] = PurePath(options["data_dir"]).name  # where it lies here is nobody's business
-    with _whole(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
+        options["data_dir"] = PurePath(options["data_dir"]).name  # local paths stay private
+    with _reading(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
         weights.keys()
-    with _whole(run, CONFIG):
+    with _reading(run, CONFIG):
         config = json.loads(needed[CONFIG].read_text())
         if license is not None:
             config["pretrained_cfg"]["license"] = options["hub_license"] = license
-    with _whole(run, "metrics.json"):
+    with _reading(run, "metrics.json"):
         metrics = json.loads(needed["metrics.json"].read_text())
         if (metrics.get("teacher") or {}).get("folder"):
             options["kd_model_name"] = metrics["teacher"]["name"]
-    with _whole(run, "summary.csv"), needed["summary.csv"].open(newline="") as file:
+    with _reading(run, "summary.csv"), needed["summary.csv"].open(newline="") as file:
         rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    with _whole(run, f"{CONFIG}, metrics.json or summary.csv"):
-        # Figures only: the images of the data may not be ours to publish.
+    with _reading(run, f"{CONFIG}, metrics.json or summary.csv"):
+        # Only figures: we may have no right to publish images of the data.
         pictures = {name: run / name for name in CARD_PICTURES if (run / name).is_file()}
         card = render(config, Facts(metrics, options, rows, source, tuple(pictures)))
     done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
     if done < asked:
         raise UserError(
-            f"run: {str(run)!r} stopped after {done} of {asked} epochs; go on with --resume {run}, then publish it"
+            f"run: {str(run)!r} stopped after {done} of {asked} epochs; finish it with --resume {run}, then publish it"
         )
     files = needed | pictures | {name: place / name for name in (CARD, CONFIG, "args.yaml")}
     files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -195,28 +203,31 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
 
 
 @contextlib.contextmanager
-def _whole(run: Path, name: str) -> Iterator[None]:
-    """Names the file that cannot be read."""
+def _reading(run: Path, name: str) -> Iterator[None]:
+    """A context that raises UserError with the file's `name` if the file cannot be read."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UndefinedError) as error:
         raise UserError(
-            f"run: {name} of {str(run)!r} is damaged: {error}; get it from a copy, or train again with --config "
+            f"run: {name} of {str(run)!r} is damaged: {error}; restore it from a copy, or train again with --config "
             f"{run / 'args.yaml'}"
         ) from error
 
 
 def model_files(model: nn.Module, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
-    """What is published of a timm model or an `SFRTask` as `source`: configuration, weights and a card without scores.
+    """Writes the files of a timm model or an `SFRTask` to `place`: configuration, weights, and a card without scores.
+
+    Returns:
+        The path of each file by its name in the repository.
 
     Raises:
-        UserError: if it is no timm model.
+        UserError: if it is not a timm model, or cannot be saved.
     """
     plain = unwrap_model(getattr(model, "plain_model", model))
-    plain = getattr(plain, "_orig_mod", plain)  # torch.compile's
+    plain = getattr(plain, "_orig_mod", plain)  # unwraps torch.compile
     config = getattr(plain, "pretrained_cfg", None)
     if not isinstance(config, dict) or not config.get("architecture"):
-        raise UserError(f"model: expected a model of timm's (timm.create_model); got {type(plain).__name__}")
+        raise UserError(f"model: expected a timm model (from timm.create_model); got {type(plain).__name__}")
     names = config.get("label_names")
     kept = tuple(names) if names and len(names) == getattr(plain, "num_classes", None) else None
     try:
@@ -228,13 +239,13 @@ def model_files(model: nn.Module, source: str, place: Path, license: str | None 
 
 
 def loading_line(run: Path, source: str) -> str:
-    """The Python line that loads the model of `run` from `source`."""
+    """Returns the Python line that loads the model of `run` from `source`."""
     architecture = json.loads((run / "model" / CONFIG).read_text())["architecture"]
     return f'{imports(architecture)}; model = timm.create_model("{source}", pretrained=True).eval()'
 
 
 def published(run: Path, url: str, repo_id: str, revision: str | None) -> str:
-    """What is said after a push."""
+    """Returns the message after a successful push: the commit's address and the line that loads the model."""
     return f"published: {url}\nload it anywhere with: {loading_line(run, f'hf-hub:{_at(repo_id, revision)}')}"
 
 
@@ -243,21 +254,19 @@ def _at(repo_id: str, revision: str | None) -> str:
 
 
 def _command(run: str | Path, repo_id: str, private: bool, *values: str | None) -> str:
-    """The command that publishes it; `values` are revision, title and licence."""
+    """Returns the command that repeats the push; `values` are revision, title and licence."""
     words = ["timm-sfr", "push", str(run), repo_id, *(["--private"] if private else [])]
     for name, value in zip(("--revision", "--commit-message", "--hub-license"), values, strict=True):
         words += [name, value] if value else []
     return shlex.join(words)
 
 
-
-
 def check_push(hub: HubConfig) -> bool:
-    """Makes sure that the Hub knows the token, and that it may write to the repository that `hub` names.
+    """Checks before training that the token can write to the repository that `hub` names.
 
-    That is: it is not a token that only reads, the repository is its user's or that of an organisation in which they
-    write, and it is not public where it is to be private. What a fine-grained token allows is not looked into.
-    A Hub that cannot be reached now may be reached after training: that is only said.
+    The Hub must know the token, the token must not be read-only, the repository must belong to its user or to an organisation
+    in which the user can write, and it must not be public if `hub` asks for private. The permissions of a fine-grained token
+    are not checked. If the Hub cannot be reached, this only logs a warning, because it may be reachable after training.
 
     Returns:
         Whether the Hub could be reached.
@@ -266,15 +275,15 @@ def check_push(hub: HubConfig) -> bool:
         UserError: if there is no token, or the Hub refuses.
     """
     api, repo_id = HfApi(), str(hub.push_to_hub)
-    with _in_time(repo_id) as what:
+    with _before_training(repo_id) as what:
         who = api.whoami()
         if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-            raise UserError(f"{what}: the token only reads; make one with write access")
+            raise UserError(f"{what}: the token is read-only; create one with write access")
         groups = [group for group in who.get("orgs") or [] if group.get("roleInOrg") != "read"]
-        mine = [str(some["name"]) for some in (who, *groups) if some.get("name")]
+        names = [str(account["name"]) for account in (who, *groups) if account.get("name")]
         owner = repo_id.split("/")[0]
-        if mine and owner.casefold() not in map(str.casefold, mine):
-            raise UserError(f"{what}: the token does not write for {owner!r}; expected any of {', '.join(mine)} there")
+        if names and owner.casefold() not in map(str.casefold, names):
+            raise UserError(f"{what}: the token cannot write for {owner!r}; expected one of {', '.join(names)}")
         if hub.private:
             with contextlib.suppress(RepositoryNotFoundError):
                 refuse_public(api, repo_id)
@@ -283,48 +292,48 @@ def check_push(hub: HubConfig) -> bool:
 
 
 def refuse_public(api: HfApi, repo_id: str) -> None:
-    """Raises ValueError if the repository, which is there, is public."""
+    """Raises ValueError if the existing repository is public."""
     if api.model_info(repo_id).private is False:
         raise ValueError(
-            "it is there and public; make it private in its settings on the Hub, or publish it without asking for private"
+            "it exists and is public; make it private in its settings on the Hub, or publish without asking for private"
         )
 
 
 def check_card(hub: HubConfig, options: dict[str, Any]) -> None:
-    """Makes sure that the Hub takes a card with the run's licence and dataset.
+    """Checks before training that the Hub accepts a card with the run's licence and dataset.
 
     Args:
-        hub: With the licence resolved, see `resolve_hub`.
+        hub: The hub options from `resolve_hub`.
         options: The run's options.
 
     Raises:
-        UserError: if not, with what it says is wrong.
+        UserError: if the Hub refuses the card, with its reasons.
     """
     name = str(hub.push_to_hub).split("/")[1]
     head = card_head(name, {"pretrained_cfg": {"license": hub.license}}, Facts(options=options))
-    with _in_time(str(hub.push_to_hub)):
+    with _before_training(str(hub.push_to_hub)):
         validate_card(f"---\n{head.to_yaml()}\n---\n")
 
 
 def validate_card(text: str) -> None:
-    """Asks the Hub whether it takes the head of a card.
+    """Checks that the Hub accepts a card's metadata.
 
     Raises:
-        ValueError: if not, with what it says is wrong.
+        ValueError: if the Hub refuses them, with its reasons.
     """
     try:
         ModelCard(text).validate()
     except ValueError as error:
         try:
-            said = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])
+            reasons = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])
         except (ValueError, KeyError, TypeError):
-            said = str(error)
-        raise ValueError(f"the Hub refuses the card: {said}; see --hub-license and --hub-dataset") from None
+            reasons = str(error)
+        raise ValueError(f"the Hub refuses the card: {reasons}; see --hub-license and --hub-dataset") from None
 
 
 @contextlib.contextmanager
-def _in_time(repo_id: str) -> Iterator[str]:
-    """What the Hub refuses is the user's mistake; what may pass until training ends is only said."""
+def _before_training(repo_id: str) -> Iterator[str]:
+    """A context that raises UserError if the Hub refuses, and only logs failures that may pass until training ends."""
     what = f"push-to-hub: {repo_id} could not be published"
     try:
         with hub_errors(what):
@@ -332,4 +341,4 @@ def _in_time(repo_id: str) -> Iterator[str]:
     except HubError as error:
         if error.reason is None or not transient(error.reason):
             raise UserError(str(error)) from None
-        logger.warning(f"{error}; training goes on, and the push is tried at its end")
+        logger.warning(f"{error}; training continues, and the push follows at its end")

@@ -1,7 +1,7 @@
-"""Models: our architectures for small images, the zoo, and loading from anywhere.
+"""Models: our architectures for small images, the zoo, loading, and teachers.
 
-`cifar` has the architectures, which importing this package registers in timm; `zoo` the recipes; `files` reads and checks a
-model's files; `loading` makes a model from a name; `teacher` wraps one that teaches another.
+`cifar` has the architectures; importing this package registers them in timm. `zoo` has the recipes, `files` checks a
+model's files, `loading` makes a model from a name, and `teacher` wraps a model for distillation.
 """
 
 from timm_sfr.models import cifar

@@ -1,7 +1,7 @@
 """Networks for 32-pixel images, registered in timm: a 3 x 3 stem of stride 1 and no max-pool.
 
-Stock stems throw three quarters of a 32-pixel image away before the first block. These keep it: the same blocks as
-timm's own (`timm.models.resnet`, `resnetv2`, `efficientnet`), behind the interface that every timm model has.
+Stock ResNet stems reduce a 32-pixel image to 8 x 8 locations before the first block; these keep its resolution. The
+blocks are timm's (`timm.models.resnet`, `resnetv2`, `efficientnet`), with the interface of every timm model.
 
 - `resnet20_cifar`, `resnet56_cifar`: three stages of 16, 32, 64 channels (He et al., arXiv 1512.03385, section 4.2),
   with 1 x 1 convolutions in the shortcuts that change shape.
@@ -30,14 +30,14 @@ class CifarResNet(nn.Module):
 
     Args:
         layers: Blocks per stage; every stage after the first halves the resolution.
-        channels: Channels per stage; the stem has the first stage's.
-        num_classes: Number of classes, 0 for none.
+        channels: Channels per stage.
+        num_classes: Number of classes; 0 for no classifier.
         in_chans: Image channels.
         global_pool: timm's pooling type.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth.
-        preact: Pre-activation blocks (normalise, activate, convolve), `stem_width` channels in the stem.
-        stem_width: Channels of the stem (default: the first stage's).
+        preact: Use pre-activation blocks (normalise, activate, convolve).
+        stem_width: Channels of the stem (default: those of the first stage).
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class CifarResNet(nn.Module):
                 module.zero_init_last()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that put parameters in groups, for layer-wise learning rates."""
+        """Returns patterns that group parameters, for layer-wise learning rates."""
         return {"stem": r"^conv1|bn1", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)(?:\.blocks)?\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes activations in the backward pass."""
+        """Turns recomputing activations in the backward pass on or off."""
         self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
-        """The classifier."""
+        """Returns the classifier."""
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, and the pooling where `global_pool` is given."""
+        """Replaces the classifier, and the pooling if `global_pool` is given."""
         self.num_classes = num_classes
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         weight = self.conv1.weight
@@ -109,7 +109,11 @@ class CifarResNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """Features of the stages `indices` in the same pass: (final, [taps]), or the taps alone."""
+        """Returns (final features, [features of the stages `indices`]) from one pass, or only the list.
+
+        Raises:
+            ValueError: if `output_fmt` is not NCHW.
+        """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt: expected NCHW; got {output_fmt}")
         take, last = feature_take_indices(len(self.stages), indices)
@@ -125,7 +129,7 @@ class CifarResNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drops the stages after the last of `indices`, and the head."""
+        """Removes the stages after the last of `indices`, and the head; returns the indices."""
         take, last = feature_take_indices(len(self.stages), indices)
         pruned = last + 1 < len(self.stages)
         self.stages = self.stages[: last + 1]
@@ -138,7 +142,7 @@ class CifarResNet(nn.Module):
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last stage's features, (B, C, H', W')."""
+        """Returns the last stage's features (B, C, H', W')."""
         x = self.act1(self.bn1(self.conv1(x)))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             for stage in self.stages:
@@ -148,14 +152,14 @@ class CifarResNet(nn.Module):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits from the last stage's features, or what goes into the classifier."""
+        """Returns logits for the last stage's features, or with `pre_logits` the input of the classifier."""
         x = self.global_pool(x)
         if self.drop_rate:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes) of images (B, in_chans, H, W)."""
+        """Returns logits (B, num_classes) for images (B, in_chans, H, W)."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -259,7 +263,7 @@ def wrn_16_2_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def mobilenetv2_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """MobileNetV2 for 32-pixel images, a stem and second stage of stride 1: 2.2 M parameters."""
+    """MobileNetV2 for 32-pixel images, with stride 1 in the stem and the second stage: 2.2 M parameters."""
     blocks = ["ds_r1_k3_s1_c16", "ir_r2_k3_s1_e6_c24", "ir_r3_k3_s2_e6_c32", "ir_r4_k3_s2_e6_c64",
               "ir_r3_k3_s1_e6_c96", "ir_r3_k3_s2_e6_c160", "ir_r1_k3_s1_e6_c320"]  # fmt: skip
     args = {

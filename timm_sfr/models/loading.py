@@ -1,7 +1,7 @@
-"""Loading: a run's folder, a repository on the Hub, a model of the zoo, or any model of timm's, behind one function.
+"""Loads a model from a run's folder, a repository on the Hub, the zoo, or timm, by one function.
 
-Nothing is unpickled, nothing but ``config.json`` and ``model.safetensors`` is read, and only from the folder or the commit that
-was named: what a configuration says of other files or places is not followed.
+Nothing is unpickled. Only ``config.json`` and ``model.safetensors`` are read, and only from the named folder or commit:
+references to other files or places in a configuration are not followed.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ def create_model(
     cache_dir: str | Path | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model from wherever `name` points, in evaluation mode if its weights were loaded.
+    """Returns the timm model that `name` refers to, in evaluation mode if its weights were loaded.
 
     Args:
         name: ``USER/NAME`` or ``hf-hub:USER/NAME[@REVISION]`` on the Hub; a folder with ``config.json`` and
-            ``model.safetensors``, or that of a run; a name of the zoo, such as ``resnet20_cifar.sfr_digits``; or any
+            ``model.safetensors``, or a run's folder; a name of the zoo, such as ``resnet20_cifar.sfr_digits``; or any
             other name that timm knows.
-        pretrained: Load the weights; without, only the architecture at its recorded size.
-        num_classes: Classes of the classifier; a number other than the weights' gives it new ones.
+        pretrained: Load the weights; if False, only the architecture at its recorded size.
+        num_classes: Number of classes; if it differs from that of the weights, the classifier gets new weights.
         revision: A branch, tag or commit of the repository.
         token: A token, for private repositories; by default that of ``hf auth login`` or HF_TOKEN.
-        cache_dir: Where downloads are kept; huggingface_hub's own cache by default. What is there needs no network.
+        cache_dir: Folder for downloads; by default huggingface_hub's cache. Cached files need no network.
         kwargs: Further arguments of ``timm.create_model``.
 
     Raises:
-        UserError: if there is no such model, or its files do not fit together. A repository with a pickle in the place
-            of safetensors is refused.
-        HubError: if it is on the Hub and cannot be had.
+        UserError: if the model does not exist, its files do not fit together, or its weights are a pickle instead of
+            safetensors.
+        HubError: if the model is on the Hub and cannot be downloaded.
     """
     arguments = {"pretrained": pretrained, "num_classes": num_classes, **kwargs}
     where = {"revision": revision, "token": check_token(token), "cache_dir": cache_dir}
@@ -61,7 +61,7 @@ def create_model(
         return _from_folder(_download(entry.repo_id, where, entry=entry), name, arguments)
     folder = None if timm.is_model(name) else _local(name)
     if revision is not None and (folder is not None or timm.is_model(name)):
-        raise UserError(f"revision: {name!r} is not on the Hub and has none")
+        raise UserError(f"revision: {name!r} is not on the Hub and has no revisions; leave the revision out")
     if folder is not None:
         return _from_folder(folder, name, arguments)
     if ":" in name or "/" in name:
@@ -73,92 +73,22 @@ def create_model(
 
 
 def base_folder(name: str, weights: bool) -> Path:
-    """The folder with the configuration, and the weights where they are wanted, of ``hf-hub:`` or ``local-dir:`` something.
+    """Returns the local folder of an ``hf-hub:`` or ``local-dir:`` name, with the configuration and, if asked, the weights.
 
     Raises:
-        UserError: if there is none, or what it holds is not ours or timm's.
-        HubError: if it is on the Hub and cannot be had.
+        UserError: if it does not exist, or is not a model of ours or timm's.
+        HubError: if it is on the Hub and cannot be downloaded.
     """
     folder = _local(name) or _from_hub(name, {"revision": None, "token": None, "cache_dir": None}, weights)
     check_folder(folder, name, weights)
     return folder
 
 
-def _local(name: str) -> Path | None:
-    """The folder that `name` means, if it means one: a model's, or the one within a run's."""
-    given = os.path.expanduser(name.removeprefix("local-dir:"))
-    for folder in (Path(given), Path(given) / "model"):
-        if (folder / CONFIG).is_file():
-            return folder
-    if name.startswith("local-dir:") or given.startswith((".", "/", "~")):
-        raise UserError(
-            f"model: {given!r} holds no {CONFIG} and no model/{CONFIG}{near_paths(given)}; give the folder that the training "
-            "printed"
-        )
-    return None
-
-
-def _from_hub(name: str, where: dict[str, Any], weights: bool) -> Path:
-    """The folder in the cache of ``[hf-hub:]USER/NAME[@REVISION]``."""
-    repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
-    if repo_id.count("/") != 1 and name == repo_id:
-        raise UserError(f"model: {name!r} is no folder here{near_paths(name)}, and no USER/NAME on the Hub")
-    check_repo_id(repo_id, "model")
-    return _download(repo_id, where | {"revision": where["revision"] or at or None}, weights)
-
-
-def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: ZooEntry | None = None) -> Path:
-    """The folder in the cache that holds the repository's configuration and weights."""
-    revision, token = where["revision"], where["token"]
-    what = f"model: cannot load {repo_id}{f' at {revision}' if revision else ''}"
-    try:
-        with loading(entry, token) if entry is not None else hub_errors(what, token=token):
-            config = hf_hub_download(repo_id, CONFIG, **where)
-            if weights:  # of the same commit
-                hf_hub_download(repo_id, WEIGHTS, **where | {"revision": Path(config).parent.name})
-    except HubError as error:
-        cause = error.reason
-        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
-            raise HubError(
-                f"{what}: expected {CONFIG} and {WEIGHTS} on {revision or 'main'}; they are not both there, and a pickle is not "
-                "loaded"
-            ) from error
-        raise
-    return Path(config).parent
-
-
-def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model in `folder`, by timm, from safetensors alone."""
-    check_folder(folder, name, arguments["pretrained"])
-    model = _create(f"local-dir:{folder}", name, arguments)
-    if arguments["pretrained"]:
-        check_dtypes(folder, model, name)
-    return model
-
-
-def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
-    with hub_errors(f"model: cannot load {name!r}"):
-        try:
-            model = timm.create_model(source, **arguments)
-        except UserError:
-            raise
-        except SafetensorError as error:
-            raise _damaged(name, error) from error
-        except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
-            raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
-    names = model.pretrained_cfg.get("label_names")
-    if names and len(names) != model.num_classes:  # another classifier than the one that they belong to
-        model.pretrained_cfg = {
-            key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")
-        }
-    return model.eval() if arguments["pretrained"] else model
-
-
 def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """The timm model with `num_classes` outputs at the configured input.
+    """Returns the timm model with `num_classes` outputs for the configured input.
 
     Raises:
-        UserError: for a name that timm lacks (with near matches), or arguments or weights that do not fit the model.
+        UserError: if timm does not know the name (with near matches), or arguments or weights do not fit the model.
     """
     name = source = config.model or DEFAULT_MODEL
     plain = name.split(".")[0]
@@ -166,7 +96,7 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if ":" in name or (not timm.is_model(plain) and Path(name).is_dir()):
         try:
             folder = base_folder(name, config.pretrained)
-        except HubError as error:  # which would say that a finished run was not published
+        except HubError as error:  # the exit status of a HubError means that a finished run was not published
             raise UserError(str(error)) from error
         source = f"local-dir:{folder}"
     elif not timm.is_model(plain):
@@ -196,11 +126,81 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     return model
 
 
+def _local(name: str) -> Path | None:
+    """Returns the model folder that `name` refers to, directly or as a run's folder; None if it is not a folder."""
+    given = os.path.expanduser(name.removeprefix("local-dir:"))
+    for folder in (Path(given), Path(given) / "model"):
+        if (folder / CONFIG).is_file():
+            return folder
+    if name.startswith("local-dir:") or given.startswith((".", "/", "~")):
+        raise UserError(
+            f"model: {given!r} has no {CONFIG} and no model/{CONFIG}{near_paths(given)}; use the folder that the training "
+            "printed"
+        )
+    return None
+
+
+def _from_hub(name: str, where: dict[str, Any], weights: bool) -> Path:
+    """Downloads ``[hf-hub:]USER/NAME[@REVISION]``; returns its folder in the cache."""
+    repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
+    if repo_id.count("/") != 1 and name == repo_id:
+        raise UserError(f"model: {name!r} is not a folder{near_paths(name)} and not a USER/NAME on the Hub")
+    check_repo_id(repo_id, "model")
+    return _download(repo_id, where | {"revision": where["revision"] or at or None}, weights)
+
+
+def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: ZooEntry | None = None) -> Path:
+    """Downloads a repository's configuration and, if asked, its weights; returns their folder in the cache."""
+    revision, token = where["revision"], where["token"]
+    what = f"model: cannot load {repo_id}{f' at {revision}' if revision else ''}"
+    try:
+        with loading(entry, token) if entry is not None else hub_errors(what, token=token):
+            config = hf_hub_download(repo_id, CONFIG, **where)
+            if weights:  # of the same commit
+                hf_hub_download(repo_id, WEIGHTS, **where | {"revision": Path(config).parent.name})
+    except HubError as error:
+        cause = error.reason
+        if isinstance(cause, EntryNotFoundError) and not isinstance(cause, LocalEntryNotFoundError):
+            raise HubError(
+                f"{what}: expected {CONFIG} and {WEIGHTS} on {revision or 'main'}; at least one is missing, and a pickle is "
+                "not loaded"
+            ) from error
+        raise
+    return Path(config).parent
+
+
+def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Module:
+    """Returns timm's model from the files in `folder`, loading only safetensors."""
+    check_folder(folder, name, arguments["pretrained"])
+    model = _create(f"local-dir:{folder}", name, arguments)
+    if arguments["pretrained"]:
+        check_dtypes(folder, model, name)
+    return model
+
+
+def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
+    with hub_errors(f"model: cannot load {name!r}"):
+        try:
+            model = timm.create_model(source, **arguments)
+        except UserError:
+            raise
+        except SafetensorError as error:
+            raise _damaged(name, error) from error
+        except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+            raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
+    names = model.pretrained_cfg.get("label_names")
+    if names and len(names) != model.num_classes:  # the names belong to another classifier
+        model.pretrained_cfg = {
+            key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")
+        }
+    return model.eval() if arguments["pretrained"] else model
+
+
 def _load(model: nn.Module, path: str) -> None:
-    """Loads a file of weights, by timm, and nothing but tensors out of it.
+    """Loads a file of weights with timm.
 
     Raises:
-        UserError: if it is missing or holds anything else.
+        UserError: if it is missing, or contains anything but tensors, numbers and texts.
     """
     if not Path(path).is_file():
         raise UserError(f"initial-checkpoint: no such file: {path!r}{near_paths(path)}")
@@ -210,6 +210,6 @@ def _load(model: nn.Module, path: str) -> None:
         if not isinstance(error, UnpicklingError) and "weights_only" not in str(error):
             raise
         raise UserError(
-            f"initial-checkpoint: {path!r} is no file of weights, or holds more than tensors, numbers and texts, and is not "
-            "unpickled; convert it to safetensors where you trust it"
+            f"initial-checkpoint: {path!r} is not a file of weights, or has more than tensors, numbers and texts, and is not "
+            "unpickled; if you trust it, convert it to safetensors"
         ) from error

@@ -1,4 +1,4 @@
-"""A teacher: a frozen model that is loaded from wherever its name points, and sees each image as it was trained to.
+"""The teacher of a distillation: a frozen model that gets each image at the size and normalisation of its own training.
 
 Shape suffixes: B batch, K classes, C channels, H x W pixels, D features.
 """
@@ -29,23 +29,23 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL makes grey images
 
 
 class Teacher(DistillationTeacher):
-    """timm's wrapper of a teacher, which turns the student's images into the teacher's own.
+    """timm's wrapper of a teacher, which converts the student's images to the teacher's.
 
-    Beside other means and deviations, as timm's does: another size (bilinear, antialiased; timm's feeds the student's size),
-    grey images to a teacher of colour ones, and the other way round. Frozen, in evaluation mode, and no part of what is
-    trained, averaged, kept or exported.
+    timm's wrapper converts means and deviations. This one also converts the size (bilinear, antialiased; timm's passes the
+    student's size on), and between grey and colour images in both directions. The teacher is frozen, in evaluation mode,
+    and not part of what is trained, averaged, saved or exported.
 
     Args:
         model: The teacher, with its weights.
         student: The preprocessing of the student's images.
-        config: The options that it came from.
+        config: The teacher's options.
 
     Raises:
-        UserError: if it cannot see the student's images.
+        UserError: if it cannot take the student's images.
 
     Attributes:
-        facts: What metrics.json and the model card say of it.
-        warning: What there is to be said of its classes, if anything.
+        facts: Entries on the teacher for metrics.json and the model card.
+        warning: A warning about its classes, or None.
     """
 
     student_mean: Tensor
@@ -61,7 +61,7 @@ class Teacher(DistillationTeacher):
         theirs, ours = student.input_size[0], self.input_size[0]
         if theirs != ours and {theirs, ours} != {1, 3}:
             raise UserError(
-                f"kd-model-name: the teacher {config.model_name!r} sees images of {ours} channels, and the student's have "
+                f"kd-model-name: the teacher {config.model_name!r} takes images with {ours} channels, and the student's have "
                 f"{theirs}; expected the same, or 1 and 3"
             )
         for name, values, channels in (
@@ -71,8 +71,8 @@ class Teacher(DistillationTeacher):
             ("student_std", student.std, theirs),
             ("luma", LUMA, 3),
         ):
-            of_each = torch.tensor(values).expand(channels) if len(values) == 1 else torch.tensor(values)
-            self.register_buffer(name, of_each.view(1, -1, 1, 1), persistent=False)
+            per_channel = torch.tensor(values).expand(channels) if len(values) == 1 else torch.tensor(values)
+            self.register_buffer(name, per_channel.view(1, -1, 1, 1), persistent=False)
         self.same = (
             student.input_size == self.input_size
             and torch.equal(self.student_mean, self.mean_kd)
@@ -83,10 +83,10 @@ class Teacher(DistillationTeacher):
 
     @torch.no_grad()
     def normalize_input(self, input: Tensor, student_mean: Any = None, student_std: Any = None) -> Tensor:
-        """The student's normalised images (B, C, H, W) as the teacher's, (B, C', H', W').
+        """Converts the student's normalised images (B, C, H, W) to the teacher's, (B, C', H', W').
 
-        timm's tasks hand in the statistics of the student's architecture; what the run normalises by may differ, and is
-        what is undone.
+        timm's tasks pass the statistics of the student's architecture. They are ignored, because the run may normalise
+        with others: those are undone.
         """
         if self.same:
             return input
@@ -101,7 +101,7 @@ class Teacher(DistillationTeacher):
         return (images - self.mean_kd) / self.std_kd
 
     def prepare(self, accelerator: Any, channels_last: bool) -> None:
-        """Puts it on the device, under the run's precision and compiler; never wrapped for gradients."""
+        """Puts the teacher on the device with the run's precision and compiler, but not wrapped for gradients."""
         if channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         if self.config.distill_type == "feature":
@@ -111,26 +111,26 @@ class Teacher(DistillationTeacher):
         self.to(accelerator.device)
 
     def forward(self, input: Tensor, return_features: bool = False) -> Tensor:
-        """Logits (B, K) of the teacher's images, or the features before its classifier, (B, D)."""
+        """Returns logits (B, K) for the teacher's images, or the features before its classifier, (B, D)."""
         return self.features(input) if return_features else self.model(input)
 
 
 class PreLogits(nn.Module):
-    """A timm model up to its classifier, as one module: from images to pooled features (B, D)."""
+    """A timm model without its classifier, as one module: images (B, C, H, W) to pooled features (B, D)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """The features of images (B, C, H, W)."""
+        """Returns the features (B, D) of images (B, C, H, W)."""
         return self.model.forward_head(self.model.forward_features(x), pre_logits=True)
 
     def width(self, input_size: tuple[int, int, int], whose: str) -> int:
-        """D, measured on the model's device in evaluation mode.
+        """Returns D, measured on the model's device in evaluation mode; `whose` names the model in errors.
 
         Raises:
-            UserError: if it gives no such features.
+            UserError: if the model does not give such features.
         """
         like, training = next(self.model.parameters()), self.model.training
         try:
@@ -138,14 +138,14 @@ class PreLogits(nn.Module):
                 found: Any = self.eval()(torch.zeros(2, *input_size, device=like.device))
         except MISFITS as error:
             raise UserError(
-                f"kd-distill-type: the {whose} gives no features before its classifier: {first_line(error)}; expected logit"
+                f"kd-distill-type: the {whose} gives no features before its classifier: {first_line(error)}; use logit"
             ) from error
         finally:
             self.train(training)
         if not isinstance(found, Tensor) or found.ndim != 2:
             raise UserError(
                 f"kd-distill-type: the {whose} gives {described(found)} before its classifier, expected features (batch, D); "
-                "take logit"
+                "use logit"
             )
         return found.shape[1]
 
@@ -158,10 +158,10 @@ def open_teacher(
     accelerator: Any,
     channels_last: bool,
 ) -> Teacher | None:
-    """The teacher on the device, or None where the options name none.
+    """Returns the teacher on the device, or None if the options name none.
 
     Raises:
-        UserError: as `load_teacher`.
+        UserError: as in `load_teacher`.
     """
     if config.model_name is None:
         return None
@@ -173,28 +173,28 @@ def open_teacher(
 def load_teacher(
     config: KDConfig, num_classes: int, class_names: tuple[str, ...] | None, student: Preprocessing
 ) -> Teacher:
-    """The teacher that the options name, from safetensors alone where it is on the Hub.
+    """Returns the teacher that the options name; from the Hub, only safetensors are loaded.
 
-    The random state stays as it is: a student begins with the same weights with a teacher or without.
+    The random state does not change: a student starts with the same weights with or without a teacher.
 
     Raises:
-        UserError: if there is none, it is of other classes, or it cannot see the student's images.
+        UserError: if the teacher does not exist, has other classes, or cannot take the student's images.
     """
     name = str(config.model_name)
     if "/" in name and ":" not in name and not Path(os.path.expanduser(name)).is_dir():
-        # create_model would ask the Hub for it: a run's folder that is gone must not become a stranger's weights.
-        raise UserError(f"kd-model-name: there is no folder {name!r}{near_paths(name)}; for a repository on the Hub, give "
+        # create_model would ask the Hub: a missing run's folder must not load somebody else's weights.
+        raise UserError(f"kd-model-name: there is no folder {name!r}{near_paths(name)}; for a repository on the Hub, use "
                         f"hf-hub:{name}")  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         try:
             model = create_model(name)
-        except UserError as error:  # not as a HubError, which would say that a finished run was not published
+        except UserError as error:  # never a HubError: its exit status means that a finished run was not published
             raise UserError(f"kd-model-name: {str(error).removeprefix('model: ')}") from error
     architecture = model.pretrained_cfg.get("architecture")
     if getattr(model, "num_classes", 0) != num_classes:
         raise UserError(
             f"kd-model-name: the teacher {name!r} has {getattr(model, 'num_classes', 0)} classes, expected the data's "
-            f"{num_classes}; train one on this data first (--model {architecture} --pretrained), and give its folder"
+            f"{num_classes}; first train one on this data (--model {architecture} --pretrained), then use its folder"
         )
     teacher = Teacher(model, student, config)
     teacher.warning = _check_classes(name, model.pretrained_cfg.get("label_names"), class_names)
@@ -203,18 +203,44 @@ def load_teacher(
             logits = model(torch.zeros(2, *teacher.input_size))
     except MISFITS as error:
         raise UserError(
-            f"kd-model-name: the teacher {name!r} does not take its own images: {first_line(error)}"
+            f"kd-model-name: the teacher {name!r} fails on images of its own input size: {first_line(error)}"
         ) from error
     if not isinstance(logits, Tensor) or logits.shape != (2, num_classes):
         raise UserError(f"kd-model-name: expected logits (batch, {num_classes}) of {name!r}; got {described(logits)}")
     return teacher
 
 
+def headline(teacher: Teacher) -> str:
+    """Returns a short description of the teacher."""
+    config, facts = teacher.config, teacher.facts
+    kind, heated = in_words(config.distill_type, config.token_distill_type)
+    heat = f", temperature {config.temperature:g}" if heated else ""
+    size = "x".join(map(str, teacher.input_size))
+    name = f"{'the run ' if facts['folder'] else ''}{facts['name']}"
+    known = facts.get("task_loss_weight") is not None  # a custom task may weight the terms differently
+    weights = (
+        f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}" if known else "its own weights"
+    )
+    return f"taught by {name} ({facts['parameters'] / 1e6:.2f} M parameters, {size}; {kind}{heat}, {weights})"
+
+
+def changed(metrics: Path, facts: dict[str, Any]) -> str | None:
+    """Returns a warning if a resumed run has another teacher than its metrics.json records; else None."""
+    try:
+        before = (json.loads(metrics.read_text()).get("teacher") or {}).get("sha256")
+    except (OSError, ValueError, AttributeError):
+        return None  # nothing was validated yet
+    now = (facts.get("teacher") or {}).get("sha256")
+    if before == now:
+        return None
+    return "warning: the teacher is not the one that this run started with; the result will differ from an uninterrupted run"
+
+
 def _check_classes(name: str, theirs: Any, ours: tuple[str, ...] | None) -> str | None:
-    """A warning where it is not known whether the teacher's classes are the data's.
+    """Returns a warning if the class names do not show that the teacher's classes are the data's; else None.
 
     Raises:
-        UserError: if a class of the data is another one's number in the teacher.
+        UserError: if the teacher has a class of the data at another index.
     """
     if not theirs or ours is None or list(map(str, theirs)) == list(ours):
         return None
@@ -223,19 +249,19 @@ def _check_classes(name: str, theirs: Any, ours: tuple[str, ...] | None) -> str 
         if place.get(label, index) != index:
             raise UserError(
                 f"kd-model-name: the teacher {name!r} was trained on these classes in another order: {label!r} is its class "
-                f"{place[label]} and the data's {index}; give a --class-map of its order, or train another teacher"
+                f"{place[label]} and the data's {index}; use a --class-map in its order, or train another teacher"
             )
     unknown = [label for label in ours if label not in place]
     if not unknown:
         return None
     return (
         f"warning: {len(unknown)} of the data's {len(ours)} classes have other names than the teacher's ({unknown[0]!r} is its "
-        f"{str(theirs[ours.index(unknown[0])])!r}); they are taken to be the same ones in the same order"
+        f"{str(theirs[ours.index(unknown[0])])!r}); assuming that they are the same classes in the same order"
     )
 
 
 def _facts(model: nn.Module, config: KDConfig) -> dict[str, Any]:
-    """Where the teacher is from and which weights it has; of a folder the last name alone: where it lies is nobody's business."""
+    """Returns the teacher's origin and the hash of its weights; of a folder only the last name, to keep paths private."""
     name, about, digest = str(config.model_name), getattr(model, "pretrained_cfg", {}) or {}, hashlib.sha256()
     place = Path(os.path.expanduser(name.removeprefix("local-dir:")))
     folder = not timm.is_model(name) and place.is_dir()
@@ -257,29 +283,3 @@ def _facts(model: nn.Module, config: KDConfig) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "sha256": digest.hexdigest(),
     }
-
-
-def headline(teacher: Teacher) -> str:
-    """The teacher in a few words."""
-    config, facts = teacher.config, teacher.facts
-    kind, heated = in_words(config.distill_type, config.token_distill_type)
-    heat = f", temperature {config.temperature:g}" if heated else ""
-    size = "x".join(map(str, teacher.input_size))
-    name = f"{'the run ' if facts['folder'] else ''}{facts['name']}"
-    known = facts.get("task_loss_weight") is not None  # a caller's own task may weigh them in its own way
-    weights = (
-        f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}" if known else "its own weights"
-    )
-    return f"taught by {name} ({facts['parameters'] / 1e6:.2f} M parameters, {size}; {kind}{heat}, {weights})"
-
-
-def changed(metrics: Path, facts: dict[str, Any]) -> str | None:
-    """A warning where a run that goes on has another teacher than its metrics.json says."""
-    try:
-        before = (json.loads(metrics.read_text()).get("teacher") or {}).get("sha256")
-    except (OSError, ValueError, AttributeError):
-        return None  # nothing was validated yet
-    now = (facts.get("teacher") or {}).get("sha256")
-    if before == now:
-        return None
-    return "warning: the teacher is not the one that this run began with; it does not go on to the same bits"

@@ -1,4 +1,4 @@
-"""The zoo: one recipe a model in ``hub_configs/``, each a pretrained tag of an architecture that timm knows."""
+"""The zoo: each recipe in ``hub_configs/`` describes one model, a pretrained tag of an architecture that timm knows."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from timm_sfr.utils.options import Checked, option
 
 HERE = Path(__file__).resolve().parents[1]
 WEIGHTS_FOLDER = HERE / "weights"
-# In an installed package beside the modules, in a clone beside the package.
+# An installed package has them inside, a clone next to the package.
 CONFIGS = next((folder for folder in (HERE / "hub_configs", HERE.parent / "hub_configs") if folder.is_dir()), HERE)
 OWNER = "timm-sfr"
 
 
 @dataclass(frozen=True)
 class Measured(Checked):
-    """Scores of a recipe: over several seeds at the last epoch, and of the published weights; `benchmarks.zoo` measures them."""
+    """Scores of a recipe over several seeds at the last epoch, and of the published weights, from `benchmarks.zoo`."""
 
     split: str = option("validation", "split that they were measured on")
     images: int = option(0, "images in it")
@@ -54,14 +54,14 @@ class Measured(Checked):
 
 @dataclass(frozen=True)
 class About(Checked):
-    """The ``zoo:`` part of a recipe, beside the options of its training."""
+    """The ``zoo:`` part of a recipe; the other keys are training options."""
 
     repo_id: str = option("", "repository on the Hub")
     num_classes: int = option(10, "classes")
     parameters: int = option(0, "parameters")
-    weights: str | None = option(None, "file of weights that comes with the package")
+    weights: str | None = option(None, "file of weights in the package")
     label_names: tuple[str, ...] | None = option(None, "names of the classes")
-    metrics: dict | None = option(None, "scores (`Measured`); nothing where they are not yet measured")
+    metrics: dict | None = option(None, "scores (`Measured`), or nothing if not yet measured")
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class ZooEntry:
     """A model of the zoo.
 
     Attributes:
-        name: timm's name of it, ``ARCHITECTURE.TAG``.
+        name: Its name in timm, ``ARCHITECTURE.TAG``.
         recipe: The recipe's file.
-        options: The options of its training.
-        about: What the recipe says of the published model.
+        options: The training options.
+        about: The recipe's description of the published model.
     """
 
     name: str
@@ -82,13 +82,13 @@ class ZooEntry:
 
     @property
     def repo_id(self) -> str:
-        """Its repository on the Hub, in the namespace that is set."""
+        """Its repository on the Hub, in the configured namespace."""
         owner, _, name = self.about.repo_id.rpartition("/")
         return f"{namespace() if owner in ('', OWNER) else owner}/{name or self.name}"
 
     @property
     def measured(self) -> Measured | None:
-        """Its scores, if there are any."""
+        """Its scores, or None."""
         return Measured(**self.about.metrics) if self.about.metrics else None
 
     @property
@@ -98,24 +98,24 @@ class ZooEntry:
         return f"train-sfr --config {self.recipe}{'' if data else ' --data-dir DIR'}"
 
     def pretrained_cfg(self) -> PretrainedCfg:
-        """timm's configuration of these weights: the architecture's own, with this recipe's input, classes and source."""
+        """Returns timm's configuration for these weights: the architecture's, with the recipe's input, classes and source."""
         architecture, tag = self.name.split(".", 1)
         base = get_pretrained_cfg(architecture)
         known = own_config(dataclasses.asdict(base)) if base is not None else {}
         given = {key: self.options.get(key) for key in ("mean", "std", "interpolation", "crop_pct")}
-        says = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v is not None}
+        changes = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v is not None}
         size = self.options.get("img_size")
         if size is not None:
-            says |= {"input_size": (self.options.get("in_chans") or 3, size, size), "pool_size": None}
+            changes |= {"input_size": (self.options.get("in_chans") or 3, size, size), "pool_size": None}
         source = {"file": str(WEIGHTS_FOLDER / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
-        source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # timm would take a pickle too
-        says |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
-                 "label_names": self.about.label_names, "license": self.options.get("hub_license")}  # fmt: skip
-        return PretrainedCfg(**known | says | source)
+        source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # else timm may load a pickle
+        changes |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
+                    "label_names": self.about.label_names, "license": self.options.get("hub_license")}  # fmt: skip
+        return PretrainedCfg(**known | changes | source)
 
 
 class ZooTable(list):
-    """Entries of the zoo; printed, a table."""
+    """A list of zoo entries that prints as a table."""
 
     def __str__(self) -> str:
         lines = [("name", "parameters", "dataset", "top-1", "repository")]
@@ -132,20 +132,20 @@ class ZooTable(list):
 
 @functools.cache
 def namespace() -> str:
-    """The user or organisation whose repositories the zoo means: TIMM_SFR_NAMESPACE at import, or ``timm-sfr``."""
+    """Returns the Hub user or organisation of the zoo's repositories: TIMM_SFR_NAMESPACE at import, or ``timm-sfr``."""
     name = os.environ.get("TIMM_SFR_NAMESPACE") or OWNER
     try:
         check_repo_id(f"{name}/name", "TIMM_SFR_NAMESPACE")
     except UserError:
         warnings.warn(f"TIMM_SFR_NAMESPACE: expected the name of a user or an organisation on the Hub; got {name!r}; "
-                      f"{OWNER!r} is taken", stacklevel=2)  # fmt: skip
+                      f"using {OWNER!r}", stacklevel=2)  # fmt: skip
         return OWNER
     return name
 
 
 @functools.cache
 def zoo() -> dict[str, ZooEntry]:
-    """Every entry by its name.
+    """Returns all entries by name.
 
     Raises:
         UserError: if a recipe cannot be read.
@@ -158,20 +158,22 @@ def zoo() -> dict[str, ZooEntry]:
             entry = ZooEntry(path.stem, path, options, About(**about))
             Measured(**entry.about.metrics or {})
         except (TypeError, UserError) as error:
-            raise UserError(f"hub_configs: {path}: the `zoo:` part does not read: {error}") from error
+            raise UserError(f"hub_configs: {path}: the `zoo:` part cannot be read: {error}") from error
         found[path.stem] = entry
     return found
 
 
 def list_pretrained(filter: str = "*") -> ZooTable:
-    """The zoo's entries whose names match `filter`; printed, a table of name, parameters, dataset, top-1 and repository."""
+    """Returns the zoo's entries with names that match `filter`; prints as a table of name, parameters, dataset, top-1 and
+    repository.
+    """
     return ZooTable(entry for name, entry in zoo().items() if fnmatch.fnmatch(name, filter))
 
 
 def register() -> None:
-    """Makes the zoo known to timm: each entry is one more tag of its architecture, listed and created like timm's own.
+    """Registers the zoo in timm: each entry becomes a tag of its architecture, listed and created like timm's own.
 
-    timm registers a module's ``default_cfgs`` along with an architecture; a tag that comes later needs both again.
+    timm registers a module's ``default_cfgs`` together with an architecture, so a later tag has to register both again.
     """
     for entry in zoo().values():
         architecture, tag = entry.name.split(".", 1)
@@ -182,13 +184,13 @@ def register() -> None:
         default.tags.append(tag)
         default.cfgs[tag] = entry.pretrained_cfg()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # timm's, that the architecture was there: it is the same one
+            warnings.simplefilter("ignore", UserWarning)  # timm warns that it overwrites the architecture: it is the same one
             register_model(_explaining(entrypoint))
 
 
 @contextlib.contextmanager
 def loading(entry: ZooEntry, token: str | None = None) -> Iterator[None]:
-    """Raises `HubError` for what goes wrong inside; for a repository that is not there yet with the command that trains it."""
+    """A context that raises `HubError` for Hub failures; for a missing repository, it names the command that trains it."""
     what = f"model: cannot load {entry.repo_id}"
     try:
         with hub_errors(what, token=token):
@@ -200,7 +202,7 @@ def loading(entry: ZooEntry, token: str | None = None) -> Iterator[None]:
 
 
 def _explaining(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """timm's entry point of an architecture, with `loading`'s errors for the zoo's tags."""
+    """Returns timm's entry point of an architecture with `loading`'s errors for the zoo's tags."""
 
     @functools.wraps(entrypoint)
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:

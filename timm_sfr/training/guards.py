@@ -59,8 +59,8 @@ class Watched:
 class FiniteGuard:
     """Checks that the terms of the loss and the norm of the gradients are finite.
 
-    The loss is checked while the backward pass runs. The norm is checked before the update on a CPU, or if the policy is
-    to skip; otherwise, on a GPU, at the next update and before anything is saved, so that the device need not wait. In
+    The loss is checked while the backward pass runs. The norm is checked before the update if the policy is ``"skip"`` or
+    the device is not CUDA; otherwise at the next update and before anything is saved, so that the GPU need not wait. In
     fp16 the gradient scaler skips updates by itself: then only too many in a row count.
 
     Args:

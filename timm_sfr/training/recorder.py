@@ -1,4 +1,4 @@
-"""What a run writes while it trains: the files of an epoch, checkpoints, the report, and lists of what went wrong."""
+"""Writes a run's files during training: those of each epoch, checkpoints, the report, and lists of failures."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError, brief
 from timm_sfr.utils.files import write_json
 
-REPORT_SHARE = 0.02  # of the time
+REPORT_SHARE = 0.02  # the default report interval spends at most this share of the time on reports
 
 
 @dataclass
 class Recorder:
-    """Writes a run's files, on the main process; the other processes have one that writes nothing.
+    """Writes a run's files on the main process, and nothing on the others.
 
     Attributes:
         workspace: The run's folder.
         config: The run's resolved options.
-        facts: What metrics.json says besides the scores.
+        facts: Content of metrics.json other than the scores.
         epochs: Epochs of the whole run.
         exporter: Writes the model's files; None on all processes but the main one.
-        val_images: The validation split's dataset, which knows the files' names.
-        ordered: Whether the predictions come in the split's order; those of several processes on a stream do not.
-        bad: The list of training images that do not decode, if there is one.
+        val_images: The validation split's dataset, which knows the names of the files.
+        ordered: Whether the predictions come in the split's order; false for several processes on a stream.
+        bad: The list of training images that do not decode, or None.
     """
 
     workspace: Workspace
@@ -56,13 +56,13 @@ class Recorder:
     _report_seconds: float = 3.0  # how long it took
 
     def start(self) -> None:
-        """Writes args.yaml. A resumed run calls this only once its checkpoint has fitted the options."""
+        """Writes args.yaml. A resumed run calls this only after its checkpoint was found to fit the options."""
         if self.workspace.main:
             with self.disk("args.yaml"):
                 write_args(self.workspace.run / "args.yaml", self.config.flat())
 
     def metrics(self, state: RunState) -> dict[str, Any]:
-        """The content of metrics.json."""
+        """Returns the content of metrics.json."""
         return {
             "best": state.best,
             "last": state.last,
@@ -73,15 +73,15 @@ class Recorder:
         }
 
     def write_epoch(self, state: RunState, improved: bool, model: nn.Module, seen: Predictions) -> None:
-        """Writes the files of an epoch, each whole: summary, best model, its predictions, metrics.
+        """Writes the files of an epoch, each atomically: summary, best model, its predictions, metrics.
 
         The checkpoint is written after them, because it decides where a resumed run continues.
 
         Args:
-            state: How far the run is.
+            state: The state of the run.
             improved: Whether this epoch is the best so far.
             model: The model to export.
-            seen: What it predicted for every validation image.
+            seen: Its predictions for the validation images.
         """
         run = self.workspace.run
         with self.disk("the epoch's files"):
@@ -99,7 +99,7 @@ class Recorder:
 
     def _write_predictions(self, seen: Predictions) -> None:
         path = self.workspace.run / PREDICTIONS
-        path.unlink(missing_ok=True)  # it is of other weights, whatever happens to the new one
+        path.unlink(missing_ok=True)  # the old file belongs to other weights, even if writing the new one fails
         if not self.ordered:
             return
         rows = seen.rows()
@@ -107,12 +107,12 @@ class Recorder:
         write_predictions(path, rows, lambda index: file_name(self.val_images if named else None, index))
 
     def keep_checkpoint(self, state: dict[str, Any], improved: bool) -> None:
-        """Writes a checkpoint of a collected state."""
+        """Writes a collected state as a checkpoint."""
         with self.disk("a checkpoint"):
             save_checkpoint(self.workspace.run / "checkpoints", state, self.config.engine.checkpoint_hist, improved)
 
     def refresh_report(self, state: RunState, last: bool) -> float:
-        """Writes the report if it is due; returns the seconds that took. A report that fails does not stop the training."""
+        """Writes the report if it is due; returns the seconds it took. A failed report does not stop the training."""
         interval, started = self.config.engine.report_interval, time.perf_counter()
         if interval == 0 or not state.best or not self.workspace.main:
             return 0.0
@@ -123,40 +123,40 @@ class Recorder:
         if not (due or last):
             return 0.0
         try:
-            from timm_sfr.reporting.page import write_report  # only here: matplotlib takes a while
+            from timm_sfr.reporting.page import write_report  # imported here because matplotlib is slow to import
 
             page = write_report(self.workspace.run, dataset=self.val_images, training=not last)
             if last:
                 self.workspace.say(f"the report is {page}")
-        except Exception as error:  # a picture is not worth a run
+        except Exception as error:  # a report is not worth losing a run
             self.workspace.say(f"warning: the report could not be written: {brief(error)}")
         self._reported = time.perf_counter()
         self._report_seconds = self._reported - started
         return self._report_seconds
 
     def say_bad_images(self) -> None:
-        """Prints how many training images do not decode, if there are more than before."""
+        """Warns about training images that do not decode, if their number has grown."""
         count = 0 if self.bad is None else len(self.bad.names())
         if self.bad is not None and count > self._bad_before:
             self.workspace.say(
-                f"warning: {count} images do not decode and others stand in for them: {self.bad.path}"
+                f"warning: {count} images do not decode and were replaced by others: {self.bad.path}"
             )
         self._bad_before = count
 
     @contextlib.contextmanager
     def disk(self, what: str) -> Iterator[None]:
-        """Handles a disk that does not take `what`: stops with one line, or warns and continues where the options say so.
+        """A context that handles failed writes of `what`: it stops the run, or warns and continues, as the options say.
 
         Raises:
-            UserError: to stop.
+            UserError: if a write fails and on_full_disk is ``"stop"``.
         """
         try:
             yield
-        except (OSError, SafetensorError) as error:  # safetensors raises its own for the system's
+        except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own
             reason = f"{what} cannot be written: {getattr(error, 'strerror', None) or error}"
             if self.config.engine.on_full_disk == "stop":
                 raise UserError(
-                    f"output: {reason}; stopped, {self.workspace.kept()}; make room and --resume, or give "
+                    f"output: {reason}; stopped, {self.workspace.kept()}; free some space and --resume, or use "
                     "--on-full-disk skip"
                 ) from error
-            logger.warning(f"warning: {reason}; going on without (--on-full-disk skip)")
+            logger.warning(f"warning: {reason}; continuing without it (--on-full-disk skip)")

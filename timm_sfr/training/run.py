@@ -1,4 +1,4 @@
-"""`fit`: puts a run together from its configuration and trains it."""
+"""`fit`: builds a run from its configuration and trains it."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ from timm_sfr.utils.processes import on_main, one_at_a_time
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on, for a caller that brings its own.
+    """A caller's own data for a run.
 
     Attributes:
         train: The training split.
         val: The validation split.
-        batches: Makes the training batches; takes what `TrainBatches` takes.
-        val_loader: Makes the validation batches; takes what `eval_loader` takes.
+        batches: Makes the training batches; has the arguments of `TrainBatches`.
+        val_loader: Makes the validation batches; has the arguments of `eval_loader`.
     """
 
     train: Split
@@ -74,11 +74,11 @@ def fit(
     Args:
         config: The options.
         resume: The folder of a run to continue.
-        task: Makes another task than SFR's or timm's plain one.
-        data: Other data than the options name.
+        task: Makes a task to train instead of SFR's or timm's plain one.
+        data: Data to use instead of what the options name.
 
     Raises:
-        UserError: for anything in the options, the data or the model that fits no run, and for a non-finite loss.
+        UserError: if the options, the data or the model do not allow a run, or the loss is not finite.
     """
     trainer = None
     with console_output(config.engine.json_logs):
@@ -88,104 +88,19 @@ def fit(
         except UserError:
             raise
         except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
-            explanation = explained(error, trainer.workspace.kept() if trainer is not None else "nothing was begun")
+            explanation = explained(error, trainer.workspace.kept() if trainer is not None else "no run was started")
             if explanation is None:
                 raise
             raise explanation from error
 
 
-def _run(trainer: Trainer, resume: Path | None) -> Path:
-    """Trains what is left, says where everything is, and publishes it if asked to."""
-    say, run, state = trainer.workspace.say, trainer.workspace.run, trainer.state
-    try:
-        if resume is not None:
-            state = _restore(trainer)
-        if state.epoch < trainer.schedule.epochs:
-            trainer.recorder.start()
-            options, resumed = trainer.config.flat(), resume is not None
-            on_main(trainer.accelerator, lambda: trainer.trackers.start(options, state.epoch, resumed))
-            _forecast(trainer)
-        else:
-            say(f"nothing is left to train: {state.epoch} epochs are done; to continue, raise --epochs")
-        trainer.fit()
-    finally:
-        trainer.trackers.finish()
-        trainer.workspace.release()
-        trainer.accelerator.end_training()
-    best, last = state.best, state.last
-    if not best:
-        raise UserError(
-            f"epochs: {state.epoch} epochs of {run} are done, none was validated, and none is left to train; raise --epochs"
-        )
-    say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}", "best",
-        best=best, last=last)  # fmt: skip
-    if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
-        raise UserError(
-            f"resume: {str(run)!r} has no model/ any more, and it is written when an epoch is the best; raise --epochs"
-        )
-    say(f"the model is in {run / 'model'}")
-    line = loading_line(run, f"local-dir:{run / 'model'}")
-    say(f"load it with: {line}", "done", run=str(run), model=str(run / "model"), load=line)
-    hub = trainer.config.hub
-    if hub.push_to_hub is not None and trainer.workspace.main:
-        # The other processes are done, and their launcher waits for this one.
-        url = push_to_hub(run, hub.push_to_hub, private=hub.private, revision=hub.revision)
-        say(published(run, url, hub.push_to_hub, hub.revision), "published", url=url)
-    return run
-
-
-def _restore(trainer: Trainer) -> RunState:
-    """Restores the newest whole checkpoint of the run's folder."""
-    say, run = trainer.workspace.say, trainer.workspace.run
-    saved = load_newest(run / "checkpoints", say)
-    restore(trainer, saved, str(run / "args.yaml"))
-    state = trainer.state
-    if trainer.workspace.main:
-        set_aside(run / "checkpoints", saved)
-    state.rows = read_summary(run / "summary.csv", state.epoch)
-    within = f", batch {state.step + 1}" if state.step else ""
-    say(f"resuming {run} at epoch {state.epoch + 1}{within}")
-    other = changed(run / "metrics.json", trainer.recorder.facts)
-    if other is not None:
-        say(other)
-    return state
-
-
-def _forecast(trainer: Trainer) -> None:
-    """Says what looks wrong in the options, and how much there is to train."""
-    config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.schedule.epochs, trainer.state
-    model, processes = trainer.exported_model(), trainer.accelerator.num_processes
-    images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
-    update = trainer.global_batch * config.optim.grad_accum_steps
-    run = Circumstances(model, images, update, config.optim.lr or 0.0, epochs, cores(), processes)
-    for line in advice(config, run):
-        say(line)
-    left, updates = epochs - state.epoch, trainer.updates_before(epochs, 0) - state.updates
-    seen = len(trainer.batches) * trainer.global_batch
-    say(f"{seen} images an epoch, {updates} updates in {left} epoch{'s' * (left != 1)}", "length", images=seen,
-        updates=updates, epochs=left)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Built:
-    """What a run is made of, before Accelerate has wrapped it."""
-
-    data: Data
-    model: nn.Module
-    prep: Preprocessing
-    num_classes: int
-    teacher: Teacher | None
-    exporter: Exporter | None
-    task: EpochTask
-
-
 def prepare(
     config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None
 ) -> Trainer:
-    """Everything that `Trainer.fit` needs, on the device and wrapped by Accelerate; the arguments are those of `fit`.
+    """Returns a trainer with everything on the device and wrapped by Accelerate; the arguments are those of `fit`.
 
     Raises:
-        UserError: as `fit`.
+        UserError: as in `fit`.
     """
     show_log(config.engine.json_logs)
     accelerator = make_accelerator(config)
@@ -199,7 +114,7 @@ def prepare(
     loader = built.data.val_loader(built.data.val, config.data, built.prep)
     if not built.data.val.streamed:
         loader = accelerator.prepare(loader)
-    # The schedule stays out of this: Accelerate would step it once per process.
+    # Not the schedule: Accelerate would step it once per process.
     built.task.trainable_module, optimizer = accelerator.prepare(built.task.trainable_module, optimizer)
     engine = config.engine
     workspace = open_workspace(
@@ -230,100 +145,8 @@ def prepare(
     )
 
 
-def _build(
-    config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data | None
-) -> _Built:
-    """Opens the data, makes the model, its teacher and the task; checks what a push would fail by."""
-    img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
-    if data is None:
-        data = Data(*one_at_a_time(accelerator, lambda: open_splits(config.data, img_mode, config.engine.seed)))
-    num_classes = _num_classes(config, data.train)
-    model = new_model(config.model, num_classes)
-    prep = preprocessing(config.model, model)
-    check_mode(img_mode, prep.input_size[0])
-    known = data.train.class_names
-    names = known if known and len(known) == num_classes else None
-    teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
-    if task is not None and teacher is not None:
-        raise UserError("kd-model-name: a task of your own gets no teacher; leave one of the two out")
-    hub = resolve_hub(config, model, teacher.facts if teacher is not None else None)
-    if reachable:
-        on_main(accelerator, lambda: check_card(hub, config.flat()))
-    exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
-    size, device = prep.input_size, accelerator.device
-    made = create_task(model, config.sfr, size, device, teacher) if task is None else task(model, size, device)
-    if not isinstance(made, EpochTask):
-        raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
-    return _Built(data, model, prep, num_classes, teacher, exporter, made)
-
-
-def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadImages | None:
-    """Says where the lists of images that do not decode are; returns the training images' list."""
-    found = [bad_images(getattr(batches, "samples", None)), bad_images(getattr(loader, "dataset", None))]
-    for bad in found:
-        if bad is not None:
-            bad.write_to(workspace.run / "bad_images.txt")
-    return found[0]
-
-
-def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batches: int) -> tuple[Any, Any, float]:
-    """The optimizer of what `task` trains, its schedule over epochs of `batches` batches, and the rate.
-
-    Before that, what is trained gets its memory layout, its synchronised statistics and its moving average.
-    """
-    optim, module = config.optim, task.trainable_module
-    if config.model.channels_last:
-        module = module.to(memory_format=torch.channels_last)
-    if config.engine.sync_bn and accelerator.num_processes > 1:
-        module = convert_sync_batchnorm(module)
-    task.trainable_module = module
-    if optim.model_ema:
-        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
-    lr = learning_rate(optim, config.data.batch_size * accelerator.num_processes * optim.grad_accum_steps)
-    optimizer = create_optimizer(optim, module, lr)
-    updates = -(-batches // optim.grad_accum_steps)
-    return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric), lr
-
-
-def _announce(
-    workspace: Workspace, config: RunConfig, built: _Built, accelerator: Any, parameters: int, epochs: int
-) -> None:
-    """Says what is trained, where it is written, and what deserves a word before it starts."""
-    opening = _headline(config, built, accelerator, parameters, epochs)
-    started = {"run": str(workspace.run), "model": config.model.model, "parameters": parameters, "epochs": epochs}
-    workspace.say(opening, "start", **started)
-    if built.teacher is not None and built.teacher.warning is not None:
-        workspace.say(built.teacher.warning)
-    workspace.say(f"the run is written to {workspace.run}")
-    train = built.data.train
-    images = 0 if train.streamed else len(train.dataset)
-    dropped = images % (config.data.batch_size * accelerator.num_processes)
-    if dropped > 0.1 * max(1, images):
-        workspace.say(f"note: {dropped} of {images} images fill no batch and sit out each epoch, others each time; "
-                      "with a smaller --batch-size fewer do")  # fmt: skip
-    if isinstance(built.task, SFRTask) and built.task.plan is not None:
-        workspace.say(str(built.task.plan))
-
-
-def _facts(config: RunConfig, accelerator: Any, model: nn.Module, teacher: Teacher | None) -> dict[str, Any]:
-    """What metrics.json says of a run besides its scores."""
-    name = config.model.model or DEFAULT_MODEL
-    return {
-        "model": name,
-        "dataset": config.data.dataset or config.data.data_dir,
-        "sfr": config.sfr.enabled,
-        "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
-        **({"teacher": teacher.facts} if teacher is not None else {}),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "seed": config.engine.seed,
-        "hardware": hardware(accelerator.device, accelerator.num_processes),
-        "mixed_precision": accelerator.mixed_precision,
-        "versions": versions(),
-    }
-
-
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
-    """`config` with every default that depended on data, model or machine written out, as args.yaml keeps it."""
+    """Returns `config` for args.yaml, with every default that depends on data, model or machine filled in."""
     epochs = config.optim.epochs
     fifth = default_warmup(epochs)
     return dataclasses.replace(
@@ -354,12 +177,189 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
     )
 
 
+def _run(trainer: Trainer, resume: Path | None) -> Path:
+    """Trains the remaining epochs, prints where the results are, and publishes them if the options ask for it."""
+    say, run, state = trainer.workspace.say, trainer.workspace.run, trainer.state
+    try:
+        if resume is not None:
+            state = _restore(trainer)
+        if state.epoch < trainer.schedule.epochs:
+            trainer.recorder.start()
+            options, resumed = trainer.config.flat(), resume is not None
+            on_main(trainer.accelerator, lambda: trainer.trackers.start(options, state.epoch, resumed))
+            _forecast(trainer)
+        else:
+            say(f"nothing is left to train: {state.epoch} epochs are done; to train longer, raise --epochs")
+        trainer.fit()
+    finally:
+        trainer.trackers.finish()
+        trainer.workspace.release()
+        trainer.accelerator.end_training()
+    best, last = state.best, state.last
+    if not best:
+        raise UserError(
+            f"epochs: all {state.epoch} epochs of {run} are done and none was validated; raise --epochs"
+        )
+    say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}", "best",
+        best=best, last=last)  # fmt: skip
+    if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
+        raise UserError(
+            f"resume: the model/ of {str(run)!r} is gone, and only a new best epoch writes it; raise --epochs"
+        )
+    say(f"the model is in {run / 'model'}")
+    line = loading_line(run, f"local-dir:{run / 'model'}")
+    say(f"load it with: {line}", "done", run=str(run), model=str(run / "model"), load=line)
+    hub = trainer.config.hub
+    if hub.push_to_hub is not None and trainer.workspace.main:
+        # The other processes have finished, and their launcher waits for this one.
+        url = push_to_hub(run, hub.push_to_hub, private=hub.private, revision=hub.revision)
+        say(published(run, url, hub.push_to_hub, hub.revision), "published", url=url)
+    return run
+
+
+def _restore(trainer: Trainer) -> RunState:
+    """Restores the newest intact checkpoint in the run's folder."""
+    say, run = trainer.workspace.say, trainer.workspace.run
+    saved = load_newest(run / "checkpoints", say)
+    restore(trainer, saved, str(run / "args.yaml"))
+    state = trainer.state
+    if trainer.workspace.main:
+        set_aside(run / "checkpoints", saved)
+    state.rows = read_summary(run / "summary.csv", state.epoch)
+    within = f", batch {state.step + 1}" if state.step else ""
+    say(f"resuming {run} at epoch {state.epoch + 1}{within}")
+    other = changed(run / "metrics.json", trainer.recorder.facts)
+    if other is not None:
+        say(other)
+    return state
+
+
+def _forecast(trainer: Trainer) -> None:
+    """Prints warnings about the options, and how much is left to train."""
+    config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.schedule.epochs, trainer.state
+    model, processes = trainer.exported_model(), trainer.accelerator.num_processes
+    images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
+    update = trainer.global_batch * config.optim.grad_accum_steps
+    run = Circumstances(model, images, update, config.optim.lr or 0.0, epochs, cores(), processes)
+    for line in advice(config, run):
+        say(line)
+    left, updates = epochs - state.epoch, trainer.updates_before(epochs, 0) - state.updates
+    seen = len(trainer.batches) * trainer.global_batch
+    say(f"{seen} images an epoch, {updates} updates in {left} epoch{'s' * (left != 1)}", "length", images=seen,
+        updates=updates, epochs=left)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Built:
+    """The parts of a run before Accelerate wraps them."""
+
+    data: Data
+    model: nn.Module
+    prep: Preprocessing
+    num_classes: int
+    teacher: Teacher | None
+    exporter: Exporter | None
+    task: EpochTask
+
+
+def _build(
+    config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data | None
+) -> _Built:
+    """Opens the data, makes the model, its teacher and the task; checks early what could make a push fail."""
+    img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
+    if data is None:
+        data = Data(*one_at_a_time(accelerator, lambda: open_splits(config.data, img_mode, config.engine.seed)))
+    num_classes = _num_classes(config, data.train)
+    model = new_model(config.model, num_classes)
+    prep = preprocessing(config.model, model)
+    check_mode(img_mode, prep.input_size[0])
+    known = data.train.class_names
+    names = known if known and len(known) == num_classes else None
+    teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
+    if task is not None and teacher is not None:
+        raise UserError("kd-model-name: a custom task cannot have a teacher; leave out one of the two")
+    hub = resolve_hub(config, model, teacher.facts if teacher is not None else None)
+    if reachable:
+        on_main(accelerator, lambda: check_card(hub, config.flat()))
+    exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
+    size, device = prep.input_size, accelerator.device
+    made = create_task(model, config.sfr, size, device, teacher) if task is None else task(model, size, device)
+    if not isinstance(made, EpochTask):
+        raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
+    return _Built(data, model, prep, num_classes, teacher, exporter, made)
+
+
+def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadImages | None:
+    """Sets the file for the lists of images that do not decode; returns the training images' list, or None."""
+    found = [bad_images(getattr(batches, "samples", None)), bad_images(getattr(loader, "dataset", None))]
+    for bad in found:
+        if bad is not None:
+            bad.write_to(workspace.run / "bad_images.txt")
+    return found[0]
+
+
+def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batches: int) -> tuple[Any, Any, float]:
+    """Returns the optimizer of the task's trainable module, its schedule over epochs of `batches` batches, and the rate.
+
+    First sets the module's memory layout, synchronised BatchNorm and moving average.
+    """
+    optim, module = config.optim, task.trainable_module
+    if config.model.channels_last:
+        module = module.to(memory_format=torch.channels_last)
+    if config.engine.sync_bn and accelerator.num_processes > 1:
+        module = convert_sync_batchnorm(module)
+    task.trainable_module = module
+    if optim.model_ema:
+        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+    lr = learning_rate(optim, config.data.batch_size * accelerator.num_processes * optim.grad_accum_steps)
+    optimizer = create_optimizer(optim, module, lr)
+    updates = -(-batches // optim.grad_accum_steps)
+    return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric), lr
+
+
+def _announce(
+    workspace: Workspace, config: RunConfig, built: _Built, accelerator: Any, parameters: int, epochs: int
+) -> None:
+    """Prints what the run trains, where it is written, and notes on the teacher, the batches and the taps."""
+    opening = _headline(config, built, accelerator, parameters, epochs)
+    started = {"run": str(workspace.run), "model": config.model.model, "parameters": parameters, "epochs": epochs}
+    workspace.say(opening, "start", **started)
+    if built.teacher is not None and built.teacher.warning is not None:
+        workspace.say(built.teacher.warning)
+    workspace.say(f"the run is written to {workspace.run}")
+    train = built.data.train
+    images = 0 if train.streamed else len(train.dataset)
+    dropped = images % (config.data.batch_size * accelerator.num_processes)
+    if dropped > 0.1 * max(1, images):
+        workspace.say(f"note: each epoch drops {dropped} of {images} images, different ones each time, because they do not "
+                      "fill a batch; a smaller --batch-size drops fewer")  # fmt: skip
+    if isinstance(built.task, SFRTask) and built.task.plan is not None:
+        workspace.say(str(built.task.plan))
+
+
+def _facts(config: RunConfig, accelerator: Any, model: nn.Module, teacher: Teacher | None) -> dict[str, Any]:
+    """Returns the content of metrics.json other than the scores."""
+    name = config.model.model or DEFAULT_MODEL
+    return {
+        "model": name,
+        "dataset": config.data.dataset or config.data.data_dir,
+        "sfr": config.sfr.enabled,
+        "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
+        **({"teacher": teacher.facts} if teacher is not None else {}),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": config.engine.seed,
+        "hardware": hardware(accelerator.device, accelerator.num_processes),
+        "mixed_precision": accelerator.mixed_precision,
+        "versions": versions(),
+    }
+
+
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
 def _num_classes(config: RunConfig, train: Split) -> int:
-    """As given, or as in the data."""
+    """Returns the number of classes from the options, or else from the data."""
     if config.model.num_classes is None:
         if not train.class_names:
             raise UserError("num-classes: the dataset does not say how many classes it has; give --num-classes")
@@ -376,7 +376,7 @@ def _num_classes(config: RunConfig, train: Split) -> int:
 
 
 def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: int, epochs: int) -> str:
-    """One line on the whole run."""
+    """Returns one line that describes the run."""
     task, teacher = built.task, built.teacher
     if isinstance(task, SFRTask):
         sfr, smoothing = task.config, task.smoothing.describe(epochs)

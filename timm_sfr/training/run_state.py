@@ -1,6 +1,6 @@
-"""How far a run is, and what it is between two updates: collected from all processes for a checkpoint, and restored from one.
+"""The state of a run between two updates: collected from all processes for a checkpoint, and restored from one.
 
-A checkpoint may be restored into another number of processes or another batch size.
+A checkpoint may be restored with another number of processes or another batch size.
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.optimizer import Schedule
 from timm_sfr.utils.errors import UserError, brief
 
+# What one process alone knows in mid-epoch: kind ("total", "sums" or "ema"), then name, then tensor.
 Part = dict[str, dict[str, Tensor]]
+# The types of a checkpoint's entries.
+KINDS = {"epoch": int, "step": int, "images": int, "updates": int, "lr": (int, float), "seconds": (int, float),
+         "best": dict, "last": dict, "module": dict, "task": dict, "optimizer": dict, "parts": list}  # fmt: skip
+SIGNS = ("momentum", "betas", "alpha", "rho")  # options that only some optimizers have: they tell optimizers apart
+# Optimizer arrays with one element for each element of the parameter, in every optimizer of torch and timm that has them.
+ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
 
 
 @dataclass
 class RunState:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        epoch: Epochs that are done.
-        step: Batches of the next epoch that are done.
+        epoch: Number of finished epochs.
+        step: Number of finished batches of the next epoch.
         total: This process's sums of the loss's terms over those batches; None at the start of an epoch.
-        updates: Updates that are done.
+        updates: Number of updates made.
         seconds: Training time.
-        lr: The learning rate that this epoch began with.
+        lr: The learning rate at the start of this epoch.
         best: Scores of the best epoch.
         last: Scores of the last validated epoch.
         rows: The rows of summary.csv.
@@ -56,11 +63,11 @@ class Learner:
         config: The run's options.
         accelerator: Accelerate's.
         task: The task, with the weights that are trained.
-        optimizer: Of these weights.
-        schedule: Of the learning rate.
+        optimizer: The optimizer of these weights.
+        schedule: The learning-rate schedule.
         batches: The training batches; their number is an epoch's length.
-        guard: Watches the terms of the loss.
-        state: How far the run is.
+        guard: Checks the loss and the gradients.
+        state: The progress of the run.
     """
 
     config: RunConfig
@@ -79,23 +86,23 @@ class Learner:
 
     @property
     def global_batch(self) -> int:
-        """Images that all processes together take in one batch."""
+        """Images in one batch over all processes."""
         return self.config.data.batch_size * self.accelerator.num_processes
 
     def updates_before(self, epoch: int, step: int) -> int:
-        """Updates in `epoch` epochs and `step` batches."""
+        """Returns the number of updates in `epoch` epochs and `step` batches."""
         accum = self.config.optim.grad_accum_steps
         return epoch * -(-len(self.batches) // accum) + step // accum
 
 
 def collect(learner: Learner, epoch: int, step: int, total: Tensor | None) -> dict[str, Any]:
-    """All that a resumed run needs; to be called by every process at the same update.
+    """Returns the content of a checkpoint; in mid-epoch, every process has to call this at the same update.
 
     Args:
-        learner: What is kept.
-        epoch: The epoch under way, or the next one.
-        step: How many of its batches are done.
-        total: This process's sums of the loss's terms over those; None between epochs.
+        learner: What to save.
+        epoch: The current epoch, or between epochs the next one.
+        step: Number of its finished batches.
+        total: This process's sums of the loss's terms over them; None between epochs.
     """
     ema = learner.task.get_trainable_module(ema=True)
     scaler = learner.accelerator.scaler
@@ -128,23 +135,23 @@ def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml")
         options: The file with the run's own options, for the error message.
 
     Raises:
-        UserError: if it belongs to another model or optimizer.
+        UserError: if the checkpoint belongs to another model or optimizer.
     """
     try:
         _check(learner, state)
-        _take(learner, state)
+        _load(learner, state)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
         raise UserError(
-            f"resume: the checkpoint does not fit these options: {reason}; leave out what differs from {options}"
+            f"resume: the checkpoint does not fit these options: {reason}; leave out the options that differ from {options}"
         ) from error
 
 
-def _take(learner: Learner, state: dict[str, Any]) -> None:
+def _load(learner: Learner, state: dict[str, Any]) -> None:
     ema = learner.task.get_trainable_module(ema=True)
     unwrap_model(learner.module).load_state_dict(state["module"])
     if ema is not None:
-        # An average that is turned on at resume starts from the weights reached, not from random ones.
+        # A moving average that is turned on at resume starts from the current weights, not from random ones.
         ema.module.load_state_dict(state["ema"] or state["module"])
     learner.task.load_task_state(state["task"])
     _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
@@ -156,26 +163,19 @@ def _take(learner: Learner, state: dict[str, Any]) -> None:
         learner.accelerator.scaler.load_state_dict(state["scaler"])
     step = state["step"]
     if state["images"] != step * learner.global_batch:
-        # Another global batch: continue after the images seen, at the last whole batch.
+        # Another global batch: continue after the last whole batch of the images seen.
         step = state["images"] // learner.global_batch
     step -= step % learner.config.optim.grad_accum_steps
     kept = {name: state[name] for name in ("epoch", "seconds", "lr", "best", "last")}
     learner.state = RunState(step=step, updates=learner.updates_before(state["epoch"], step), **kept)
     if step > 0:
-        # Sums over batches of another size count as so many of this one.
-        _take_part(learner, state["parts"], step / max(1, state["step"]))
+        # Sums over batches of another size are scaled to the number of batches of this size.
+        _load_part(learner, state["parts"], step / max(1, state["step"]))
     learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"])
 
 
-KINDS = {"epoch": int, "step": int, "images": int, "updates": int, "lr": (int, float), "seconds": (int, float),
-         "best": dict, "last": dict, "module": dict, "task": dict, "optimizer": dict, "parts": list}  # fmt: skip
-SIGNS = ("momentum", "betas", "alpha", "rho")  # an option that one optimizer has tells it from the others
-# Arrays of these names have an element for each of the parameter's, in every optimizer of torch and timm that has them.
-ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg")
-
-
 def _check(learner: Learner, state: dict[str, Any]) -> None:
-    """Raises ValueError for what loading would take without a word, and training would fail on or be changed by."""
+    """Raises ValueError for entries that would load silently and then break or change the training."""
     for name, kind in KINDS.items():
         if not isinstance(state[name], kind) or (isinstance(state[name], int) and state[name] < 0):
             raise ValueError(f"{name} is {str(state[name])[:40]!r}")
@@ -187,7 +187,7 @@ def _check(learner: Learner, state: dict[str, Any]) -> None:
 
 
 def _options(learner: Learner, group: dict[str, Any]) -> dict[str, Any]:
-    """What the run's options say of a group: it wins over what was saved, so that a resumed run may change it."""
+    """Returns the options of a parameter group that a resumed run may change: they win over the saved ones."""
     names = {"momentum", "betas", "eps", "weight_decay", *(learner.config.optim.opt_kwargs or {})}
     if not learner.schedule.remembers:
         names |= {"lr", "initial_lr"}
@@ -195,11 +195,11 @@ def _options(learner: Learner, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Raises ValueError where a state is not of an optimizer with these groups."""
-    for group, saved in zip(groups, state["param_groups"], strict=False):  # torch counts them
+    """Raises ValueError if `state` does not belong to an optimizer with these groups."""
+    for group, saved in zip(groups, state["param_groups"], strict=False):  # torch checks their number
         for key in SIGNS:
             if (key in group) != (key in saved):
-                raise ValueError(f"its optimizer is another one, {'without' if key in group else 'with'} {key}")
+                raise ValueError(f"it is from another optimizer, {'without' if key in group else 'with'} {key}")
         for key, value in saved.items():
             if key != "params" and isinstance(group.get(key), (int, float)) and not isinstance(value, (int, float)):
                 raise ValueError(f"the optimizer's {key} is {str(value)[:40]!r}")
@@ -214,9 +214,9 @@ def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> Non
 
 
 def _own_part(learner: Learner, total: Tensor | None) -> Part:
-    """What this process alone knows in mid-epoch: sums over its images, and the averages of its own statistics.
+    """Returns what only this process knows in mid-epoch: sums over its images, and the buffers of its moving average.
 
-    The buffers of the model itself are not among them: before every forward pass DDP hands out the first process's.
+    The buffers of the model itself are not needed: before every forward pass, DDP broadcasts those of the first process.
     """
     sums = learner.task.get_sums()
     ema = learner.task.get_trainable_module(ema=True)
@@ -225,8 +225,8 @@ def _own_part(learner: Learner, total: Tensor | None) -> Part:
     return {kind: {name: value.detach().cpu().clone() for name, value in one.items()} for kind, one in part.items()}
 
 
-def _take_part(learner: Learner, parts: list[Part], scale: float) -> None:
-    """Gives this process its part: its own where there are as many processes as before; else the sums go to the first."""
+def _load_part(learner: Learner, parts: list[Part], scale: float) -> None:
+    """Restores this process's part; if the number of processes has changed, the first process gets all sums."""
     rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
     if len(parts) == processes:
         part = parts[rank]
@@ -239,8 +239,8 @@ def _take_part(learner: Learner, parts: list[Part], scale: float) -> None:
     device, terms = learner.accelerator.device, len(learner.guard.names)
     if part["total"]["total"].shape != (terms,):
         raise ValueError(
-            f"it was kept in mid-epoch, and has {part['total']['total'].numel()} terms of the loss, expected {terms}: a teacher "
-            "came or went"
+            f"it was saved in mid-epoch with {part['total']['total'].numel()} terms of the loss, expected {terms}: a teacher "
+            "was added or removed"
         )
     learner.state.total = part["total"]["total"].to(device) * scale
     if part["sums"]:

@@ -1,4 +1,4 @@
-"""timm's distillation tasks, with their terms named and weighed, over a `Teacher`.
+"""The task of a run: `create_task` makes SFR's, timm's plain one, or timm's distillation from a `Teacher` with named terms.
 
 L_cls  becomes  w_cls L_cls(z, y~) + w_kd L_kd
 
@@ -30,8 +30,24 @@ from timm_sfr.models.teacher import PreLogits, Teacher
 from timm_sfr.utils.errors import UserError
 
 
+class PlainTask(EpochTask, ClassificationTask):
+    """timm's `ClassificationTask` as an `EpochTask`."""
+
+
+class PlainLoss(nn.Module):
+    """PyTorch's cross-entropy in float32 with constant uniform smoothing, for class indices or mixtures of classes."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing = smoothing
+
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Returns a scalar for logits (B, K) and targets (B,) or (B, K)."""
+        return nn.functional.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
+
+
 class _Taught(EpochTask):
-    """What the two tasks below share: their terms' names.
+    """Gives timm's distillation tasks our names of the terms.
 
     loss = task_loss = cls_weight * cls_loss + kd_weight * kd_loss
     """
@@ -42,13 +58,13 @@ class _Taught(EpochTask):
     kd_weight: Tensor
 
     def weigh(self) -> TrainingTask:
-        """Puts the weights that timm's task has resolved on the device, once: a number would have to be sent every step."""
+        """Puts the weights that timm's task has resolved on the device, so that they need not be sent at every step."""
         for name, value in (("cls_weight", self.task_loss_weight), ("kd_weight", self.distill_loss_weight)):
             self.register_buffer(name, torch.tensor(float(value), device=self.device), persistent=False)
         return self
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """timm's loss; its terms raw, each with its weight."""
+        """Returns timm's loss, the logits, the raw terms and their weights, for images (B, C, H, W) and their targets."""
         result = super().forward(input, target)
         kd_loss = result["kd_loss"] if "kd_loss" in result else result["distill_loss"]
         return {
@@ -63,20 +79,42 @@ class _Taught(EpochTask):
 
 
 class LogitTask(_Taught, LogitDistillationTask):
-    """timm's `LogitDistillationTask`, its terms named."""
+    """timm's `LogitDistillationTask` with named terms."""
 
 
 class TokenTask(_Taught, TokenDistillationTask):
-    """timm's `TokenDistillationTask`, its terms named."""
+    """timm's `TokenDistillationTask` with named terms."""
 
 
 class FeatureTask(_Taught, FeatureDistillationTask):
-    """timm's `FeatureDistillationTask`, its terms named."""
+    """timm's `FeatureDistillationTask` with named terms."""
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The plain student, also where what is trained is compiled."""
+        """Returns the plain student, also if the trained module is compiled."""
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else unwrap_model(module).student
+
+
+def create_task(
+    model: nn.Module,
+    sfr: SFRConfig,
+    input_size: tuple[int, int, int],
+    device: torch.device,
+    teacher: Teacher | None = None,
+) -> TrainingTask:
+    """Returns an `SFRTask`, on top of timm's distillation task if there is a teacher; one of timm's tasks if SFR is off.
+
+    Raises:
+        UserError: if the model cannot be tapped, or does not support the teacher's type of distillation.
+    """
+    model, base = model.to(device), None
+    if teacher is not None:
+        classes = int(model.num_classes)
+        dynamic = SmoothedLoss(DynamicLabelSmoothing(classes, *sfr.smoothing_form)) if sfr.enabled else None
+        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.plain_smoothing), input_size, device)
+    if sfr.enabled:
+        return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
+    return base or PlainTask(model, PlainLoss(sfr.plain_smoothing), device=device, verbose=False)
 
 
 def distillation_task(
@@ -86,10 +124,10 @@ def distillation_task(
     input_size: tuple[int, int, int],
     device: torch.device,
 ) -> TrainingTask:
-    """timm's distillation task of a student, with `criterion` for the labels.
+    """Returns timm's distillation task for a student, with `criterion` as the loss on the labels.
 
     Raises:
-        UserError: if the student has no distillation head, or one of the two no features, and they are asked for.
+        UserError: if the type of distillation needs a distillation head or features that a model does not have.
     """
     config = teacher.config
     shared: dict[str, Any] = {
@@ -106,7 +144,7 @@ def distillation_task(
         task = FeatureTask(model, teacher, criterion, **_widths(model, teacher, input_size), **shared)
     elif not hasattr(model, "set_distilled_training"):
         raise UserError(
-            f"kd-distill-type: {model_name(model)} has no distillation head; expected a student such as "
+            f"kd-distill-type: {model_name(model)} has no distillation head; use a student such as "
             "deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
         )
     else:
@@ -117,7 +155,7 @@ def distillation_task(
 
 
 def _widths(model: nn.Module, teacher: Teacher, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """How wide the features of student and teacher are: measured, and as the options say, if they say."""
+    """Returns the measured feature widths of student and teacher; raises UserError if the options say otherwise."""
     config = teacher.config
     found = {
         "student_feature_dim": PreLogits(model).width(input_size, "student"),
@@ -130,41 +168,3 @@ def _widths(model: nn.Module, teacher: Teacher, input_size: tuple[int, int, int]
                 f"kd-{name.replace('_', '-')}: expected {width}, as measured; got {given}; leave the option out"
             )
     return found
-
-
-def create_task(
-    model: nn.Module,
-    sfr: SFRConfig,
-    input_size: tuple[int, int, int],
-    device: torch.device,
-    teacher: Teacher | None = None,
-) -> TrainingTask:
-    """An `SFRTask`, over timm's distillation task where there is a teacher; one of timm's own tasks where SFR is off.
-
-    Raises:
-        UserError: if the model cannot be tapped, or cannot be taught as the teacher's options say.
-    """
-    model, base = model.to(device), None
-    if teacher is not None:
-        classes = int(model.num_classes)
-        dynamic = SmoothedLoss(DynamicLabelSmoothing(classes, *sfr.smoothing_form)) if sfr.enabled else None
-        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.plain_smoothing), input_size, device)
-    if sfr.enabled:
-        return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
-    return base or PlainTask(model, PlainLoss(sfr.plain_smoothing), device=device, verbose=False)
-
-
-class PlainTask(EpochTask, ClassificationTask):
-    """timm's `ClassificationTask`."""
-
-
-class PlainLoss(nn.Module):
-    """Cross-entropy with constant uniform smoothing, of class indices or mixtures: PyTorch's own, in float32."""
-
-    def __init__(self, smoothing: float) -> None:
-        super().__init__()
-        self.smoothing = smoothing
-
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """A scalar from logits (B, K) and targets (B,) or (B, K)."""
-        return nn.functional.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)

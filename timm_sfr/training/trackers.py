@@ -1,7 +1,7 @@
-"""A run's figures in TensorBoard, Weights & Biases or Trackio, by Accelerate's trackers.
+"""Sends a run's scores to TensorBoard, Weights & Biases or Trackio, by Accelerate's trackers.
 
-Every column of summary.csv goes out after its epoch under a name that stays (`metric_name`), at step epoch + 1. What was
-sent is noted in the run's folder, so that a resumed run goes on in the same place and sends no epoch twice.
+After an epoch, every column of summary.csv is sent under a fixed name (`metric_name`) at step epoch + 1. A file in the
+run's folder records what was sent, so that a resumed run continues in the same place and sends no epoch twice.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ PROJECT, STATE_FILE = "timm_sfr", "trackers.json"
 SECRET = re.compile(
     r"token|secret|passw|authorization|signature|credential|[?&]sig=|(api|access|private).?key", re.IGNORECASE
 )
-NO_SECRET = ("kd_distill_type", "kd_token_distill_type")  # distillation through a token
+NO_SECRET = ("kd_distill_type", "kd_token_distill_type")  # "token" is a kind of distillation here
 
 
 def chosen(names: Iterable[str]) -> list[str]:
-    """The trackers that ``--report-to`` names, each once.
+    """Returns the trackers that ``--report-to`` names, without duplicates and ``none``.
 
     Raises:
         UserError: if one is not installed.
@@ -45,18 +45,18 @@ def chosen(names: Iterable[str]) -> list[str]:
 
 
 def metric_name(column: str) -> str:
-    """``train/NAME`` or ``val/NAME`` for a column of summary.csv: ``train_loss`` is train/loss, ``val_top1`` val/top1."""
-    place, _, rest = column.partition("_")
-    return f"{place}/{rest}" if place in ("train", "val") else f"train/{column}"
+    """Returns ``train/NAME`` or ``val/NAME`` for a column of summary.csv, such as train/loss for ``train_loss``."""
+    split, _, rest = column.partition("_")
+    return f"{split}/{rest}" if split in ("train", "val") else f"train/{column}"
 
 
 def metrics(row: dict[str, Any]) -> dict[str, float]:
-    """What a row of summary.csv sends: every number in it but the epoch, which is the step."""
+    """Returns all numbers in a row of summary.csv by metric name, except the epoch, which is the step."""
     return {metric_name(name): float(value) for name, value in row.items() if name != "epoch" and value != ""}
 
 
 def hyperparameters(options: dict[str, Any]) -> dict[str, bool | int | float | str]:
-    """The options that are set, as what trackers take; what looks like a secret is left out."""
+    """Returns the options that are set in the types that trackers accept; values that look secret are left out."""
     found: dict[str, bool | int | float | str] = {}
     for name, value in options.items():
         entries = {f"{name}.{key}": entry for key, entry in value.items()} if isinstance(value, dict) else {name: value}
@@ -70,7 +70,7 @@ def hyperparameters(options: dict[str, Any]) -> dict[str, bool | int | float | s
 
 
 class Trackers:
-    """The trackers of a run; on all processes but the main one, and where none is asked for, it does nothing.
+    """The trackers of a run; does nothing on processes other than the main one, or without ``--report-to``.
 
     Args:
         accelerator: Accelerate's, made with ``log_with``.
@@ -84,10 +84,10 @@ class Trackers:
         self._hook = threading.excepthook
 
     def start(self, options: dict[str, Any], epoch: int, resumed: bool) -> None:
-        """Opens them, or goes on in the same places, at epoch `epoch`.
+        """Starts the trackers at epoch `epoch`; those of a resumed run continue in the same place.
 
         Raises:
-            UserError: if one does not start; a resumed run warns, and goes on without it.
+            UserError: if one does not start; a resumed run warns and continues without it.
         """
         self.state, live = self._read() if resumed else {}, []
         threading.excepthook = self._thread_failed
@@ -97,7 +97,7 @@ class Trackers:
                 name, {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8], "logged": 0}
             )
             if name == "tensorboard":
-                state["logged"] = min(state["logged"], epoch)  # the rest is struck out, and written again
+                state["logged"] = min(state["logged"], epoch)  # later steps are purged and written again
             try:
                 self.accelerator.log_with, self.accelerator.trackers = [kind], []
                 self.accelerator.project_configuration.logging_dir = str(self.run)
@@ -111,12 +111,12 @@ class Trackers:
                 advice = "wandb login, or set WANDB_MODE=offline" if name == "wandb" else "leave it out of --report-to"
                 if not resumed:
                     raise UserError(f"report-to: {name} does not start: {brief(error)}; {advice}") from error
-                logger.warning(f"warning: report-to: {name} does not start: {brief(error)}; going on without it")
+                logger.warning(f"warning: report-to: {name} does not start: {brief(error)}; continuing without it")
         self.accelerator.log_with, self.accelerator.trackers = self.asked, live
         self._keep()
 
     def log(self, rows: list[dict[str, Any]]) -> None:
-        """Sends what is new in the rows of summary.csv; a tracker that fails is told and left, and the training goes on."""
+        """Sends the new rows of summary.csv; a tracker that fails is removed with a warning, and the training continues."""
         for tracker in list(self.accelerator.trackers) if self.asked else []:
             state = self.state[tracker.name]
             try:
@@ -128,24 +128,23 @@ class Trackers:
             except Exception as error:
                 self.accelerator.trackers.remove(tracker)
                 logger.warning(
-                    f"warning: report-to: {tracker.name} fails: {brief(error)}; the training goes on without it"
+                    f"warning: report-to: {tracker.name} fails: {brief(error)}; the training continues without it"
                 )
-
         self._keep()
 
     def _keep(self) -> None:
-        """Writes down which tracker runs these are, and how far."""
+        """Writes the ids of the tracker runs and the last steps sent to the run's folder."""
         if not self.asked:
             return
         try:
             write_json(self.run / STATE_FILE, self.state)
         except OSError as error:
             logger.warning(
-                f"warning: {STATE_FILE} cannot be written: {brief(error)}; resumed, the run may begin new tracker runs"
+                f"warning: {STATE_FILE} cannot be written: {brief(error)}; on resume, the run may start new tracker runs"
             )
 
     def finish(self) -> None:
-        """Closes them."""
+        """Closes the trackers."""
         for tracker in list(self.accelerator.trackers) if self.asked else []:
             try:
                 tracker.finish()
@@ -154,20 +153,20 @@ class Trackers:
         self.accelerator.trackers, threading.excepthook = [], self._hook
 
     def _thread_failed(self, what: Any) -> None:
-        """TensorBoard writes in a thread of its own, and hands on to `log` what goes wrong there: no traceback besides."""
+        """Hides tracebacks of TensorBoard's writer thread: `log` gets and reports the same errors."""
         if not type(what.thread).__module__.startswith("tensorboard"):
             self._hook(what)
 
     def _arguments(self, name: str, state: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-        """What a tracker is opened with."""
+        """Returns the arguments that start a tracker."""
         if name == "tensorboard":
             return {"purge_step": state["logged"] + 1}
         shared = {"name": self.run.resolve().name, "resume": "allow", "config": options}
         if name == "trackio":
-            return {**shared, "name": f"{shared['name']}-{state['id']}"}  # it knows a run again by its name
+            return {**shared, "name": f"{shared['name']}-{state['id']}"}  # it identifies a run by its name
         import wandb
 
-        # Its copy of what is printed would stand between us and the terminal.
+        # By default wandb captures the console, and our output would pass through wandb before the terminal.
         settings = wandb.Settings(console=os.environ.get("WANDB_CONSOLE", "off"))
         return {**shared, "dir": str(self.run), "id": state["id"], "settings": settings}
 
@@ -180,7 +179,7 @@ class Trackers:
 
 
 def _write_hyperparameters(writer: Any, options: dict[str, Any]) -> None:
-    """Into the run's own event file: Accelerate would make a folder for them, which TensorBoard takes for another run."""
+    """Writes the options to the run's own event file: Accelerate would make a folder that TensorBoard shows as a run."""
     from torch.utils.tensorboard.summary import hparams
 
     for summary in hparams(options, {}):
@@ -189,6 +188,6 @@ def _write_hyperparameters(writer: Any, options: dict[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    """A value as text, without the name and password that an address may carry."""
+    """Returns a value as text, without user names and passwords in URLs."""
     words = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return re.sub(r"//[^/@\s]+@", "//", words)

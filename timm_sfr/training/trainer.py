@@ -1,7 +1,7 @@
-"""`Trainer`: the epochs of a run, and what is written after each.
+"""`Trainer`: the loop over the epochs of a run, which also writes and validates.
 
-One batch, top to bottom: `TrainBatches` -> mixup -> `task` (one pass, all losses) -> backward -> clip -> update ->
-schedule -> moving average. Accelerate holds devices, processes and precision; timm everything else.
+The steps for one batch: `TrainBatches` -> mixup -> `task` (one pass, all losses) -> backward -> clip -> update ->
+schedule -> moving average. Accelerate handles devices, processes and precision; timm provides everything else.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class Trainer(Learner):
 
     Attributes:
         workspace: The run's folder.
-        recorder: Writes its files.
-        trackers: Send its figures elsewhere.
-        signals: What the process was asked for from outside.
+        recorder: Writes the run's files.
+        trackers: Send the scores to TensorBoard and the like.
+        signals: Requests from outside to stop or to save.
         val_loader: The validation batches.
         prep: Image size and normalisation.
-        mixup: timm's mixup and CutMix, None where both are off.
-        seen: What the last validation predicted for every image.
+        mixup: timm's mixup and CutMix; None if both are off.
+        seen: Predictions of the last validation.
+        progress: Shows the progress.
     """
 
     workspace: Workspace
@@ -63,26 +64,27 @@ class Trainer(Learner):
         self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
 
     def train_epoch(self, epoch: int, start: int = 0) -> dict[str, float]:
-        """Trains one epoch, from batch `start` on; the means of the loss's terms over its images, and images per second.
+        """Trains one epoch from batch `start` on; returns the epoch's means of the loss's terms, and images per second.
 
         Raises:
-            Interrupted: if a signal stopped it, after a checkpoint.
+            Interrupted: if a signal stopped it, after a checkpoint was saved.
+            UserError: for a non-finite loss, or if the data ends early.
         """
         optim, accum = self.config.optim, self.config.optim.grad_accum_steps
         self.task.set_epoch(epoch, self.schedule.epochs)
         self.task.train()
         if self.mixup is not None:
             self.mixup.mixup_enabled = not (0 < self.config.aug.mixup_off_epoch <= epoch)
-        kind = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
+        dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         names = self.guard.names
-        total = torch.zeros(len(names), dtype=kind, device=self.accelerator.device)
+        total = torch.zeros(len(names), dtype=dtype, device=self.accelerator.device)
         if start > 0 and self.state.total is not None:
             total += self.state.total
-        steps, images, came, started = len(self.batches), 0, start, time.perf_counter()
+        steps, images, done, started = len(self.batches), 0, start, time.perf_counter()
         self.progress.begin(epoch, start)
         for step, (image, target) in enumerate(self.batches.epoch(epoch, start), start):
-            images, came = images + len(target), step + 1
-            # All that is drawn for a batch depends on these numbers alone, so that a run can go on from any batch.
+            images, done = images + len(target), step + 1
+            # A batch's random numbers depend only on these values, so that a run can resume at any batch.
             reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
             if self.batches.erase is not None:
                 image = self.batches.erase(image)
@@ -109,9 +111,9 @@ class Trainer(Learner):
                 if step + 1 < steps:
                     self._between_updates(epoch, step + 1, total)
             self.progress.batch(len(target) * self.accelerator.num_processes, self.guard.loss)
-        if came != steps:
-            raise UserError(f"data: expected {steps} batches in epoch {epoch + 1}; {came} came: a stream held fewer samples "
-                            "than --train-num-samples says, or its shards do not divide evenly among the processes and "
+        if done != steps:
+            raise UserError(f"data: expected {steps} batches in epoch {epoch + 1}; got {done}: a stream has fewer samples "
+                            "than --train-num-samples, or its shards do not divide evenly among the processes and "
                             f"workers; stopped, {self.workspace.kept()}")  # fmt: skip
         self._settle(epoch, steps - 1)
         means = self.accelerator.reduce(total / max(1, steps), reduction="mean").tolist()
@@ -122,20 +124,20 @@ class Trainer(Learner):
         return {**dict(zip(names, means, strict=True)), "images_per_second": rate}
 
     def validate(self) -> dict[str, float]:
-        """Scores of what gets exported: the moving average where there is one."""
+        """Returns the scores of the exported model: the moving average if there is one."""
         self.seen, watch = Predictions(), self.progress.validating
         return evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen, watch)
 
     def exported_model(self) -> Any:
-        """The plain timm model behind all wrappers."""
+        """Returns the plain timm model without wrappers: the moving average if there is one."""
         return unwrap_model(self.task.get_eval_model(ema=self.task.has_ema()))
 
     def fit(self) -> None:
-        """Runs the remaining epochs, writing everything after each.
+        """Trains the remaining epochs and writes all files after each.
 
         Raises:
-            Interrupted: if a signal stopped the run, after a checkpoint.
-            UserError: for a non-finite loss, or where the disk is full.
+            Interrupted: if a signal stopped the run, after a checkpoint was saved.
+            UserError: for a non-finite loss, or if the disk is full.
         """
         with self.signals, self.progress:
             self._fit()
@@ -161,7 +163,7 @@ class Trainer(Learner):
                 raise interrupted(stop, state.updates, self.workspace, self.accelerator)
 
     def _write(self, improved: bool) -> None:
-        """Writes everything about the epoch that has just ended."""
+        """Writes the files of the finished epoch."""
         state = self.state
         self.recorder.say_bad_images()
         if self.accelerator.is_main_process:
@@ -169,11 +171,11 @@ class Trainer(Learner):
             self.recorder.write_epoch(state, improved, self.exported_model(), self.seen)
             self.trackers.log(state.rows)
         self._keep(state.epoch, 0, None, improved)
-        # The report is not part of the training's time.
+        # The training time does not include the report.
         self._started += self.recorder.refresh_report(state, last=state.epoch == self.schedule.epochs)
 
     def _keep(self, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
-        """Keeps a checkpoint; in mid-epoch every process takes part, for what it alone knows."""
+        """Saves a checkpoint; in mid-epoch every process has to call this, because each has its own sums."""
         self.state.seconds = time.perf_counter() - self._started
         if step == 0 and not self.accelerator.is_main_process:
             return
@@ -198,7 +200,7 @@ class Trainer(Learner):
         self.guard.count(made)
         if self.guard.too_many():
             where = f"epoch {epoch + 1}, update {self.state.updates + 1}"
-            raise UserError(f"non-finite: {self.guard.in_a_row} updates in a row were left out, the last at {where}; "
+            raise UserError(f"non-finite: {self.guard.in_a_row} updates in a row were skipped, the last at {where}; "
                             f"stopped, {self.workspace.kept()}; {ADVICE}")  # fmt: skip
         self.optimizer.zero_grad()
         self.state.updates += 1
@@ -207,7 +209,7 @@ class Trainer(Learner):
         self.schedule.after_update(self.state.updates)
 
     def _nonfinite(self, epoch: int, step: int) -> None:
-        """Writes down which batch it was, and stops unless the update is only to be left out."""
+        """Records the batch with the non-finite number; raises UserError unless the policy is to skip the update."""
         term, value = self.guard.bad or ("loss", math.nan)
         skip, rank, late = self.guard.policy == "skip", self.accelerator.process_index, self.guard.late
         epoch, step, update = late or (epoch, step, self.state.updates + 1)
@@ -221,7 +223,7 @@ class Trainer(Learner):
             raise stopped(term, value, where, f"stopped {how} the update", self.workspace.kept())
 
     def _share_batchnorm(self) -> None:
-        """Makes BatchNorm's running statistics the same on all processes; each saw its own part of the batches."""
+        """Makes BatchNorm's running statistics the same on all processes, because each saw only its part of the batches."""
         mode, processes = self.config.engine.dist_bn, self.accelerator.num_processes
         if processes == 1 or mode == "none":
             return
@@ -230,7 +232,7 @@ class Trainer(Learner):
             distribute_bn(self.task.get_trainable_module(ema=True), processes, reduce=mode == "reduce")
 
     def _record(self, epoch: int, val: dict[str, float]) -> bool:
-        """Notes the scores of an epoch; whether they are the best so far."""
+        """Records the scores of an epoch; returns whether they are the best so far."""
         scores = {"epoch": epoch, "images": val["images"], "ece": val["ece"],
                   **{f"val_{name}": val[name] for name in ("top1", "top5", "loss")}}  # fmt: skip
         self.state.last = scores
@@ -245,26 +247,26 @@ class Trainer(Learner):
         return True
 
     def _between_updates(self, epoch: int, step: int, total: Tensor) -> None:
-        """After an update in mid-epoch: keeps a checkpoint where one is due or asked for, and stops where that is."""
+        """After an update in mid-epoch: saves a checkpoint if one is due or requested, and stops on a signal."""
         stop, save = self.signals.asked(self.state.updates)
         interval = self.config.engine.checkpoint_interval
         if save or stop is not None or (interval is not None and self.state.updates % interval == 0):
             self._settle(epoch, step - 1)
             self._keep(epoch, step, total, False)
         if stop is not None:
-            # A launcher that sees one process end gives the others seconds: the first may still be writing.
+            # When one process ends, the launcher kills the others after seconds, and the first may still be writing.
             self.accelerator.wait_for_everyone()
             raise interrupted(stop, self.state.updates, self.workspace, self.accelerator)
 
     def _settle(self, epoch: int, step: int) -> None:
-        """Before anything is kept: the last update's gradients must have been finite, where nobody has looked yet."""
+        """Checks the last update's gradients before anything is saved, if that has not happened yet."""
         self.guard.settle()
         if self.guard.late is not None:
             self._nonfinite(epoch, step)
 
 
 def _term(result: dict[str, Tensor], name: str) -> Tensor:
-    """A term of the loss, or of that of SFR's base task; a task without SFR has its loss alone."""
+    """Returns a term of the loss, of the task itself or of SFR's base task; without SFR, zero for all but the loss."""
     value = result.get(name, result.get(f"base_{name}"))
     if value is None:
         value = result["loss"] if name == "task_loss" else result["loss"].new_zeros(())
