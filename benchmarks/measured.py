@@ -1,4 +1,4 @@
-"""A figure of the speed benchmark, and how ratios are measured: in turns, medians over rounds."""
+"""The rows of the speed benchmark, and the measurement of ratios: both sides take turns, medians over rounds."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from benchmarks.timing import in_turns, ratios
 
 @dataclass(frozen=True)
 class Row:
-    """One figure.
+    """One measurement.
 
     Attributes:
-        part: Which part of the benchmark it belongs to.
-        what: What was measured.
+        part: The part of the benchmark.
+        what: The measured quantity.
         value: Median.
         low: Lower quartile.
         high: Upper quartile.
-        target: What it should not pass; None where there is none.
-        at_least: The target is a floor.
-        note: What else the table says.
+        target: Its limit, or None.
+        at_least: Whether the target is a minimum instead of a maximum.
+        note: More text for the table.
     """
 
     part: str
@@ -39,7 +39,7 @@ class Row:
 
 
 def timed(work: Callable[[], object], times: int = 1) -> float:
-    """Seconds that `work` takes, `times` in a row, on the GPU to its end."""
+    """Returns the mean seconds of `work` over `times` calls in a row; waits for the GPU if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -61,7 +61,7 @@ def ratio_row(
     target: float | None = None,
     speed: bool = False,
 ) -> Row:
-    """`other`'s time over `base`'s, in turns; `speed` turns it round, to how much faster `other` is."""
+    """Returns the time of `other` over that of `base`, measured in turns; with `speed`, the speed of `other` over `base`."""
     taken, around, own = in_turns(partial(timed, base, times), {"": partial(timed, other, times)}, rounds, what)
     middle, low, high = ratios(taken, around)[""]
     if speed:

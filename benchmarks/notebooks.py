@@ -1,4 +1,4 @@
-"""Runs the notebooks of docs/notebooks/ and keeps their outputs: ``python -m benchmarks.notebooks``."""
+"""Runs the notebooks in docs/notebooks/ and saves their outputs: ``python -m benchmarks.notebooks``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs" / "notebooks"
 
 
 def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """A notebook with fresh outputs, its cells run from top to bottom in `folder`.
+    """Runs a notebook in `folder` from top to bottom; returns it with the new outputs.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails.
@@ -23,7 +23,7 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     settings = {"timeout": 300, "kernel_name": "python3", "record_timing": False, "coalesce_streams": True}
     client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **settings)
     client.create_kernel_manager()
-    with TemporaryDirectory(prefix="nb-") as place:  # sockets in a folder of a short name, in place of open ports
+    with TemporaryDirectory(prefix="nb-") as place:  # sockets (in a folder with a short name) instead of open ports
         client.km.transport, client.km.ip = "ipc", f"{place}/kernel"
         client.km.connection_file = f"{place}/kernel.json"
         client.execute(env={**os.environ, "IPYTHONDIR": place, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
@@ -31,7 +31,7 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
 
 
 def main() -> int:
-    """Renews the outputs; 0."""
+    """Updates the outputs; returns 0."""
     for path in sorted(FOLDER.glob("*.ipynb")):
         with TemporaryDirectory() as folder:
             nbformat.write(executed(path, Path(folder)), path)

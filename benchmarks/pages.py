@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def fill(text: str, label: str, body: str) -> str:
-    """`text` with `body` in the place called `label`, which is made at the end where there is none."""
+    """Returns `text` with `body` as the content of the place `label`, which is added at the end if it does not exist."""
     pattern = re.compile(rf"(<!-- {re.escape(label)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if not pattern.search(text):
         text += f"\n## {label}\n\n<!-- {label} -->\n<!-- end -->\n"
@@ -15,11 +15,11 @@ def fill(text: str, label: str, body: str) -> str:
 
 
 def labels(text: str) -> set[str]:
-    """The places that `text` has."""
+    """Returns the labels of the places in `text`."""
     return set(re.findall(r"<!-- ([\w-]+) -->\n", text)) - {"end"}
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: the first column to the left, the others to the right."""
+    """Returns a Markdown table with the first column aligned left and the others right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

