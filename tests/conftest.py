@@ -46,12 +46,12 @@ def run(*words, timeout=600, **env):
     One of our own commands in an unchanged environment runs in this process; COLD=1 runs all in new ones.
     """
     words, env = [str(word) for word in words], {**os.environ, **env}
-    if "COLD" not in os.environ and env == dict(os.environ) and words[0] == sys.executable:
-        if words[1:2] == TRAIN[1:2]:
-            return run_here(train_sfr.main, words[2:])
-        if words[1:3] == ["-m", "timm_sfr.cli.main"]:
-            return run_here(timm_sfr_main, words[3:])
-    if "COLD" not in os.environ and can_start(words, env, STARTED):  # COLD=1: all in new processes
+    cold = "COLD" in os.environ
+    if not cold and env == dict(os.environ) and words[:2] == TRAIN[:2]:
+        return run_here(train_sfr.main, words[2:])
+    if not cold and env == dict(os.environ) and words[:3] == [sys.executable, "-m", "timm_sfr.cli.main"]:
+        return run_here(timm_sfr_main, words[3:])
+    if not cold and can_start(words, env, STARTED):
         same = all(env.get(name) == STARTED.get(name) for name in {*env, *STARTED} if name.startswith("HF_"))
         return (WARM_WITH_HUB if same else WARM).run(words[1:], env, ROOT, timeout)
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)

@@ -19,7 +19,7 @@ from timm_sfr.config import DEFAULT_MODEL, RunConfig
 from timm_sfr.data.datasets import Split, open_splits
 from timm_sfr.data.loaders import TrainBatches, eval_loader
 from timm_sfr.data.samples import BadImages, bad_images
-from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, preprocessing
+from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, img_mode, preprocessing
 from timm_sfr.hub.card import base_model
 from timm_sfr.hub.model_folder import Exporter, resolve_hub
 from timm_sfr.hub.push import check_card, check_push, loading_line, published, push_to_hub
@@ -36,7 +36,7 @@ from timm_sfr.training.forecast import Circumstances, advice, cores
 from timm_sfr.training.guards import FiniteGuard, Signals
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.recorder import Recorder
-from timm_sfr.training.run_state import RunState, restore
+from timm_sfr.training.run_state import restore
 from timm_sfr.training.tasks import create_task
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
@@ -179,10 +179,11 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
 
 def _run(trainer: Trainer, resume: Path | None) -> Path:
     """Trains the remaining epochs, prints where the results are, and publishes them if the options ask for it."""
-    say, run, state = trainer.workspace.say, trainer.workspace.run, trainer.state
+    say, run = trainer.workspace.say, trainer.workspace.run
     try:
         if resume is not None:
-            state = _restore(trainer)
+            _restore(trainer)
+        state = trainer.state
         if state.epoch < trainer.schedule.epochs:
             trainer.recorder.start()
             options, resumed = trainer.config.flat(), resume is not None
@@ -217,7 +218,7 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     return run
 
 
-def _restore(trainer: Trainer) -> RunState:
+def _restore(trainer: Trainer) -> None:
     """Restores the newest intact checkpoint in the run's folder."""
     say, run = trainer.workspace.say, trainer.workspace.run
     saved = load_newest(run / "checkpoints", say)
@@ -231,7 +232,6 @@ def _restore(trainer: Trainer) -> RunState:
     other = changed(run / "metrics.json", trainer.recorder.facts)
     if other is not None:
         say(other)
-    return state
 
 
 def _forecast(trainer: Trainer) -> None:
@@ -266,13 +266,13 @@ def _build(
     config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data | None
 ) -> _Built:
     """Opens the data, makes the model, its teacher and the task; checks early what could make a push fail."""
-    img_mode = config.data.input_img_mode or ("L" if config.model.in_chans == 1 else "RGB")
+    mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
     if data is None:
-        data = Data(*one_at_a_time(accelerator, lambda: open_splits(config.data, img_mode, config.engine.seed)))
+        data = Data(*one_at_a_time(accelerator, lambda: open_splits(config.data, mode, config.engine.seed)))
     num_classes = _num_classes(config, data.train)
     model = new_model(config.model, num_classes)
     prep = preprocessing(config.model, model)
-    check_mode(img_mode, prep.input_size[0])
+    check_mode(mode, prep.input_size[0])
     known = data.train.class_names
     names = known if known and len(known) == num_classes else None
     teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
