@@ -183,7 +183,7 @@ def test_naflex():
     )
     result = task(torch.randn(2, *task.plan.input_size), torch.tensor([0, 1]))
     assert result["sfr_loss"] > 0 and len(task.plan.shallow) == 3
-    with pytest.raises(UserError, match="got dict: load NaFlex models' images at one size"):
+    with pytest.raises(UserError, match="got dict; load the images of NaFlex models at one size"):
         task({"patches": torch.randn(2, 196, 768)}, torch.tensor([0, 1]))
 
 

@@ -29,6 +29,8 @@ def test_what_a_run_writes(digits_run):
         "model",
         "metrics.json",
         "predictions.csv",
+        "pictures",
+        "report.html",
     }
     assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert len({p.stat().st_mode for p in (folder / "model").iterdir()}) == 1, "others may read all of it or none"
