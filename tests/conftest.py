@@ -18,7 +18,7 @@ import timm
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import Hub
-from warm import HUB, SLOW, Warm, can_start
+from warm import HUB, SLOW, Warm, can_start, read_hub_settings
 
 import timm_sfr
 import train_sfr
@@ -37,33 +37,58 @@ TRAIN = [sys.executable, str(ROOT / "train_sfr.py"), "--report-interval", "0"]  
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 STARTED = dict(os.environ)
-WARM, WARM_WITH_HUB = Warm(SLOW, STARTED), Warm((*SLOW, *HUB), STARTED)
+WARM = Warm(SLOW, STARTED)
 
 
 def run(*words, timeout=600, **env):
     """Runs a command as a user would: its exit status, and what it printed on standard output and error.
 
-    One of our own commands in an unchanged environment runs in this process; COLD=1 runs all in new ones.
+    One of our own commands runs in this process, if at most the Hub's settings in the environment change; COLD=1 runs all
+    in new ones.
     """
     words, env = [str(word) for word in words], {**os.environ, **env}
-    cold = "COLD" in os.environ
-    if not cold and env == dict(os.environ) and words[:2] == TRAIN[:2]:
-        return run_here(train_sfr.main, words[2:])
-    if not cold and env == dict(os.environ) and words[:3] == [sys.executable, "-m", "timm_sfr.cli.main"]:
-        return run_here(timm_sfr_main, words[3:])
-    if not cold and can_start(words, env, STARTED):
-        same = all(env.get(name) == STARTED.get(name) for name in {*env, *STARTED} if name.startswith("HF_"))
-        return (WARM_WITH_HUB if same else WARM).run(words[1:], env, ROOT, timeout)
+    if "COLD" not in os.environ:
+        changed = {name for name in {*env, *os.environ} if env.get(name) != os.environ.get(name)}
+        if all(name.startswith(HUB) for name in changed):
+            if words[:2] == TRAIN[:2]:
+                return run_here(train_sfr.main, words[2:], env)
+            if words[:3] == [sys.executable, "-m", "timm_sfr.cli.main"]:
+                return run_here(timm_sfr_main, words[3:], env)
+        if can_start(words, env, STARTED):
+            return WARM.run(words[1:], env, ROOT, timeout)
     return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=env, cwd=ROOT)
 
 
-def run_here(main, words):
+@contextlib.contextmanager
+def environment(env):
+    """A context in which the environment is `env`, also for huggingface_hub."""
+    before = dict(os.environ)
+    if env == before:
+        yield
+        return
+    try:
+        os.environ.clear()
+        os.environ.update(env)
+        read_hub_settings()
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        read_hub_settings()
+
+
+def run_here(main, words, env):
     """Runs a command in this process, from the repository's root, with streams of its own."""
     out, err, place = io.StringIO(), io.StringIO(), os.getcwd()
     logging.getLogger("timm_sfr").handlers.clear()  # the next handler takes the new standard output
     os.chdir(ROOT)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+        with (
+            environment(env),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
             warnings.resetwarnings()
             warnings.simplefilter("ignore", DeprecationWarning)  # as Python does by default
             try:
@@ -84,8 +109,7 @@ def run_here(main, words):
 @pytest.fixture(scope="session", autouse=True)
 def _cold():
     yield
-    for server in (WARM, WARM_WITH_HUB):
-        server.close()
+    WARM.close()
 
 
 def train(*words, ok=True, **env):

@@ -10,6 +10,7 @@ server share the seed of Python's hashes: tests with launchers, signals and COLD
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -28,10 +29,10 @@ from types import ModuleType
 import numpy as np
 
 SLOW = ("torch", "torch._dynamo", "torchvision.transforms", "sklearn.datasets", "sklearn.model_selection", "scipy.stats",
-        "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2", "psutil", "yaml", "safetensors.torch")  # fmt: skip
-# They read the Hub's address from the environment when they are imported.
-HUB = ("huggingface_hub.hf_api", "timm", "accelerate")
-LATER = ("HF_", "NO_PROXY", "WANDB_", "TRACKIO_", "TIMM_SFR_", "PYTEST_")  # read by nothing in SLOW when it is imported
+        "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2", "psutil", "yaml", "safetensors.torch",
+        "huggingface_hub.hf_api", "timm", "accelerate")  # fmt: skip
+HUB = ("HF_", "NO_PROXY")  # read again by `read_hub_settings`
+LATER = (*HUB, "WANDB_", "TRACKIO_", "TIMM_SFR_", "PYTEST_")  # read by nothing in SLOW when it is imported
 
 
 class Warm:
@@ -91,6 +92,21 @@ class Warm:
             self.server = None
 
 
+def read_hub_settings() -> None:
+    """Makes huggingface_hub, which reads the environment when it is imported, read it again."""
+    constants = importlib.import_module("huggingface_hub.constants")
+    before = {name: value for name, value in vars(constants).items() if name.isupper()}
+    importlib.reload(constants)
+    changed = {name: value for name, value in before.items() if vars(constants)[name] != value}
+    copies = [module for name, module in list(sys.modules.items()) if name.startswith("huggingface_hub.")]
+    for name in changed:
+        for module in copies:
+            if name in vars(module):
+                setattr(module, name, vars(constants)[name])
+    importlib.import_module("huggingface_hub.hf_api").api.endpoint = constants.ENDPOINT
+    importlib.import_module("huggingface_hub.utils").close_session()  # it keeps connections, and knows of proxies
+
+
 def can_start(words: Sequence[str], environment: Mapping[str, str], started: Mapping[str, str]) -> bool:
     """Whether a fork is the same as a new process: a command of ours, and no change of what is read at a process's start."""
     ours = words[1].endswith(".py") or words[1] == "-c" or (words[1] == "-m" and words[2].startswith("timm_sfr"))
@@ -116,6 +132,7 @@ def become(environment: Mapping[str, str], folder: str, streams: Sequence[int]) 
     """Makes this fork what a new process would be, with these descriptors for its three standard streams."""
     os.environ.clear()
     os.environ.update(environment)
+    read_hub_settings()
     os.chdir(folder)
     for target, stream in enumerate(streams):
         os.dup2(stream, target)
@@ -145,6 +162,7 @@ if __name__ == "__main__":
     for module in sys.argv[1:]:
         importlib.import_module(module)
     assert threading.active_count() == 1, "a fork has only the thread that forks"
+    gc.freeze()  # a fork that ends need not look through all these modules
     command, given, place, *said = serve()
     written = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     become(given, place, [os.open(os.devnull, os.O_RDONLY), *(os.open(path, written) for path in said)])
