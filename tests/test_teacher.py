@@ -166,7 +166,7 @@ def test_the_teacher_is_no_part_of_what_is_trained_kept_or_exported(kind, tmp_pa
     assert sum(p.numel() for group in made.optimizer.param_groups for p in group["params"]) == student + extra
     assert sum(p.numel() for p in made.task.get_clip_parameters()) == student + extra
     with pytest.raises(UserError, match="5 terms of the loss, expected 9: a teacher was added or removed"):
-        restore(made, collect(made, 0, 4, torch.zeros(5)))
+        restore(made, collect(made, 0, 4, torch.zeros(6)))
     state = collect(made, 1, 0, None)
     assert set(state["module"]) == set(state["ema"]) and not any(key.startswith("base") for key in state["module"])
     assert len(state["module"]) == len(theirs) + 2 * (kind == "feature")

@@ -33,7 +33,7 @@ from timm_sfr.runs.folder import Workspace, open_workspace
 from timm_sfr.runs.records import hardware, read_summary, term_names, versions
 from timm_sfr.training.devices import explained, keep_freed_blocks, make_accelerator
 from timm_sfr.training.forecast import Circumstances, advice, cores
-from timm_sfr.training.guards import FiniteGuard, Signals
+from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run_state import restore
@@ -198,9 +198,9 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
         trainer.accelerator.end_training()
     best, last = state.best, state.last
     if not best:
-        raise UserError(
-            f"epochs: all {state.epoch} epochs of {run} are done and none was validated; raise --epochs"
-        )
+        metric = trainer.config.engine.eval_metric
+        why = f"the validation's {metric} was never finite; {ADVICE}" if last else "none was validated; raise --epochs"
+        raise UserError(f"epochs: all {state.epoch} epochs of {run} are done, but {why}")
     say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}", "best",
         best=best, last=last)  # fmt: skip
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from timm_sfr.config import RunConfig
+from timm_sfr.config import DEFAULT_BATCH, RunConfig
 from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.optimizer import Schedule
 from timm_sfr.utils.errors import UserError, brief
@@ -35,7 +35,8 @@ class RunState:
     Attributes:
         epoch: Number of finished epochs.
         step: Number of finished batches of the next epoch.
-        total: This process's sums of the loss's terms over those batches; None at the start of an epoch.
+        total: This process's sums of the loss's terms over those of these batches whose terms are finite, and last the
+            number of these; None at the start of an epoch.
         updates: Number of updates made.
         seconds: Training time.
         lr: The learning rate at the start of this epoch.
@@ -87,7 +88,7 @@ class Learner:
     @property
     def global_batch(self) -> int:
         """Images in one batch over all processes."""
-        return self.config.data.batch_size * self.accelerator.num_processes
+        return (self.config.data.batch_size or DEFAULT_BATCH) * self.accelerator.num_processes
 
     def updates_before(self, epoch: int, step: int) -> int:
         """Returns the number of updates in `epoch` epochs and `step` batches."""
@@ -102,7 +103,7 @@ def collect(learner: Learner, epoch: int, step: int, total: Tensor | None) -> di
         learner: What to save.
         epoch: The current epoch, or between epochs the next one.
         step: Number of its finished batches.
-        total: This process's sums of the loss's terms over them; None between epochs.
+        total: This process's sums over them, as in `RunState`; None between epochs.
     """
     ema = learner.task.get_trainable_module(ema=True)
     scaler = learner.accelerator.scaler
@@ -236,13 +237,13 @@ def _load_part(learner: Learner, parts: list[Part], scale: float) -> None:
         share = 1.0 if rank == 0 else 0.0
         sums = {name: share * sum(part["sums"][name] for part in parts) for name in parts[0]["sums"]}
         part = {"total": totals, "sums": sums, "ema": parts[0]["ema"]}
-    device, terms = learner.accelerator.device, len(learner.guard.names)
-    if part["total"]["total"].shape != (terms,):
+    total, terms = part["total"]["total"], len(learner.guard.names)
+    if total.shape != (terms + 1,):
         raise ValueError(
-            f"it was saved in mid-epoch with {part['total']['total'].numel()} terms of the loss, expected {terms}: a teacher "
-            "was added or removed"
+            f"it was saved in mid-epoch with {total.numel() - 1} terms of the loss, expected {terms}: a teacher was added or "
+            "removed"
         )
-    learner.state.total = part["total"]["total"].to(device) * scale
+    learner.state.total = total.to(learner.accelerator.device) * scale
     if part["sums"]:
         learner.task.add_sums(part["sums"])
     ema = learner.task.get_trainable_module(ema=True)

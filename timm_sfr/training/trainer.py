@@ -77,7 +77,8 @@ class Trainer(Learner):
             self.mixup.mixup_enabled = not (0 < self.config.aug.mixup_off_epoch <= epoch)
         dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         names = self.guard.names
-        total = torch.zeros(len(names), dtype=dtype, device=self.accelerator.device)
+        # The sums of the terms over the batches whose terms are finite, and last the number of these batches.
+        total = torch.zeros(len(names) + 1, dtype=dtype, device=self.accelerator.device)
         if start > 0 and self.state.total is not None:
             total += self.state.total
         steps, images, done, started = len(self.batches), 0, start, time.perf_counter()
@@ -103,7 +104,8 @@ class Trainer(Learner):
                 self.guard.terms.send(terms)
                 self.accelerator.backward(result["loss"] / group)
             if self.guard.check_terms():
-                total += terms
+                total[:-1] += terms
+                total[-1] += 1
             elif not self.guard.scaled:
                 self._nonfinite(epoch, step)
             if updates_now:
@@ -116,7 +118,8 @@ class Trainer(Learner):
                             "than --train-num-samples, or its shards do not divide evenly among the processes and "
                             f"workers; stopped, {self.workspace.kept()}")  # fmt: skip
         self._settle(epoch, steps - 1)
-        means = self.accelerator.reduce(total / max(1, steps), reduction="mean").tolist()
+        sums = self.accelerator.reduce(total, reduction="sum")
+        means = (sums[:-1] / sums[-1]).tolist()
         elapsed = time.perf_counter() - started
         self.task.end_epoch()
         self._share_batchnorm()
@@ -124,9 +127,22 @@ class Trainer(Learner):
         return {**dict(zip(names, means, strict=True)), "images_per_second": rate}
 
     def validate(self) -> dict[str, float]:
-        """Returns the scores of the exported model: the moving average if there is one."""
+        """Returns the scores of the exported model: the moving average if there is one.
+
+        Raises:
+            UserError: if some of its outputs are not finite, unless the policy is to go on.
+        """
         self.seen, watch = Predictions(), self.progress.validating
-        return evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen, watch)
+        scores = evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen, watch)
+        if scores["nonfinite"]:
+            found = (
+                f"non-finite outputs in validation, after update {self.state.updates}: of {scores['nonfinite']} of "
+                f"{scores['images']} images"
+            )
+            if self.guard.policy == "stop":
+                raise UserError(f"{found}; stopped, {self.workspace.kept()}; {ADVICE}")
+            self.workspace.say(f"warning: {found}; they count as wrong")
+        return scores
 
     def exported_model(self) -> Any:
         """Returns the plain timm model without wrappers: the moving average if there is one."""
