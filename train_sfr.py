@@ -7,18 +7,34 @@ python train_sfr.py ... --push-to-hub USER/NAME                 and publishes th
 python train_sfr.py --help                                      lists the options
 """
 
+import importlib.util
 import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `timm_sfr.cli.train.main`; Ctrl-C during the imports is one line, too."""
+    """Trains; returns the exit status."""
+    return _call("train", arguments)
+
+
+def timm_sfr(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``timm-sfr VERB ...``; returns the exit status."""
+    return _call("main", arguments)
+
+
+def _call(name: str, arguments: Sequence[str] | None) -> int:
+    """Calls a function of `timm_sfr.cli.main`; Ctrl-C during the imports is one line, too."""
     try:
-        from timm_sfr.cli.train import main as train
+        if "timm_sfr" not in sys.modules:
+            # timm_sfr/__init__ imports torch and timm for seconds: it runs when the options have been parsed
+            # (timm_sfr.cli.parser.call), so that help and mistakes are told at once.
+            spec = importlib.util.find_spec("timm_sfr")
+            sys.modules["timm_sfr"] = importlib.util.module_from_spec(spec)
+        module = importlib.import_module("timm_sfr.cli.main")
+        return getattr(module, name)(arguments)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 2
-    return train(arguments)
 
 
 if __name__ == "__main__":

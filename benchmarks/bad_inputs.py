@@ -226,7 +226,7 @@ CASES = (
     Case("a data set mistyped", "did you mean 'digits'", given("--dataset", "digit")),
     Case("no such folder of data", "no such file or directory", given("--data-dir", "/does/not/exist")),
     Case("a folder without splits", "has no 'train' part", lambda folder, run: ["--data-dir", str(folder)]),
-    Case("a class in the validation split alone", "only in val: ['c']",
+    Case("a class in the validation split alone", "val has 1 class that training does not have: ['c']",
          lambda folder, run: small(images(folder, ("a", "b", "c")))),
     Case("an image that is torn", "cannot decode image DIR/train/a/3.png", torn),
     Case("an image of too many pixels", "cannot decode image DIR/train/b/5.png", bomb),

@@ -118,7 +118,7 @@ def state(trainer):
     trainer.train_epoch(0)
     from timm_sfr.training.run_state import collect
 
-    return collect(trainer, 0, 4, torch.zeros(5))
+    return collect(trainer, 0, 4, torch.zeros(6))
 
 
 def places(value, at=()):

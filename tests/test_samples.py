@@ -11,6 +11,7 @@ from PIL import Image
 
 from timm_sfr.config import AugConfig, DataConfig
 from timm_sfr.data.datasets import open_splits
+from timm_sfr.data.images import ImageReading
 from timm_sfr.data.samples import BadImage, Decoded, bad_images, make_samples
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.training.devices import explained
@@ -60,7 +61,7 @@ def test_bad_images_are_listed_once_and_the_run_goes_on(damaged, tmp_path):
 def test_an_image_of_too_many_pixels_is_refused(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(BadImage, match="number 1: 16 x 16 pixels are more than 100"):
-        Decoded([(Image.new("L", (8, 8)), 0), (Image.new("L", (16, 16)), 1)], "RGB")[1]
+        Decoded([(Image.new("L", (8, 8)), 0), (Image.new("L", (16, 16)), 1)], ImageReading())[1]
 
 
 def test_a_loading_process_that_dies_is_said_in_one_line(folder, tmp_path):

@@ -19,6 +19,7 @@ from timm_sfr.utils.errors import UserError, near_matches
 from timm_sfr.utils.options import Checked, option, outside_name
 
 DEFAULT_MODEL = "resnet18"
+DEFAULT_BATCH = 128
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -29,7 +30,9 @@ class DataConfig(Checked):
     """What is trained on."""
 
     data_dir: str | None = option(
-        None, "path to the dataset: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or with tars or shards, ..."
+        None,
+        "path to the dataset: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or only CLASS/*.jpg, or with tars or "
+        "shards, ...",
     )
     dataset: str | None = option(
         None,
@@ -38,14 +41,35 @@ class DataConfig(Checked):
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split")
+    val_share: float | None = option(
+        None,
+        "share of each class's training images to validate on, if the folder has no validation split (default: 0.1 for a "
+        "folder without any split)",
+        low=0,
+        high=0.9,
+    )
     train_num_samples: int | None = option(None, "number of training samples, for streamed datasets", low=1)
     val_num_samples: int | None = option(None, "number of validation samples, for streamed datasets", low=1)
     dataset_download: bool = option(False, "let torch/ datasets download themselves")
     class_map: str | None = option(None, "path to a class-to-index mapping file")
     input_img_mode: str | None = option(None, "image mode to convert to (default: RGB, or L for one channel)")
-    input_key: str | None = option(None, "key of the image in hfds/ and wds/ datasets")
+    exif: bool = option(True, "turn images upright as their EXIF orientation says (timm does not)")
+    image_background: tuple[int, ...] = option((255, 255, 255), "RGB colour, 0 to 255, that transparent images are laid on")
+    image_range: tuple[float, ...] | None = option(
+        None,
+        "values that become black and white in images of more than 8 bits (default: 0 and 65535 for 16 bits, 0 and 1 for "
+        "floats in that range, otherwise each image's smallest and largest value)",
+    )
+    input_key: str | None = option(
+        None, "key of the image in hfds/ and wds/ datasets; endings of images in folders, such as '.png;.jpg'"
+    )
     target_key: str | None = option(None, "key of the label in hfds/ and wds/ datasets")
-    batch_size: int = option(128, "training batch size per process", short="-b", low=1)
+    batch_size: int | None = option(
+        None,
+        "training batch size per process (default: 128, or for a smaller set the largest power of two that fits)",
+        short="-b",
+        low=1,
+    )
     validation_batch_size: int | None = option(
         None, "validation batch size per process (default: as in training)", low=1
     )
@@ -59,6 +83,13 @@ class DataConfig(Checked):
         False, "decode every image once, at the start, and keep all in memory: for sets of small images"
     )
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
+
+    def check(self) -> None:
+        """Checks that the colour is one, and that the range has a smaller and a larger value."""
+        if len(self.image_background) != 3 or any(not 0 <= part <= 255 for part in self.image_background):
+            raise UserError(f"image_background: expected three numbers from 0 to 255; got {self.image_background}")
+        if self.image_range is not None and (len(self.image_range) != 2 or not self.image_range[0] < self.image_range[1]):
+            raise UserError(f"image_range: expected two numbers, smaller first; got {self.image_range}")
 
 
 @dataclass(frozen=True)
@@ -365,7 +396,7 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        if self.aug.mixes and self.data.batch_size % 2:
+        if self.aug.mixes and (self.data.batch_size or DEFAULT_BATCH) % 2:
             raise UserError(
                 f"batch-size: mixup and CutMix pair samples and need an even size; got {self.data.batch_size}"
             )

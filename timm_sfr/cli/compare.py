@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -17,7 +16,6 @@ from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError
 
-WHAT = "Compare runs: the options that differ, the scores, and the differences in top-1, paired by seed."
 # Options that do not make two runs different experiments.
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
               "hub_dataset", "workers", "log_interval", "report_interval", "report_to", "json_logs", "checkpoint_hist",
@@ -109,13 +107,6 @@ def scores_table(groups: Sequence[Group]) -> str:
     options = [("", *(group.name for group in groups))]
     options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]
     return "\n".join([*text, "", *aligned(options)] if base.options else text)
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the base")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per group")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with all curves in shared plots")
 
 
 def run(args: Namespace) -> int:

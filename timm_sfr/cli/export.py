@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import warnings
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_sfr.cli.parser import add_model
+from timm_sfr.cli.arguments import FORMATS
 from timm_sfr.method.probe import MISFITS
 from timm_sfr.models.loading import create_model
 from timm_sfr.utils.errors import UserError, brief
 from timm_sfr.utils.files import replace_atomically
 from timm_sfr.version import __version__
 
-WHAT = (
-    "Write a model as ONNX, TorchScript or PT2, with its preprocessing and class names, and check it against PyTorch."
-)
-FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 BATCHES = (1, 3, 8)  # batch sizes of the check: other than the traced size, 2, because the file has to take any
 TOLERANCE = 1e-3  # as a share of the largest logit; other runtimes sum in another order
@@ -150,14 +146,6 @@ WRITERS = {
     "torchscript": (_write_torchscript, _load_torchscript),
     "pt2": (_write_pt2, _load_pt2),
 }
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options."""
-    add_model(parser)
-    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="file format (default: onnx)")
-    parser.add_argument("--output", type=Path, metavar="FILE",
-                        help="file to write (default: the model's name, in the current folder)")  # fmt: skip
 
 
 def run(args: Namespace) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import os
 import re
 import sys
 import types
@@ -18,9 +20,13 @@ from timm_sfr.utils.errors import UserError, near_matches, one_line
 
 # Exit statuses other than 0 and 2: the run is complete but not published; a signal stopped it, and --resume continues it.
 PUSH_FAILED, INTERRUPTED = 3, 75
-# Options of timm's train.py that have another name here.
+CLOSED_PIPE = 141  # as for a program that SIGPIPE ends
+# Options of timm's train.py, and of other trainers, that have another name here.
 OTHERS = {"--amp": "--mixed-precision fp16 (or bf16)", "--amp-dtype": "--mixed-precision", "--num-gpu": "accelerate launch",
-          "--native-amp": "--mixed-precision fp16 (or bf16)", "--no-prefetcher": "not needed"}  # fmt: skip
+          "--native-amp": "--mixed-precision fp16 (or bf16)", "--no-prefetcher": "not needed",
+          "--learning-rate": "--lr", "--num-workers": "--workers (-j)", "--num-epochs": "--epochs", "--optimizer": "--opt",
+          "--scheduler": "--sched", "--lr-scheduler": "--sched", "--output-dir": "--output", "--image-size": "--img-size",
+          "--fp16": "--mixed-precision fp16", "--bf16": "--mixed-precision bf16"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,7 +37,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: "):
             words = message.removeprefix("unrecognized arguments: ").split() or ["''"]  # an empty word
             message = f"unrecognized arguments: {' '.join(words)}"
-            hint = f"; timm_sfr's is {OTHERS[words[0]]}" if words[0] in OTHERS else ""
+            close = difflib.get_close_matches(words[0], OTHERS, n=1, cutoff=0.85)
+            hint = f"; timm_sfr's is {OTHERS[close[0]]}" if close else ""
             message += hint or near_matches(words[0], self._option_string_actions) or "; --help lists them"
         chosen = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message)
         if chosen is not None:
@@ -91,9 +98,16 @@ def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> 
 def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Sequence[str] | None) -> int:
     """Parses the arguments and runs a command; returns its exit status, or prints one line and returns 2 for an error."""
     try:
-        return run(parser.parse_args(arguments))
+        args = parser.parse_args(arguments)
+        package = sys.modules["timm_sfr"]
+        if not hasattr(package, "__all__"):  # train_sfr.py has put off its __init__
+            package.__spec__.loader.exec_module(package)
+        return run(args)
     except UserError as error:
         return fail(one_line(error))
+    except BrokenPipeError:  # whatever read the output has ended, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's last flush succeeds
+        return CLOSED_PIPE
 
 
 def fail(message: str, status: int = 2) -> int:

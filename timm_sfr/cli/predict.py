@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_sfr.cli.parser import add_model, fail
-from timm_sfr.utils.errors import UserError, near_paths
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
 
-WHAT = "Print the most probable classes of images, with a model of the zoo, the Hub, a folder, or timm."
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+from timm_sfr.cli.arguments import READING
+from timm_sfr.cli.parser import fail, given
+from timm_sfr.config import DataConfig, RunConfig
+from timm_sfr.data.folders import is_hidden
+from timm_sfr.data.images import image_endings, image_reading, to_mode
+from timm_sfr.data.transforms import img_mode
+from timm_sfr.models.loading import create_model
+from timm_sfr.runs.records import recorded
+from timm_sfr.utils.errors import UserError, near_paths
 
 
 @dataclass(frozen=True)
@@ -27,28 +36,28 @@ class Prediction:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Returns the files in `paths`, and in place of each folder the images in it, sorted.
+    """Returns the files in `paths`, and in place of each folder the images in it, sorted; hidden ones are left out.
 
     Raises:
         UserError: if a path does not exist, or no image was found.
     """
     found: list[Path] = []
+    endings = image_endings()
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = (file for file in path.rglob("*") if not any(map(is_hidden, file.relative_to(path).parts)))
+            found += sorted(file for file in inside if file.suffix.lower() in endings and file.is_file())
         elif path.exists():
             found.append(path)
         else:
             raise UserError(f"image: no such file or directory: {str(path)!r}{near_paths(path)}")
     if not found:
-        raise UserError(f"image: no image in {', '.join(map(str, paths))} (looked for {' '.join(sorted(SUFFIXES))})")
+        raise UserError(f"image: no image in {', '.join(map(str, paths))} (looked for {' '.join(endings)})")
     return found
 
 
 def class_names(model: Any) -> list[str] | None:
     """Returns the model's own class names, or ImageNet's if timm's tag implies them; else None."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset
-
     own = model.pretrained_cfg.get("label_names")
     if own and len(own) == model.num_classes:
         return [str(own[i]) for i in range(model.num_classes)]
@@ -60,7 +69,9 @@ def class_names(model: Any) -> list[str] | None:
     return [info.index_to_description(i) for i in range(model.num_classes)]
 
 
-def predict(model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 32) -> Iterator[Prediction]:
+def predict(
+    model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 32, config: DataConfig | None = None
+) -> Iterator[Prediction]:
     """Yields the `topk` most probable classes of every image, in order, or the error of a file that does not decode.
 
     Args:
@@ -68,22 +79,17 @@ def predict(model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 
         files: Image files.
         topk: Number of classes.
         batch_size: Images per batch.
+        config: Options on how images are read; None for the defaults.
     """
-    import timm
-    import torch
-    from PIL import Image
-
-    from timm_sfr.data.transforms import img_mode
-
     data = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**data, is_training=False)
-    mode, names = img_mode(data["input_size"][0]), class_names(model)
+    names, reading = class_names(model), image_reading(config or DataConfig(), img_mode(data["input_size"][0]))
     for start in range(0, len(files), batch_size):
         part, images, errors = files[start : start + batch_size], {}, {}
         for file in part:
             try:
                 with Image.open(file) as image:
-                    images[file] = transform(image.convert(mode))
+                    images[file] = transform(to_mode(image, reading))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 errors[file] = str(error) or type(error).__name__
         rows: dict[Path, list[tuple[str, float]]] = {}
@@ -96,27 +102,17 @@ def predict(model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 
             yield Prediction(str(file), rows.get(file, []), errors.get(file))
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options."""
-    add_model(parser)
-    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files and folders")
-    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: 5)")
-    parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
-    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
-
-
 def run(args: Namespace) -> int:
     """Runs the command; returns 0, or 1 if an image could not be read."""
-    from timm_sfr.models.loading import create_model
-
     if args.topk < 1 or args.batch_size < 1:
         raise UserError("topk and batch-size: expected 1 or more")
     files = find_images(args.images)
     model = create_model(args.model, revision=args.revision)
     if not getattr(model, "num_classes", 0):
         raise UserError(f"model: {args.model!r} has no classifier")
+    config = RunConfig.from_flat({**recorded(args.model, READING), **given(args, READING)}).data
     failed = 0
-    for found in predict(model, files, args.topk, args.batch_size):
+    for found in predict(model, files, args.topk, args.batch_size, config):
         failed += found.error is not None
         if found.error is not None:
             print(f"skipped: {found.file}: {found.error}", file=sys.stderr)

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from pathlib import Path
+from argparse import Namespace
 
 from timm_sfr.utils.errors import UserError
-
-WHAT = "Write RUN/report.html: curves, scores by class, mistakes, and which features teach which. Needs no network."
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-    parser.add_argument("--mistakes", type=int, default=24, metavar="N", help="wrong images to show (default: 24)")
 
 
 def run(args: Namespace) -> int:

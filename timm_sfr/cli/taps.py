@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_sfr.cli.parser import add_options, given
-from timm_sfr.config import RunConfig
+from timm_sfr.cli.arguments import TAPS
+from timm_sfr.cli.parser import given
+from timm_sfr.config import DEFAULT_BATCH, RunConfig
 from timm_sfr.data.transforms import preprocessing
 from timm_sfr.method.channels import ChannelProjection
 from timm_sfr.method.config import SFRConfig
@@ -26,9 +27,6 @@ from timm_sfr.models.loading import new_model
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError
 
-WHAT = "Show what SFR would tap in a model: which features teach which, and the cost per step."
-OPTIONS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",
-           "sfr_solver", "sfr_max_nodes")  # fmt: skip
 ROUNDS = 5  # timed runs of a loss, after one to warm up
 
 
@@ -135,21 +133,14 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
         raise UserError(f"picture: cannot write {str(path)!r}: {error}") from error
 
 
-def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options."""
-    parser.add_argument("model", metavar="MODEL", help="any timm name, hf-hub:USER/NAME, or local-dir:FOLDER")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the taps to a .png, .svg or .pdf file")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(parser.add_argument_group("as in training"), OPTIONS)
-
-
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
-    config = RunConfig.from_flat({"dataset": "none", "model": args.model, **given(args, OPTIONS)})
+    config = RunConfig.from_flat({"dataset": "none", "model": args.model, **given(args, TAPS)})
     model: nn.Module = new_model(config.model, 10)
     size = preprocessing(config.model, model).input_size
     plan, features = choose_taps(model, size, config.sfr.taps), probe(model, size).features
-    rows = describe(plan, features, config.sfr, config.data.batch_size)
+    batch = config.data.batch_size or DEFAULT_BATCH
+    rows = describe(plan, features, config.sfr, batch)
     if args.picture is not None:
         picture(plan, features, rows, args.model, args.picture)
     if args.json:
@@ -159,7 +150,7 @@ def run(args: Namespace) -> int:
             )
         )
     else:
-        print(taps_table(plan, rows, config.data.batch_size, config.sfr.matching))
+        print(taps_table(plan, rows, batch, config.sfr.matching))
     return 0
 
 

@@ -9,35 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_sfr.cli.parser import INTERRUPTED, PUSH_FAILED, Parser, add_option, call, fail
-from timm_sfr.config import DEFAULT_MODEL, SECTIONS, RunConfig, options
+from timm_sfr.cli.arguments import training_parser
+from timm_sfr.cli.parser import INTERRUPTED, PUSH_FAILED, fail
+from timm_sfr.config import DEFAULT_MODEL, RunConfig
 from timm_sfr.runs.folder import newest_run, read_run
 from timm_sfr.training.run import fit
 from timm_sfr.utils.console import logger, show_log
 from timm_sfr.utils.errors import HubError, Interrupted, UserError, one_line
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import launch_id, restarts
-
-WHAT = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
-
-
-def training_parser() -> Parser:
-    """Returns the parser of the training options; its result has only the options that the user gave."""
-    parser = Parser(prog="train_sfr.py", description=WHAT, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds all options of a run, in groups."""
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; 'auto': continue the newest run "
-                        "with these options or this --experiment, or start one")  # fmt: skip
-    groups = {
-        name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
-    }
-    for section, name, item in options():
-        add_option(groups[section], section, name, item)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | None]:
@@ -90,11 +70,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return fail("interrupted; --resume RUN continues from the last checkpoint")
     return 0
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs ``train_sfr.py``, which is ``timm-sfr train``; returns the exit status."""
-    return call(run, training_parser(), arguments)
 
 
 def _stored(config: str | None) -> dict[str, Any]:

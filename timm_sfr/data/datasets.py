@@ -8,21 +8,44 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import ImageDataset, add_img_extensions, create_dataset
+from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sfr.config import DataConfig
+from timm_sfr.config import DEFAULT_BATCH, DataConfig
+from timm_sfr.data.folders import (
+    LAYOUT,
+    SPLIT_SYNONYMS,
+    VAL_SHARE,
+    FolderReader,
+    FolderScan,
+    choose_split,
+    find_split,
+    map_classes,
+    number_classes,
+    read_split,
+    scan_folder,
+)
+from timm_sfr.data.images import image_endings
+from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, first_line, near_matches, near_paths
-
-SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset, map-style or a stream, and its class names if known."""
+    """One split of a dataset, map-style or a stream.
+
+    Attributes:
+        dataset: The dataset.
+        class_names: The names of the classes, in the order of their indices; None if they are not known.
+        scan: What lies in the split's folder; None for other datasets.
+        chosen: Whether the split was chosen from a folder that has no splits.
+    """
 
     dataset: Any
     class_names: tuple[str, ...] | None
+    scan: FolderScan | None = None
+    chosen: bool = False
 
     @property
     def streamed(self) -> bool:
@@ -50,37 +73,112 @@ class Digits(Dataset):
         return Image.fromarray(self.pixels[index]).convert(self.mode), int(self.labels[index])
 
 
-def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> Split:
-    """Opens the training or the validation split of the dataset in `config`.
+def open_splits(config: DataConfig, img_mode: str, seed: int, listed: Path | None = None) -> tuple[Split, Split]:
+    """Opens the training and the validation split; both number the classes as the training split does.
+
+    Args:
+        config: The data options.
+        img_mode: The Pillow mode of the images.
+        seed: Chooses the validation images of a folder without splits.
+        listed: The file in which a run has listed the images of such a folder, if the run is resumed.
 
     Raises:
-        UserError: if the split is missing or empty, or timm cannot open it.
+        UserError: if a split cannot be opened, or the validation split has classes that the training split lacks.
+    """
+    scans = _scans(config, seed, listed)
+    train = open_split(config, True, img_mode, seed, scans=scans)
+    return train, open_split(config, False, img_mode, seed, train.class_names, scans=scans)
+
+
+def open_split(
+    config: DataConfig,
+    training: bool,
+    img_mode: str,
+    seed: int,
+    classes: tuple[str, ...] | None = None,
+    listed: Path | None = None,
+    scans: tuple[FolderScan, FolderScan] | None = None,
+) -> Split:
+    """Opens the training or the validation split of the dataset in `config`.
+
+    Args:
+        config: The data options.
+        training: Which of the two.
+        img_mode: The Pillow mode of the images.
+        seed: Chooses the validation images of a folder without splits.
+        classes: The classes in the order of their indices, of which the split may lack some; None: its own.
+        listed: The file in which a run has listed the images of a folder without splits.
+        scans: The parts of such a folder, if they are already known.
+
+    Raises:
+        UserError: if the split is missing or empty, timm cannot open it, or it has a class that is not among `classes`.
     """
     if config.dataset == "digits":
         return Split(Digits(training, img_mode), tuple("0123456789"))
+    add_img_extensions([ending for ending in image_endings() if ending not in (".png", ".jpg", ".jpeg")])
     split = config.train_split if training else config.val_split
     name = config.dataset or ""
-    samples = config.train_num_samples if training else config.val_num_samples
     if "/" not in name and (config.data_dir is None) and name not in ("", "folder"):
         kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/, or 'digits'"
         raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
     if not name or name == "folder":
-        name = ""
-        _check_folder(config.data_dir, split)
+        scans = scans or _scans(config, seed, listed)
+        if scans is not None:
+            return _from_scan(config, scans[0 if training else 1], training, classes, chosen=True)
+        root = _split_root(config, split)
+        if root.is_dir():
+            return _from_scan(config, scan_folder(root, _endings(config)), training, classes)
+    return _from_timm(config, training, img_mode, seed, classes)
+
+
+def _from_scan(
+    config: DataConfig, scan: FolderScan, training: bool, classes: tuple[str, ...] | None, chosen: bool = False
+) -> Split:
+    """Returns the split that a folder's images make."""
+    split = "train" if training else "val"
+    if config.class_map is not None:
+        class_to_idx = _class_map(config.class_map, scan.root)
+        # Only the training split has to have images of every class in the map.
+        needed = class_to_idx if training else {name: 0 for name in scan.classes if name in class_to_idx}
+        scan = map_classes(scan, needed, config.class_map)
+    elif classes is not None:
+        class_to_idx = {name: index for index, name in enumerate(classes)}
+    else:
+        class_to_idx = number_classes(scan)
+    if not scan.images:
+        over = scan.passed_over()
+        raise UserError(f"data: found no images in folders of classes in {str(scan.root)!r}{f'; found {over}' if over else ''}; "
+                        f"expected {LAYOUT}")  # fmt: skip
+    _check_known(scan.classes, class_to_idx, split)
+    dataset = ImageDataset(str(scan.root), reader=FolderReader(scan.root, scan.images, class_to_idx))
+    return Split(dataset, _names(class_to_idx), scan, chosen)
+
+
+def _from_timm(
+    config: DataConfig, training: bool, img_mode: str, seed: int, classes: tuple[str, ...] | None
+) -> Split:
+    """Returns the split as timm opens it: a tar, torch/, hfds/, wds/, ..."""
+    split = config.train_split if training else config.val_split
+    name = "" if config.dataset == "folder" else config.dataset or ""
+    samples = config.train_num_samples if training else config.val_num_samples
     if name.startswith("wds/") and samples is None:
         _check_shards(config.data_dir, "train" if training else "val")
+    # A tar may lack some classes of the training split, as a folder may.
+    mapped = {one: index for index, one in enumerate(classes)} if classes and not name else None
+    kind = name.split("/")[0]
     try:
         dataset = create_dataset(
             name,
             root=config.data_dir,
             split=split,
-            class_map=config.class_map,
+            class_map=config.class_map or mapped,
             is_training=training,
             download=config.dataset_download,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size or DEFAULT_BATCH,
             num_samples=samples,
             seed=seed,
-            input_img_mode=img_mode,
+            # Streams give images as they are; their transform brings them to the mode (`timm_sfr.data.images`).
+            input_img_mode="" if kind in ("wds", "hfids") else img_mode,
             input_key=config.input_key,
             target_key=config.target_key,
         )
@@ -90,27 +188,101 @@ def open_split(config: DataConfig, training: bool, img_mode: str, seed: int) -> 
         ) from error
     reader = getattr(dataset, "reader", dataset)
     # Readers of tars have class_name_to_idx.
-    classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
-    names = tuple(map(str, sorted(classes, key=classes.get))) if classes else getattr(dataset, "classes", None)
+    class_to_idx = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+    names = _names(class_to_idx) if class_to_idx else getattr(dataset, "classes", None)
+    if names and classes:
+        _check_known(tuple(names), {one: index for index, one in enumerate(classes)}, "train" if training else "val")
     return Split(dataset, tuple(names) if names else None)
 
 
-def open_splits(config: DataConfig, img_mode: str, seed: int) -> tuple[Split, Split]:
-    """Opens the training and the validation split and checks that their classes are the same.
+def _scans(config: DataConfig, seed: int, listed: Path | None) -> tuple[FolderScan, FolderScan] | None:
+    """Returns the two parts of a folder that has no validation split; None if it has one, or is no folder of classes.
 
     Raises:
-        UserError: if a split cannot be opened, or the classes differ.
+        UserError: if a share is given and there is a validation split.
     """
-    train, val = (open_split(config, training, img_mode, seed) for training in (True, False))
-    if train.class_names and val.class_names and train.class_names != val.class_names:
-        only_train = sorted(set(train.class_names) - set(val.class_names))[:3]
-        only_val = sorted(set(val.class_names) - set(train.class_names))[:3]
+    if config.dataset not in (None, "", "folder") or config.data_dir is None or not Path(config.data_dir).is_dir():
+        return None
+    root = Path(config.data_dir)
+    train, val = find_split(root, config.train_split), find_split(root, config.val_split)
+    if val is not None:
+        if config.val_share is not None:
+            raise UserError(f"val-share: {str(root)!r} has a validation split, {val.name!r}; leave the option out")
+        return None
+    if train is not None and (config.val_share is None or not train.is_dir()):
+        return None
+    defaults = DataConfig()
+    if train is None and (config.train_split, config.val_split) != (defaults.train_split, defaults.val_split):
+        return None
+    scan = scan_folder(train or root, _endings(config))
+    folders = {Path(path).relative_to(scan.root).parts[0].lower() for path, _ in scan.images}
+    if train is None and (len(scan.classes) < 2 or folders & {"test", *SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1]}):
+        return None
+    if listed is not None and listed.is_file():
+        return read_split(listed, scan)
+    if config.class_map is not None:
+        scan = map_classes(scan, _class_map(config.class_map, scan.root), config.class_map)
+    return choose_split(scan, VAL_SHARE if config.val_share is None else config.val_share, seed)
+
+
+def _split_root(config: DataConfig, split: str) -> Path:
+    """Returns the folder or file of a split; timm would fall back to the whole folder.
+
+    Raises:
+        UserError: if there is none.
+    """
+    root = Path(config.data_dir or "")
+    if config.data_dir is None or not root.exists():
+        hint = "" if config.data_dir is None else near_paths(root)
+        raise UserError(f"data-dir: no such file or directory: {config.data_dir!r}{hint}; expected {LAYOUT}")
+    if root.is_file():
+        raise UserError(f"data-dir: {config.data_dir!r} is a file; give the folder and name its splits with --train-split and "
+                        "--val-split (for example train.tar)")  # fmt: skip
+    found = find_split(root, split)
+    if found is None:
+        names = sorted({split.split("[")[0]}.union(*(group for group in SPLIT_SYNONYMS if split in group)))
+        here = ", ".join(sorted(entry.name for entry in root.iterdir())[:6]) or "nothing"
+        share = "" if find_split(root, config.train_split) is None else "; --val-share 0.1 takes a part of the training split"
+        raise UserError(f"data-dir: {config.data_dir!r} has no {split!r} part (any of {', '.join(names)}); found {here}; "
+                        f"expected {LAYOUT}{share}")  # fmt: skip
+    return found
+
+
+def _check_known(names: tuple[str, ...], class_to_idx: dict[str, int], split: str) -> None:
+    """Raises UserError for a class of a split that is not among the training split's."""
+    unknown = [name for name in names if name not in class_to_idx]
+    if unknown:
+        hint = near_matches(unknown[0], [name for name in class_to_idx if name not in names] or class_to_idx)
         raise UserError(
-            f"data: train has {len(train.class_names)} classes and val has {len(val.class_names)}, expected the same ones; "
-            f"only in train: {only_train or 'none'}, only in val: {only_val or 'none'}; rename the folders, or give "
-            "--class-map"
+            f"data: {split} has {counted(len(unknown), 'class')} that training does not have: {unknown[:3]}{hint}; rename the "
+            "folders, or give --class-map"
         )
-    return train, val
+
+
+def _class_map(path: str, root: Path) -> dict[str, int]:
+    """Returns the class map in a file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return load_class_map(path, str(root))
+    except Exception as error:  # an assertion, an unpickling error, ...
+        raise UserError(f"class-map: cannot read {path!r}: {first_line(error)}; expected a .txt file with one class a line, or "
+                        "a .pkl file of {class: index}") from error  # fmt: skip
+
+
+def _endings(config: DataConfig) -> list[str] | None:
+    """Returns the endings that the options name as images'; None for all."""
+    return config.input_key.split(";") if config.input_key else None
+
+
+def _names(class_to_idx: dict[str, int]) -> tuple[str, ...]:
+    """Returns the name of every index; a class map may give several folders one index, and leave out others."""
+    names: dict[int, list[str]] = {}
+    for name, index in class_to_idx.items():
+        names.setdefault(index, []).append(str(name))
+    return tuple(" / ".join(names.get(index, [f"class {index}"])) for index in range(max(names) + 1))
 
 
 def _check_shards(data_dir: str | None, split: str) -> None:
@@ -119,20 +291,3 @@ def _check_shards(data_dir: str | None, split: str) -> None:
     if root.is_dir() and not any((root / name).exists() for name in ("_info.json", "info.json")):
         raise UserError(f"{split}-num-samples: the shards in {str(root)!r} do not say how many samples they hold; give "
                         "--train-num-samples and --val-num-samples")  # fmt: skip
-
-
-def _check_folder(data_dir: str | None, split: str) -> None:
-    """Raises UserError unless `data_dir` contains `split`; timm would fall back to the whole folder."""
-    layout = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg"
-    root = Path(data_dir or "")
-    if data_dir is None or not root.exists():
-        hint = "" if data_dir is None else near_paths(root)
-        raise UserError(f"data-dir: no such file or directory: {data_dir!r}{hint}; expected {layout}")
-    if root.is_file():
-        raise UserError(f"data-dir: {data_dir!r} is a file; give the folder and name its splits with --train-split and "
-                        "--val-split (for example train.tar)")  # fmt: skip
-    names = {split.split("[")[0]}.union(*(group for group in SPLIT_SYNONYMS if split in group))
-    if not any((root / name).exists() for name in names):
-        found = ", ".join(sorted(entry.name for entry in root.iterdir())[:6]) or "nothing"
-        raise UserError(f"data-dir: {data_dir!r} has no {split!r} part (any of {', '.join(sorted(names))}); found {found}; "
-                        f"expected {layout}")  # fmt: skip

@@ -14,6 +14,7 @@ import multiprocessing
 import multiprocessing.util
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +23,12 @@ from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from torchvision.transforms import Compose
 
-from timm_sfr.config import AugConfig, DataConfig
+from timm_sfr.config import DEFAULT_BATCH, AugConfig, DataConfig
 from timm_sfr.data.batch_transform import collate
 from timm_sfr.data.datasets import Split
+from timm_sfr.data.images import image_reading, to_mode
 from timm_sfr.data.samples import file_name, make_samples
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.utils.console import logger
@@ -70,20 +73,20 @@ class TrainBatches:
     def __init__(
         self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
     ) -> None:
-        transform = prep.train_transform(aug)
+        transform, batch = prep.train_transform(aug), config.batch_size or DEFAULT_BATCH
         self.split = split
         self.sampler: EpochSampler | None = None
         if split.streamed:
             _check_shards(split.dataset, accelerator.num_processes * max(1, config.workers))
-            dataset = _prepare_stream(split.dataset, transform, config)
+            dataset = _prepare_stream(split.dataset, transform, config, prep.img_mode)
         else:
             place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
             if config.cache_dataset and accelerator.is_main_process:
                 logger.info("decoding the images once, into memory")
             dataset = make_samples(split, transform, config, prep.img_mode, None if aug.no_aug else seed)
-            self.sampler = EpochSampler(len(dataset), config.batch_size, seed, **place)
+            self.sampler = EpochSampler(len(dataset), batch, seed, **place)
         self.samples = dataset
-        self.loader = DataLoader(dataset, config.batch_size, sampler=self.sampler, drop_last=True, **_options(config))
+        self.loader = DataLoader(dataset, batch, sampler=self.sampler, drop_last=True, **_options(config))
         self.batches = PrefetchLoader(
             self.loader,
             mean=prep.mean,
@@ -119,19 +122,21 @@ class TrainBatches:
 
 def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:
     """Returns a loader of validation batches, in order: uint8 images (B, C, H, W) and class indices (B,)."""
-    batch = config.validation_batch_size or config.batch_size
+    batch = config.validation_batch_size or config.batch_size or DEFAULT_BATCH
     transform = prep.eval_transform()
     if split.streamed:
-        return DataLoader(_prepare_stream(split.dataset, transform, config), batch, **_options(config))
+        return DataLoader(_prepare_stream(split.dataset, transform, config, prep.img_mode), batch, **_options(config))
     dataset = make_samples(split, transform, config, prep.img_mode, None)
     return DataLoader(dataset, batch, shuffle=False, **_options(config))
 
 
-def _prepare_stream(dataset: IterableImageDataset, transform: Callable, config: DataConfig) -> IterableImageDataset:
+def _prepare_stream(
+    dataset: IterableImageDataset, transform: Callable, config: DataConfig, mode: str
+) -> IterableImageDataset:
     if config.cache_dataset:
         raise UserError("cache-dataset: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
                         "stream; leave the option out")  # fmt: skip
-    dataset.transform = transform
+    dataset.transform = Compose([partial(to_mode, reading=image_reading(config, mode)), transform])
     dataset.set_loader_cfg(num_workers=config.workers)
     return dataset
 

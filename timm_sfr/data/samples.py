@@ -12,13 +12,14 @@ from typing import Any
 
 from PIL import Image
 from timm.data import ImageDataset
-from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from timm_sfr.config import DataConfig
 from timm_sfr.data.batch_transform import Batch, BatchTransform
 from timm_sfr.data.cache import Cached
 from timm_sfr.data.datasets import Split
+from timm_sfr.data.folders import FolderReader
+from timm_sfr.data.images import ImageReading, image_reading, to_mode
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.seeding import random_state_kept, seed_cpu
@@ -43,8 +44,8 @@ class Decoded(Dataset):
         BadImage: when an image that does not decode is read.
     """
 
-    def __init__(self, dataset: Any, img_mode: str) -> None:
-        self.dataset, self.img_mode = dataset, img_mode
+    def __init__(self, dataset: Any, reading: ImageReading) -> None:
+        self.dataset, self.reading = dataset, reading
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -79,13 +80,13 @@ class Decoded(Dataset):
     @property
     def concurrent(self) -> bool:
         """Whether several threads may read at once: true for files, not for an open tar or a database."""
-        return isinstance(self.dataset, ImageDataset) and type(self.dataset.reader) is ReaderImageFolder
+        return isinstance(self.dataset, ImageDataset) and isinstance(self.dataset.reader, FolderReader)
 
     def _convert(self, image: Image.Image) -> Image.Image:
         # PIL itself only warns up to twice this number.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {Image.MAX_IMAGE_PIXELS}")
-        return image.convert(self.img_mode)
+        return to_mode(image, self.reading)
 
 
 class BadImages:
@@ -205,7 +206,7 @@ def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode
     Raises:
         UserError: if the cached images do not fit into memory, or one of them does not decode.
     """
-    images: Dataset = Decoded(split.dataset, config.input_img_mode or img_mode)
+    images: Dataset = Decoded(split.dataset, image_reading(config, img_mode))
     if config.on_bad_image == "skip":
         images = BadImageReplacer(images, BadImages())
     if not config.cache_dataset:

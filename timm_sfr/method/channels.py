@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_sfr.method.config import CHANNEL_METHODS
 from timm_sfr.method.transport import transport_plan
 from timm_sfr.utils.errors import UserError
-
-CHANNEL_METHODS = ("groups", "transport", "projection")
 
 
 def group_channels(deep: Tensor, channels: int) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from timm_sfr.method.channels import CHANNEL_METHODS
-from timm_sfr.method.sinkhorn import MARGINALS
-from timm_sfr.method.smoothing import SCHEDULES, SOURCES
-from timm_sfr.method.transport import SOLVERS
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.options import Checked, option
+
+# The names that the options take. Nothing here imports torch: the command line reads its options from this file.
+CHANNEL_METHODS = ("groups", "transport", "projection")
+MARGINALS = ("uniform", "cross")
+SOLVERS = ("auto", "sinkhorn", "exact", "triton")
+SOURCES = ("uniform", "classes")
+SCHEDULES = ("constant", "ramp", "confidence")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_sfr.method.channels import match_channels
-from timm_sfr.method.config import SFRConfig
-from timm_sfr.method.sinkhorn import MARGINALS, cost_matrix, cross_marginals, entropic, entropic_self, unit
+from timm_sfr.method.config import MARGINALS, SFRConfig
+from timm_sfr.method.sinkhorn import cost_matrix, cross_marginals, entropic, entropic_self, unit
 from timm_sfr.method.transport import transport_plan, triton_for
 from timm_sfr.utils.errors import UserError
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MARGINALS = ("uniform", "cross")
 # Pairs of updates in `entropic`. At the entropy of `sinkhorn_divergence` they keep its gradient within 5 % (tested).
 ENTROPIC_UPDATES = 8
 # Of `sinkhorn`: pairs of updates per level, the entropy weight of the first level, and the over-relaxation w.

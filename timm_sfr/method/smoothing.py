@@ -12,10 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_sfr.method.config import SCHEDULES, SOURCES
 from timm_sfr.utils.errors import UserError
-
-SOURCES = ("uniform", "classes")
-SCHEDULES = ("constant", "ramp", "confidence")
 
 # Of `own_epsilon`: how many times as probable as any other class the target makes the right one; the largest eps; and the
 # passes over the images after which eps reaches 63 % of its full value.

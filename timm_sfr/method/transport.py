@@ -11,10 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from timm_sfr.method.config import SOLVERS
 from timm_sfr.method.sinkhorn import sinkhorn, uniform_marginals
 from timm_sfr.utils.errors import UserError
 
-SOLVERS = ("auto", "sinkhorn", "exact", "triton")
 # Up to N = 4 nodes per side, `assignments` tries all N^N (at most 256) maps of rows to columns, which is faster than iterating.
 ENUMERATED = 4
 PERMUTATIONS = (1, 1, 2, 6, 24)  # N! for N = 0..4, as a table: a compiled graph with dynamic shapes has no factorial

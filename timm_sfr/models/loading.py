@@ -7,6 +7,7 @@ references to other files or places in a configuration are not followed.
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -15,15 +16,16 @@ import timm
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from timm.models import load_checkpoint, resolve_model_input_args
+from timm.models import load_checkpoint, load_state_dict, resolve_model_input_args
 from torch import nn
 
 from timm_sfr.config import DEFAULT_MODEL, ModelConfig, check_repo_id
-from timm_sfr.method.probe import MISFITS
+from timm_sfr.method.probe import MISFITS, model_name
 from timm_sfr.models.files import CONFIG, WEIGHTS, _damaged, check_dtypes, check_folder
 from timm_sfr.models.zoo import ZooEntry, loading, zoo
-from timm_sfr.utils.errors import HubError, UserError, brief, near_matches, near_paths
-from timm_sfr.utils.hub_client import check_token, hub_errors, reason
+from timm_sfr.utils.console import logger
+from timm_sfr.utils.errors import HubError, UserError, near_matches, near_paths
+from timm_sfr.utils.hub_client import check_token, hub_errors, quick_offline, reason
 
 
 def create_model(
@@ -105,10 +107,11 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     arguments = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, **(config.model_kwargs or {})}
     request = {"img_size": config.img_size, "in_chans": config.in_chans}
     try:
-        model = timm.create_model(
-            pretrained=config.pretrained,
-            **resolve_model_input_args(source, request, num_classes=num_classes, **arguments),
-        )
+        with quick_offline() if _downloads(source, {"pretrained": config.pretrained}) else nullcontext():
+            model = timm.create_model(
+                pretrained=config.pretrained,
+                **resolve_model_input_args(source, request, num_classes=num_classes, **arguments),
+            )
         if folder is not None and config.pretrained:
             check_dtypes(folder, model, name)
         if config.initial_checkpoint:
@@ -118,7 +121,7 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     except UserError:
         raise
     except (*MISFITS, OSError, SafetensorError, UnpicklingError, EOFError) as error:
-        raise UserError(f"model: cannot create {name!r}: {brief(error)}") from error
+        raise UserError(f"model: cannot create {name!r}: {reason(error)}") from error
     if folder is not None and name.startswith(("hf-hub:", "hf_hub:")):
         model.pretrained_cfg["hf_hub_id"] = name.split(":", 1)[1]  # where the folder came from
     if getattr(model, "num_classes", 0) != num_classes:
@@ -154,7 +157,7 @@ def _download(repo_id: str, where: dict[str, Any], weights: bool = True, entry: 
     revision, token = where["revision"], where["token"]
     what = f"model: cannot load {repo_id}{f' at {revision}' if revision else ''}"
     try:
-        with loading(entry, token) if entry is not None else hub_errors(what, token=token):
+        with loading(entry, token) if entry is not None else hub_errors(what, token=token), quick_offline():
             config = hf_hub_download(repo_id, CONFIG, **where)
             if weights:  # of the same commit
                 hf_hub_download(repo_id, WEIGHTS, **where | {"revision": Path(config).parent.name})
@@ -179,7 +182,7 @@ def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Modul
 
 
 def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
-    with hub_errors(f"model: cannot load {name!r}"):
+    with hub_errors(f"model: cannot load {name!r}"), quick_offline() if _downloads(source, arguments) else nullcontext():
         try:
             model = timm.create_model(source, **arguments)
         except UserError:
@@ -196,16 +199,24 @@ def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
     return model.eval() if arguments["pretrained"] else model
 
 
+def _downloads(source: str, arguments: dict[str, Any]) -> bool:
+    """Whether timm needs the Hub for this model."""
+    return bool(arguments["pretrained"]) and not source.startswith("local-dir:") and source not in zoo()
+
+
 def _load(model: nn.Module, path: str) -> None:
-    """Loads a file of weights with timm.
+    """Loads a file of weights with timm; a classifier for another number of classes is left out, with a word.
 
     Raises:
-        UserError: if it is missing, or contains anything but tensors, numbers and texts.
+        UserError: if it is missing, does not fit, or contains anything but tensors, numbers and texts.
     """
     if not Path(path).is_file():
         raise UserError(f"initial-checkpoint: no such file: {path!r}{near_paths(path)}")
     try:
-        load_checkpoint(model, path)
+        if Path(path).suffix.lower() in (".npz", ".npy"):  # of JAX: each model has a loader of its own
+            load_checkpoint(model, path)
+            return
+        state = load_state_dict(path)
     except Exception as error:
         if not isinstance(error, UnpicklingError) and "weights_only" not in str(error):
             raise
@@ -213,3 +224,27 @@ def _load(model: nn.Module, path: str) -> None:
             f"initial-checkpoint: {path!r} is not a file of weights, or has more than tensors, numbers and texts, and is not "
             "unpickled; if you trust it, convert it to safetensors"
         ) from error
+    _fit_state(model, state, path)
+
+
+def _fit_state(model: nn.Module, state: dict[str, Any], path: str) -> None:
+    """Loads a state dictionary.
+
+    Raises:
+        UserError: if a tensor other than the classifier's is missing, left over or of another shape.
+    """
+    own, heads = model.state_dict(), model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    other = [key for key in own if key in state and own[key].shape != state[key].shape]
+    classifier = [key for key in other if heads and key.startswith(heads)]
+    wrong = [f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}" for key in other if key not in classifier]
+    wrong += [f"{key} is missing" for key in own if key not in state]
+    wrong += [f"{key} is left over" for key in state if key not in own]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
+        raise UserError(f"initial-checkpoint: {path!r} does not fit {model_name(model)}: {wrong[0]}{more}; give --model the "
+                        "architecture that the weights are of, with its --model-kwargs and --in-chans")  # fmt: skip
+    model.load_state_dict({**state, **{key: own[key] for key in classifier}})
+    if classifier:
+        logger.info(f"initial-checkpoint: the classifier in {path} is for {len(state[classifier[-1]])} classes and is left out; "
+                    f"the model starts with a new one for {model.num_classes}")  # fmt: skip

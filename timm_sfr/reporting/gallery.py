@@ -15,6 +15,8 @@ from torch import Tensor
 
 from timm_sfr.config import RunConfig
 from timm_sfr.data.datasets import Split, open_split
+from timm_sfr.data.folders import SPLIT_FILE
+from timm_sfr.data.images import image_reading
 from timm_sfr.data.samples import BadImage, Decoded, file_name
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.runs.predictions import PredictionTable
@@ -43,7 +45,8 @@ class Gallery:
     """The images of a run's validation split.
 
     Args:
-        config: The run's options.
+        run: The run's folder.
+        config: Its options.
         prep: Its preprocessing.
         dataset: The split's dataset, if it is already open.
 
@@ -51,13 +54,15 @@ class Gallery:
         UserError: if the split cannot be opened, or is a stream.
     """
 
-    def __init__(self, config: RunConfig, prep: Preprocessing, dataset: Any = None) -> None:
+    def __init__(self, run: Path, config: RunConfig, prep: Preprocessing, dataset: Any = None) -> None:
         mode = config.data.input_img_mode or prep.img_mode
-        split = open_split(config.data, False, mode, config.engine.seed) if dataset is None else Split(dataset, None)
+        split = Split(dataset, None)
+        if dataset is None:
+            split = open_split(config.data, False, mode, config.engine.seed, listed=run / SPLIT_FILE)
         if split.streamed:
             raise UserError("images of a stream cannot be read by index")
         self.images, self.transform, self.root = (
-            Decoded(split.dataset, mode),
+            Decoded(split.dataset, image_reading(config.data, mode)),
             prep.eval_transform(),
             config.data.data_dir,
         )

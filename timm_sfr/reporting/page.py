@@ -158,7 +158,7 @@ def _open_run(
         notes.append(f"The model cannot be loaded: {error}")
         return None, None
     try:
-        return (model, prep, config), Gallery(config, prep, dataset)
+        return (model, prep, config), Gallery(run.path, config, prep, dataset)
     except UserError as error:
         notes.append(f"The images cannot be shown: {error}")
         return (model, prep, config), None

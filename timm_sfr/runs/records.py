@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ import timm
 import torch
 import yaml
 
+from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import read_yaml, replace_atomically, write_whole
 from timm_sfr.version import __version__
@@ -149,11 +151,19 @@ def versions() -> dict[str, str]:
     return {"timm_sfr": __version__, "python": platform.python_version(), "POT": metadata.version("POT"), **found}
 
 
+def recorded(run: str | Path, names: Sequence[str]) -> dict[str, Any]:
+    """Returns those of the options `names` that a run's args.yaml has; an empty dictionary if `run` is no run's folder."""
+    path = Path(run) / "args.yaml"
+    if not path.is_file():
+        return {}
+    return {name: value for name, value in read_yaml(path).items() if name in names}
+
+
 def hardware(device: torch.device, processes: int) -> str:
     """Returns a description of the device and the number of processes."""
     if device.type == "cuda":
         return f"{processes} x {torch.cuda.get_device_name(device)}"
-    return f"{device.type}, {os.cpu_count()} cores, {processes} process{'es' if processes > 1 else ''}"
+    return f"{device.type}, {counted(os.cpu_count() or 1, 'core')}, {counted(processes, 'process')}"
 
 
 @dataclass(frozen=True)

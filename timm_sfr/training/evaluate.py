@@ -23,29 +23,33 @@ class Scores:
     def __init__(self, device: torch.device) -> None:
         # float64 counts exactly and sums many losses accurately; Apple's GPUs do not have it.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(4, dtype=dtype, device=device)
+        self.sums = torch.zeros(5, dtype=dtype, device=device)
         self.bins = torch.zeros(3, ECE_BINS, dtype=dtype, device=device)
 
     def add(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds a batch of logits (B, K) and class indices (B,); returns the predicted classes (B,) and probabilities (B,)."""
+        """Adds a batch of logits (B, K) and class indices (B,); returns the predicted classes (B,) and probabilities (B,).
+
+        An image with a logit that is not finite counts as wrong, with probability 0, and makes the loss not finite.
+        """
         logits = logits.float()
+        finite = logits.isfinite().all(1)
         order = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = order == target[:, None]
+        hits = (order == target[:, None]) & finite[:, None]
         loss = F.cross_entropy(logits, target, reduction="sum")
-        counts = torch.stack([loss.new_tensor(len(target)), loss, hits[:, 0].sum(), hits.sum()])
+        counts = torch.stack([loss.new_tensor(len(target)), loss, hits[:, 0].sum(), hits.sum(), (~finite).sum()])
         self.sums += counts.to(self.sums.dtype)
-        confidence = logits.softmax(1).amax(1)
+        confidence = logits.softmax(1).amax(1).where(finite, 0)
         bins = (confidence * ECE_BINS).long().clamp_max(ECE_BINS - 1)
         rows = torch.stack([torch.ones_like(confidence), confidence, hits[:, 0].float()])
         self.bins.index_add_(1, bins, rows.to(self.bins.dtype))
         return order[:, 0], confidence
 
     def result(self) -> dict[str, float]:
-        """Returns ``images``, ``loss``, ``top1`` and ``top5`` (percent), and ``ece``.
+        """Returns ``images``, ``loss``, ``top1`` and ``top5`` (percent), ``ece``, and ``nonfinite``: images with such logits.
 
         ECE = sum_b (n_b / n) |accuracy_b - confidence_b| over 15 bins of equal width (Guo et al., arXiv 1706.04599).
         """
-        images, loss, top1, top5 = self.sums.tolist()
+        images, loss, top1, top5, nonfinite = self.sums.tolist()
         count = max(images, 1)
         gap = (self.bins[2] - self.bins[1]).abs().sum().item() / count
         return {
@@ -54,6 +58,7 @@ class Scores:
             "top1": 100 * top1 / count,
             "top5": 100 * top5 / count,
             "ece": gap,
+            "nonfinite": int(nonfinite),
         }
 
 

@@ -137,7 +137,7 @@ def _rate(config: RunConfig, run: Circumstances) -> str | None:
         return None
     far, end = ("above", "may well diverge") if run.lr > usual[2] else ("below", "will learn very little")
     return (f"lr: {run.lr:.2g} is far {far} the usual rate of {optim.opt} at {run.global_batch} images per update, about "
-            f"{usual[0]:.1g}; the run {end}; use --lr {usual[0]:.1g}")  # fmt: skip
+            f"{usual[0]:.2g}; the run {end}; use --lr {usual[0]:.2g}")  # fmt: skip
 
 
 def _warmup(config: RunConfig, run: Circumstances) -> str | None:

@@ -10,9 +10,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import IterableDataset
 
 from timm_sfr.config import RunConfig
+from timm_sfr.data.datasets import Split
+from timm_sfr.data.folders import SPLIT_FILE, write_split
 from timm_sfr.data.samples import BadImages, file_name
 from timm_sfr.hub.card import Facts
 from timm_sfr.hub.model_folder import Exporter
@@ -38,7 +39,8 @@ class Recorder:
         facts: Content of metrics.json other than the scores.
         epochs: Epochs of the whole run.
         exporter: Writes the model's files; None on all processes but the main one.
-        val_images: The validation split's dataset, which knows the names of the files.
+        train: The training split.
+        val: The validation split.
         ordered: Whether the predictions come in the split's order; false for several processes on a stream.
         bad: The list of training images that do not decode, or None.
     """
@@ -48,7 +50,8 @@ class Recorder:
     facts: dict[str, Any]
     epochs: int
     exporter: Exporter | None
-    val_images: Any
+    train: Split
+    val: Split
     ordered: bool = True
     bad: BadImages | None = None
     _bad_before: int = 0
@@ -60,6 +63,10 @@ class Recorder:
         if self.workspace.main:
             with self.disk("args.yaml"):
                 write_args(self.workspace.run / "args.yaml", self.config.flat())
+            scans = {"train": self.train.scan, "val": self.val.scan}
+            if self.train.chosen and None not in scans.values():
+                with self.disk(f"the list of files {SPLIT_FILE}"):
+                    write_split(self.workspace.run / SPLIT_FILE, scans)
 
     def metrics(self, state: RunState) -> dict[str, Any]:
         """Returns the content of metrics.json."""
@@ -102,9 +109,9 @@ class Recorder:
         path.unlink(missing_ok=True)  # the old file belongs to other weights, even if writing the new one fails
         if not self.ordered:
             return
-        rows = seen.rows()
-        named = not isinstance(self.val_images, IterableDataset) and len(rows) == len(self.val_images)
-        write_predictions(path, rows, lambda index: file_name(self.val_images if named else None, index))
+        rows, dataset = seen.rows(), self.val.dataset
+        named = not self.val.streamed and len(rows) == len(dataset)
+        write_predictions(path, rows, lambda index: file_name(dataset if named else None, index))
 
     def keep_checkpoint(self, state: dict[str, Any], improved: bool) -> None:
         """Writes a collected state as a checkpoint."""
@@ -125,7 +132,7 @@ class Recorder:
         try:
             from timm_sfr.reporting.page import write_report  # imported here because matplotlib is slow to import
 
-            page = write_report(self.workspace.run, dataset=self.val_images, training=not last)
+            page = write_report(self.workspace.run, dataset=self.val.dataset, training=not last)
             if last:
                 self.workspace.say(f"the report is {page}")
         except Exception as error:  # a report is not worth losing a run

@@ -15,8 +15,10 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
-from timm_sfr.config import DEFAULT_MODEL, RunConfig
+from timm_sfr.config import DEFAULT_BATCH, DEFAULT_MODEL, RunConfig
+from timm_sfr.data import summary
 from timm_sfr.data.datasets import Split, open_splits
+from timm_sfr.data.folders import SPLIT_FILE
 from timm_sfr.data.loaders import TrainBatches, eval_loader
 from timm_sfr.data.samples import BadImages, bad_images
 from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, img_mode, preprocessing
@@ -40,9 +42,12 @@ from timm_sfr.training.run_state import restore
 from timm_sfr.training.tasks import create_task
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
-from timm_sfr.utils.console import console_output, show_log
+from timm_sfr.utils.console import console_output, counted, show_log
 from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import on_main, one_at_a_time
+
+JUMP = 2.0  # a rate that grows by more than this factor at a resume is said
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,13 @@ def prepare(
         keep_freed_blocks()
     set_seed(config.engine.seed)
     reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
-    built = _build(config, accelerator, reachable, task, data)
+    mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
+    if data is None:
+        listed = None if resume is None else resume / SPLIT_FILE
+        splits = one_at_a_time(accelerator, lambda: open_splits(config.data, mode, config.engine.seed, listed))
+        data = Data(*splits)
+    config, fitted = _fitted_batch(config, data.train, accelerator.num_processes)
+    built = _build(config, accelerator, reachable, task, data, mode)
     batches = built.data.batches(built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator)
     optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches))
     loader = built.data.val_loader(built.data.val, config.data, built.prep)
@@ -121,9 +132,11 @@ def prepare(
         engine.output, engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator
     )
     resolved = resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision)
-    facts = _facts(config, accelerator, built.model, built.teacher)
+    facts = _facts(config, accelerator, built)
     bad = _bad_images(batches, loader, workspace)
     _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs)
+    if fitted:
+        workspace.say(fitted)
     ordered = not built.data.val.streamed or accelerator.num_processes == 1
     return Trainer(
         config=resolved,
@@ -135,7 +148,7 @@ def prepare(
         guard=FiniteGuard(accelerator, engine.on_nonfinite, term_names(built.teacher is not None)),
         workspace=workspace,
         recorder=Recorder(
-            workspace, resolved, facts, schedule.epochs, built.exporter, built.data.val.dataset, ordered, bad
+            workspace, resolved, facts, schedule.epochs, built.exporter, built.data.train, built.data.val, ordered, bad
         ),
         trackers=Trackers(accelerator, workspace.run),
         signals=Signals(accelerator),
@@ -190,7 +203,7 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
             on_main(trainer.accelerator, lambda: trainer.trackers.start(options, state.epoch, resumed))
             _forecast(trainer)
         else:
-            say(f"nothing is left to train: {state.epoch} epochs are done; to train longer, raise --epochs")
+            say(f"nothing is left to train: all {state.epoch} epochs are done; to train longer, raise --epochs")
         trainer.fit()
     finally:
         trainer.trackers.finish()
@@ -223,15 +236,29 @@ def _restore(trainer: Trainer) -> None:
     say, run = trainer.workspace.say, trainer.workspace.run
     saved = load_newest(run / "checkpoints", say)
     restore(trainer, saved, str(run / "args.yaml"))
-    state = trainer.state
+    state, done = trainer.state, trainer.state.epoch >= trainer.schedule.epochs
     if trainer.workspace.main:
         set_aside(run / "checkpoints", saved)
     state.rows = read_summary(run / "summary.csv", state.epoch)
     within = f", batch {state.step + 1}" if state.step else ""
-    say(f"resuming {run} at epoch {state.epoch + 1}{within}")
+    if not done:
+        say(f"resuming {run} at epoch {state.epoch + 1}{within}")
+    options = _changed_options(run / "args.yaml", trainer.config)
+    if options:
+        say(f"{'these options change nothing now' if done else 'changed options'}: {options}")
+    before, now = saved["optimizer"]["param_groups"][0]["lr"], trainer.optimizer.param_groups[0]["lr"]
+    if not done and now > JUMP * before:
+        say(f"warning: the learning rate rises from {before:.2g}, where the run stopped, to {now:.2g}: the schedule is another")
     other = changed(run / "metrics.json", trainer.recorder.facts)
     if other is not None:
         say(other)
+
+
+def _changed_options(path: Path, config: RunConfig) -> str:
+    """Returns the options that differ from those in a run's args.yaml, with both values; empty if there are none."""
+    before, now = read_yaml(path), config.flat()
+    differ = [name for name in now if name in before and before[name] != now[name] and name != "experiment"]
+    return ", ".join(f"{name.replace('_', '-')} {now[name]} (was {before[name]})" for name in differ)
 
 
 def _forecast(trainer: Trainer) -> None:
@@ -245,7 +272,7 @@ def _forecast(trainer: Trainer) -> None:
         say(line)
     left, updates = epochs - state.epoch, trainer.updates_before(epochs, 0) - state.updates
     seen = len(trainer.batches) * trainer.global_batch
-    say(f"{seen} images an epoch, {updates} updates in {left} epoch{'s' * (left != 1)}", "length", images=seen,
+    say(f"{counted(seen, 'image')} an epoch, {counted(updates, 'update')} in {counted(left, 'epoch')}", "length", images=seen,
         updates=updates, epochs=left)  # fmt: skip
 
 
@@ -263,18 +290,14 @@ class _Built:
 
 
 def _build(
-    config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data | None
+    config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data, mode: str
 ) -> _Built:
-    """Opens the data, makes the model, its teacher and the task; checks early what could make a push fail."""
-    mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
-    if data is None:
-        data = Data(*one_at_a_time(accelerator, lambda: open_splits(config.data, mode, config.engine.seed)))
+    """Makes the model, its teacher and the task; checks early what could make a push fail."""
     num_classes = _num_classes(config, data.train)
     model = new_model(config.model, num_classes)
     prep = preprocessing(config.model, model)
     check_mode(mode, prep.input_size[0])
-    known = data.train.class_names
-    names = known if known and len(known) == num_classes else None
+    names = _class_names(data.train, num_classes)
     teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
     if task is not None and teacher is not None:
         raise UserError("kd-model-name: a custom task cannot have a teacher; leave out one of the two")
@@ -328,6 +351,8 @@ def _announce(
         workspace.say(built.teacher.warning)
     workspace.say(f"the run is written to {workspace.run}")
     train = built.data.train
+    for line in summary.lines(train, built.data.val) if workspace.main else ():
+        workspace.say(line)
     images = 0 if train.streamed else len(train.dataset)
     dropped = images % (config.data.batch_size * accelerator.num_processes)
     if dropped > 0.1 * max(1, images):
@@ -337,15 +362,17 @@ def _announce(
         workspace.say(str(built.task.plan))
 
 
-def _facts(config: RunConfig, accelerator: Any, model: nn.Module, teacher: Teacher | None) -> dict[str, Any]:
+def _facts(config: RunConfig, accelerator: Any, built: _Built) -> dict[str, Any]:
     """Returns the content of metrics.json other than the scores."""
-    name = config.model.model or DEFAULT_MODEL
+    name, model, teacher = config.model.model or DEFAULT_MODEL, built.model, built.teacher
+    images = summary.facts(built.data.train, built.data.val)
     return {
         "model": name,
         "dataset": config.data.dataset or config.data.data_dir,
         "sfr": config.sfr.enabled,
         "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),
+        **({"images": images} if images else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": config.engine.seed,
         "hardware": hardware(accelerator.device, accelerator.num_processes),
@@ -356,6 +383,24 @@ def _facts(config: RunConfig, accelerator: Any, model: nn.Module, teacher: Teach
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
+
+
+def _class_names(train: Split, num_classes: int) -> tuple[str, ...] | None:
+    """Returns a name for each of the model's classes, if the data knows names; those that it lacks get a number."""
+    known = train.class_names
+    return None if not known else (*known, *(f"class {index}" for index in range(len(known), num_classes)))
+
+
+def _fitted_batch(config: RunConfig, train: Split, processes: int) -> tuple[RunConfig, str]:
+    """Returns the configuration with a batch size, and what to say of it if the images are too few for the default."""
+    batch, said = config.data.batch_size, ""
+    if batch is None:
+        batch = DEFAULT_BATCH
+        if not train.streamed and 0 < len(train.dataset) < batch * processes:
+            batch = 1 << max(0, (len(train.dataset) // processes).bit_length() - 1)
+            said = (f"batch size {batch}: the {len(train.dataset)} training images do not fill one of {DEFAULT_BATCH} on each "
+                    "process; -b sets another")  # fmt: skip
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch)), said
 
 
 def _num_classes(config: RunConfig, train: Split) -> int:
@@ -389,6 +434,6 @@ def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: in
     counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (built.data.train, built.data.val))
     return (
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
-        f"{config.model.img_size} px; {counts} train/val images; {method}; {config.optim.epochs} epochs on "
+        f"{config.model.img_size} px; {counts} train/val images; {method}; {counted(config.optim.epochs, 'epoch')} on "
         f"{hardware(accelerator.device, accelerator.num_processes)}, {accelerator.mixed_precision} mixed precision"
     )

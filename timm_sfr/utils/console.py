@@ -26,6 +26,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun in the right form, such as ``1 class`` and ``2 classes``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' * noun.endswith('s') or 's'}"
+
+
 class Lines(logging.StreamHandler):
     """Writes the package's log records to a stream, one line each, above any progress bars."""
 

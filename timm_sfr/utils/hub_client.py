@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 
 from timm_sfr.utils.errors import HubError, UserError, brief
@@ -31,6 +32,7 @@ Result = TypeVar("Result")
 TRANSIENT = (408, 412, 429, 500, 502, 503, 504)
 WAITS = (1, 2, 4)  # seconds before each retry
 RETRY_SECONDS = 10  # no retry starts later than this: huggingface_hub itself has already tried for up to 23 s
+PATIENCE = 5  # seconds to wait for a first answer
 XET = {"HF_XET_CLIENT_RETRY_MAX_DURATION": "5s"}  # environment variables of hf_xet
 HTTP_CLIENTS = ("httpx", "httpcore", "requests", "urllib3")  # their exceptions are network errors
 
@@ -62,6 +64,31 @@ def hub_errors(what: str, again: str = "", token: str | None = None) -> Iterator
         # The client's message may quote the header with the token; the traceback must then omit it too.
         leaks = any(secret in str(link) for secret in secrets for link in _chain(error))
         raise hub_error from (None if leaks else error)
+
+
+@contextlib.contextmanager
+def quick_offline() -> Iterator[None]:
+    """A context in which a Hub that does not answer counts as offline: files in the cache load, and others fail at once.
+
+    huggingface_hub itself tries for most of a minute, and logs each attempt.
+    """
+    if constants.HF_HUB_OFFLINE or _answers():
+        yield
+        return
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = False
+
+
+def _answers() -> bool:
+    """Returns whether the Hub gives any answer within seconds, by the client's own connection and proxies."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:
+        return not network(error)
+    return True
 
 
 def check_token(token: str | None) -> str | None:
@@ -145,7 +172,7 @@ def reason(error: BaseException, token: str | None = None) -> str:
     full = next((x for x in links if isinstance(x, OSError) and x.errno == errno.ENOSPC), None)
     if full is not None:
         return f"the disk is full ({full.filename or constants.HF_HUB_CACHE})"
-    if _any(links, OfflineModeIsEnabled):
+    if _any(links, OfflineModeIsEnabled) and constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
     refused = code == 401 and not _any(links, RepositoryNotFoundError)
     if _any(links, LocalTokenNotFoundError) or (refused and not token and not get_token()):
@@ -172,7 +199,7 @@ def reason(error: BaseException, token: str | None = None) -> str:
         return f"{server} answered {code}{_quoted(links)}"
     if any(type(link) is ConnectionError for link in links):  # hf_xet raises Python's own class
         return f"cannot reach the storage (Xet) of {server}"
-    if network(error) or _any(links, LocalEntryNotFoundError):
+    if network(error) or _any(links, LocalEntryNotFoundError) or _any(links, OfflineModeIsEnabled):
         return f"cannot reach {server}"
     return brief(links[0])
 

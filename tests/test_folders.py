@@ -1,0 +1,169 @@
+"""Folders of images as people have them: what counts, what is told, and a part to validate on."""
+
+import json
+import shutil
+
+import pytest
+from conftest import summary, train
+from PIL import Image
+
+from timm_sfr import UserError
+from timm_sfr.cli.main import main
+from timm_sfr.config import DataConfig
+from timm_sfr.data import summary as data_summary
+from timm_sfr.data.datasets import open_split, open_splits
+from timm_sfr.data.folders import SPLIT_FILE, choose_split, read_split, scan_folder, write_split
+
+SMALL = ("--model", "resnet20_cifar", "--img-size", 16, "--epochs", 1, "-j", 0, "--device", "cpu")
+
+
+def picture(path, number=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (number % 256, number // 256, 7)).save(path)
+
+
+@pytest.fixture
+def messy(tmp_path):
+    """A folder with all that lies about: endings, hidden files, a link to itself, an empty class."""
+    root = tmp_path / "messy"
+    for index in range(12):
+        picture(root / "train" / ("cat" if index < 8 else "dog") / f"{index}{('.png', '.WEBP', '.bmp')[index % 3]}", index)
+    for index in range(4):
+        picture(root / "val" / ("cat" if index < 3 else "dog") / f"{index}.png", 100 + index)
+    shutil.copy(root / "train/cat/0.png", root / "val/cat/again.png")
+    for name in ("train/cat/notes.txt", "train/cat/more.TXT", "train/README", "train/.DS_Store"):
+        (root / name).write_text("x")
+    picture(root / "train/.ipynb_checkpoints/0.png")
+    picture(root / "train/__MACOSX/cat/0.png")
+    picture(root / "train/outside.png")
+    (root / "train/empty").mkdir()
+    (root / "train/dog/loop").symlink_to(root / "train")
+    return root
+
+
+def test_nothing_is_passed_over_without_a_word(messy):
+    scan = scan_folder(messy / "train")
+    assert scan.counts == {"cat": 8, "dog": 4} and scan.classes == ("cat", "dog") and scan.loose == 1
+    assert scan.other == {".txt": 2, "": 1} and scan.empty == ("empty",)
+    assert set(scan.hidden) == {".DS_Store", ".ipynb_checkpoints", "__MACOSX"}
+    train_split, val_split = open_splits(DataConfig(data_dir=str(messy)), "RGB", 0)
+    assert len(train_split.dataset) == 12 and train_split.class_names == ("cat", "dog")
+    lines = "\n".join(data_summary.lines(train_split, val_split))
+    assert "12 images in 2 classes, 4 (dog) to 8 (cat) each, median 6; val has 5 images in 2 classes" in lines
+    assert "2 .txt, 1 without an ending, 1 outside of a class's folder, 3 hidden" in lines and "1 folder without images" in lines
+    assert "1 image of val also in train, such as val/cat/again.png = train/cat/0.png" in lines
+    facts = data_summary.facts(train_split, val_split)
+    assert facts["train"]["images"] == 12 and "2 .txt" in facts["train"]["passed_over"]
+
+
+def test_the_command_shows_all_of_it(messy, capsys):
+    assert main(["data", str(messy)]) == 0
+    out = capsys.readouterr().out
+    for text in ("cat    8      4", "dog    4      1", "all    12     5", "passed over: 2 .txt", "the same file twice", "PNG RGB"):
+        assert text in out, out
+    assert main(["data", str(messy), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["classes"] == {"cat": {"train": 8, "val": 4}, "dog": {"train": 4, "val": 1}} and found["train"]["loose"] == 1
+
+
+def test_two_links_to_one_folder_are_two_classes(tmp_path):
+    picture(tmp_path / "real" / "0.png")
+    for name in ("a", "b"):
+        (tmp_path / "set" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / name).symlink_to(tmp_path / "real")
+    assert scan_folder(tmp_path / "set").counts == {"a": 1, "b": 1}
+
+
+def flat(root, **counts):
+    for name, count in counts.items():
+        for index in range(count):
+            picture(root / name / f"{index}.png", index)
+    return root
+
+
+def test_a_folder_without_splits_is_split_by_class(tmp_path):
+    root = flat(tmp_path / "flat", cat=50, dog=21, rare=2, single=1)
+    train_split, val_split = open_splits(DataConfig(data_dir=str(root)), "RGB", 0)
+    assert val_split.scan.counts == {"cat": 5, "dog": 2, "rare": 1} and train_split.chosen
+    assert train_split.scan.counts == {"cat": 45, "dog": 19, "rare": 1, "single": 1}
+    assert not set(train_split.scan.images) & set(val_split.scan.images) and val_split.class_names == train_split.class_names
+    assert data_summary.missing_in_val(train_split, val_split) == ["single"]
+    again = open_splits(DataConfig(data_dir=str(root)), "RGB", 0)[1]
+    other = open_splits(DataConfig(data_dir=str(root)), "RGB", 1)[1]
+    assert again.scan.images == val_split.scan.images != other.scan.images
+    assert open_splits(DataConfig(data_dir=str(root), val_share=0.5), "RGB", 0)[1].scan.counts["cat"] == 25
+    (tmp_path / "only").mkdir()
+    root.rename(tmp_path / "only" / "train")
+    half = DataConfig(data_dir=str(tmp_path / "only"), val_share=0.5)
+    assert open_splits(half, "RGB", 0)[0].scan.counts["cat"] == 25
+    flat(tmp_path / "only" / "val", cat=1)
+    with pytest.raises(UserError, match="val-share: .* has a validation split, 'val'; leave the option out"):
+        open_splits(half, "RGB", 0)
+
+
+def test_a_run_keeps_its_list_of_files(tmp_path):
+    root = flat(tmp_path / "flat, with a comma", cat=40, dog=30)
+    words = (*SMALL, "--data-dir", root, "--output", tmp_path, "--experiment", "run")
+    done = train(*words)
+    assert "batch size 32: the 63 training images do not fill one of 128" in done.stdout
+    assert "taken from the training images by --seed" in done.stdout
+    run = tmp_path / "run"
+    scan = scan_folder(root)
+    parts = choose_split(scan, 0.1, 42)
+    assert [part.images for part in read_split(run / SPLIT_FILE, scan)] == [part.images for part in parts]
+    val = {path for path, _ in parts[1].images}
+    rows = (run / "predictions.csv").read_text().splitlines()[1:]
+    assert len(rows) == len(val) == 7
+    for index in range(40, 60):  # files that come later belong to neither part
+        picture(root / "cat" / f"{index}.png", index)
+    done = train("--resume", run, "--epochs", 2)
+    assert "63/7 train/val images" in done.stdout and "20 that are not in the run's split.csv" in done.stdout
+    config = DataConfig(data_dir=str(root))
+    assert {path for path, _ in open_split(config, False, "RGB", 42, listed=run / SPLIT_FILE).scan.images} == val
+    (root / "dog" / "3.png").unlink()
+    done = train("--resume", run, "--epochs", 3, ok=False)
+    assert "1 of the 70 files in" in done.stderr and "dog/3.png" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert len(summary(run)) == 2
+
+
+def test_the_list_is_the_same_however_it_is_read(tmp_path):
+    scan = scan_folder(flat(tmp_path / "flat", cat=10, dog=10))
+    parts = choose_split(scan, 0.3, 7)
+    write_split(tmp_path / "list.csv", dict(zip(("train", "val"), parts, strict=True)))
+    backwards = choose_split(type(scan)(scan.root, scan.images[::-1]), 0.3, 7)
+    assert [set(part.images) for part in backwards] == [set(part.images) for part in parts]
+    assert [part.images for part in read_split(tmp_path / "list.csv", scan)] == [part.images for part in parts]
+
+
+def test_class_maps_are_checked(tmp_path):
+    root = flat(tmp_path / "flat", cat=10, dog=10, ship=10)
+    for text, said in (("cat\ndgo\nship\n", "got none for 'dgo'; did you mean 'dog'"), ("", "class-map: cannot read")):
+        (tmp_path / "map.txt").write_text(text)
+        with pytest.raises(UserError, match=said):
+            open_splits(DataConfig(data_dir=str(root), class_map=str(tmp_path / ("map.txt" if text else "none.txt"))), "RGB", 0)
+    (tmp_path / "map.txt").write_text("ship\ncat\n")
+    train_split, val_split = open_splits(DataConfig(data_dir=str(root), class_map=str(tmp_path / "map.txt")), "RGB", 0)
+    assert train_split.class_names == val_split.class_names == ("ship", "cat")
+    assert train_split.scan.left_out == 10 and len(train_split.dataset) == 18
+    assert "10 images of classes that the class map leaves out" in "\n".join(data_summary.lines(train_split, val_split))
+
+
+def test_val_may_lack_classes_and_has_trains_numbers(tmp_path):
+    flat(tmp_path / "train", ant=4, bee=4, cat=4)
+    flat(tmp_path / "val", cat=3)
+    train_split, val_split = open_splits(DataConfig(data_dir=str(tmp_path)), "RGB", 0)
+    assert {val_split.dataset[index][1] for index in range(3)} == {2} and val_split.class_names == train_split.class_names
+    assert "val has no images of 2 classes: ant, bee" in "\n".join(data_summary.lines(train_split, val_split))
+    flat(tmp_path / "val", cta=1)
+    with pytest.raises(UserError, match="val has 1 class that training does not have: .'cta'."):
+        open_splits(DataConfig(data_dir=str(tmp_path)), "RGB", 0)
+
+
+def test_more_classes_than_the_data_has(tmp_path):
+    """The names that are known stay, and the run is scored as it was in training."""
+    flat(tmp_path / "set" / "train", ant=20, bee=20)
+    flat(tmp_path / "set" / "val", ant=5, bee=5)
+    train(*SMALL, "--data-dir", tmp_path / "set", "--num-classes", 4, "--output", tmp_path, "--experiment", "run")
+    config = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert config["label_names"] == ["ant", "bee", "class 2", "class 3"]
+    assert main(["validate", str(tmp_path / "run"), "--device", "cpu"]) == 0

@@ -1,0 +1,167 @@
+"""What can be given to each command. Nothing here imports torch or timm, so that help and mistakes are told at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm_sfr.cli.parser import Parser, add_model, add_option, add_options
+from timm_sfr.config import SECTIONS, options
+
+TRAINING = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
+# The run's options that each command has too.
+FOLDER = ("train_split", "val_split", "val_share", "class_map", "input_key", "seed")
+TAPS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",
+        "sfr_solver", "sfr_max_nodes")  # fmt: skip
+READING = ("input_img_mode", "exif", "image_background", "image_range")
+SCORED = ("data_dir", "dataset", "train_split", "val_split", "val_share", "seed", "val_num_samples", "dataset_download",
+          "class_map", *READING, "input_key", "target_key", "batch_size", "validation_batch_size", "workers",
+          "on_bad_image")  # fmt: skip
+INPUT = ("img_size", "mean", "std", "interpolation", "crop_pct")
+MACHINE = ("device", "mixed_precision")
+FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}  # file formats and their endings
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A command.
+
+    Attributes:
+        what: One line of help.
+        add_arguments: Adds its arguments to a parser.
+        module: The module in `timm_sfr.cli` whose ``run`` carries it out.
+    """
+
+    what: str
+    add_arguments: Callable[[ArgumentParser], None]
+    module: str
+
+    def run(self, args: Namespace) -> int:
+        """Carries the command out; returns the exit status."""
+        return importlib.import_module(f"timm_sfr.cli.{self.module}").run(args)
+
+
+def training_parser() -> Parser:
+    """Returns the parser of the training options; its result has only the options that the user gave."""
+    parser = Parser(prog="train_sfr.py", description=TRAINING, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    _train(parser)
+    return parser
+
+
+def _train(parser: ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; 'auto': continue the newest run "
+                        "with these options or this --experiment, or start one")  # fmt: skip
+    groups = {
+        name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
+    }
+    for section, name, item in options():
+        add_option(groups[section], section, name, item)
+
+
+def _data(parser: ArgumentParser) -> None:
+    parser.add_argument("data_dir", metavar="DIR", help="a folder with train/CLASS and val/CLASS, or only CLASS")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parser, FOLDER)
+
+
+def _validate(parser: ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for title, names in (("data (default for a run: its own data)", SCORED), ("input", INPUT), ("machine", MACHINE)):
+        add_options(parser.add_argument_group(title), names)
+
+
+def _predict(parser: ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files and folders")
+    parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: 5)")
+    parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
+    parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
+    add_options(parser.add_argument_group("how images are read (default for a run: as in its training)"), READING)
+
+
+def _taps(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="any timm name, hf-hub:USER/NAME, or local-dir:FOLDER")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the taps to a .png, .svg or .pdf file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_options(parser.add_argument_group("as in training"), TAPS)
+
+
+def _report(parser: ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument("--mistakes", type=int, default=24, metavar="N", help="wrong images to show (default: 24)")
+
+
+def _compare(parser: ArgumentParser) -> None:
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the base")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per group")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with all curves in shared plots")
+
+
+def _export(parser: ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="file format (default: onnx)")
+    parser.add_argument("--output", type=Path, metavar="FILE",
+                        help="file to write (default: in a run's folder, else the model's name in the current one)")  # fmt: skip
+
+
+def _push(parser: ArgumentParser) -> None:
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder of the run")
+    parser.add_argument("repo_id", metavar="USER/NAME", help="repository; created if it does not exist")
+    parser.add_argument(
+        "--private", "--hub-private", action="store_true", help="make a newly created repository private"
+    )
+    parser.add_argument("--revision", "--hub-revision", help="branch to publish on (default: main)")
+    parser.add_argument("--commit-message", help="title of the commit")
+    parser.add_argument("--hub-license", help="licence of the weights (default: what the run recorded)")
+
+
+def _list(parser: ArgumentParser) -> None:
+    parser.add_argument("filter", metavar="PATTERN", nargs="?", default="*", help="such as 'resnet*' (default: all)")
+
+
+VERBS = {
+    "train": Verb(TRAINING, _train, "train"),
+    "data": Verb(
+        "Show a folder of images as training finds it: images a class, what is passed over, duplicates, modes and sizes.",
+        _data,
+        "data",
+    ),
+    "validate": Verb(
+        "Score a run, a model of the Hub or the zoo, or any timm model on a validation split: top-1, top-5, loss, ECE.",
+        _validate,
+        "validate",
+    ),
+    "predict": Verb(
+        "Print the most probable classes of images, with a model of the zoo, the Hub, a folder, or timm.",
+        _predict,
+        "predict",
+    ),
+    "taps": Verb(
+        "Show what SFR would tap in a model: which features teach which, and the cost per step.", _taps, "taps"
+    ),
+    "report": Verb(
+        "Write RUN/report.html: curves, scores by class, mistakes, and which features teach which. Needs no network.",
+        _report,
+        "report",
+    ),
+    "compare": Verb(
+        "Compare runs: the options that differ, the scores, and the differences in top-1, paired by seed.",
+        _compare,
+        "compare",
+    ),
+    "export": Verb(
+        "Write a model as ONNX, TorchScript or PT2, with its preprocessing and class names, and check it against PyTorch.",
+        _export,
+        "export",
+    ),
+    "push": Verb(
+        "Publish a finished run on the Hugging Face Hub. Uses the token of `hf auth login` or HF_TOKEN.", _push, "push"
+    ),
+    "list": Verb("List the models of the zoo with their scores and repositories.", _list, "list_zoo"),
+}

@@ -1,0 +1,236 @@
+"""Folders of classes: finds their images and what is passed over, splits a folder that has no splits, checks class maps.
+
+A class is the name of the folder that an image lies in, as in timm; hidden folders and files never count.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
+
+from timm_sfr.data.images import image_endings
+from timm_sfr.utils.console import counted
+from timm_sfr.utils.errors import UserError, near_matches
+from timm_sfr.utils.files import write_whole
+
+SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
+LAYOUT = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
+SPLIT_FILE = "split.csv"  # in a run's folder: the files of each part of a folder without splits
+VAL_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class FolderScan:
+    """What a folder of classes holds.
+
+    Attributes:
+        root: The folder.
+        images: (path, class) of every image, in natural order of the paths.
+        other: Number of files with other endings, by ending.
+        hidden: Hidden folders and files, relative to the root.
+        loose: Number of images outside of any class's folder.
+        empty: Folders without an image in them or below.
+        left_out: Number of images of classes that a class map does not name.
+        unlisted: Number of images that a run's list of files does not name.
+    """
+
+    root: Path
+    images: list[tuple[str, str]]
+    other: Counter[str] = field(default_factory=Counter)
+    hidden: tuple[str, ...] = ()
+    loose: int = 0
+    empty: tuple[str, ...] = ()
+    left_out: int = 0
+    unlisted: int = 0
+
+    @property
+    def counts(self) -> Counter[str]:
+        """The number of images of every class."""
+        return Counter(name for _, name in self.images)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes that have images, in natural order."""
+        return tuple(sorted(self.counts, key=natural_key))
+
+    def passed_over(self) -> str:
+        """Returns one phrase for everything that is not trained on, by kind and number; empty if there is nothing."""
+        parts = [f"{count} {ending or 'without an ending'}" for ending, count in self.other.most_common()]
+        if self.loose:
+            parts.append(f"{self.loose} outside of a class's folder")
+        if self.hidden:
+            parts.append(f"{len(self.hidden)} hidden ({', '.join(self.hidden[:3])}{', ...' * (len(self.hidden) > 3)})")
+        if self.left_out:
+            parts.append(f"{counted(self.left_out, 'image')} of classes that the class map leaves out")
+        if self.unlisted:
+            parts.append(f"{self.unlisted} that are not in the run's {SPLIT_FILE}")
+        return ", ".join(parts)
+
+
+class FolderReader(Reader):
+    """timm's reader of a folder, for a given list of images.
+
+    Args:
+        root: The folder.
+        images: (path, class) of every image.
+        class_to_idx: The index of every class.
+    """
+
+    def __init__(self, root: Path, images: Sequence[tuple[str, str]], class_to_idx: Mapping[str, int]) -> None:
+        super().__init__()
+        self.root, self.class_to_idx = str(root), dict(class_to_idx)
+        self.samples = [(path, class_to_idx[name]) for path, name in images]
+
+    def __getitem__(self, index: int) -> tuple:
+        path, target = self.samples[index]
+        return open(path, "rb"), target  # the dataset closes it
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        if basename:
+            return os.path.basename(path)
+        return path if absolute else os.path.relpath(path, self.root)
+
+
+def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
+    """Finds the images below `root`, and whatever else lies there.
+
+    Args:
+        root: A folder of classes.
+        endings: The endings of images, such as ``.jpg``; by default all that Pillow decodes.
+    """
+    endings = set(image_endings() if endings is None else endings)
+    images: list[tuple[str, str]] = []
+    other: Counter[str] = Counter()
+    hidden: list[str] = []
+    loose, with_images, leaves = 0, set(), []
+    for place, folders, files in os.walk(root, followlinks=True):
+        if _is_loop(place):
+            folders.clear()
+            continue
+        inside = os.path.relpath(place, root)
+        hidden += [os.path.normpath(os.path.join(inside, name)) for name in (*folders, *files) if is_hidden(name)]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        for name in files:
+            if is_hidden(name):
+                continue
+            ending = os.path.splitext(name)[1].lower()
+            if ending not in endings:
+                other[ending] += 1
+            elif inside == ".":
+                loose += 1
+            else:
+                images.append((os.path.join(place, name), os.path.basename(place)))
+                with_images.add(inside)
+        if not folders and inside != ".":
+            leaves.append(inside)
+    images.sort(key=lambda image: natural_key(image[0]))
+    empty = tuple(sorted(set(leaves) - with_images, key=natural_key))
+    return FolderScan(Path(root), images, other, tuple(sorted(hidden)), loose, empty)
+
+
+def find_split(root: Path, split: str) -> Path | None:
+    """Returns the folder or file of a split in `root`: of its own name, or of a name that means the same; None if none is."""
+    name = split.split("[")[0]
+    for one in (name, *sorted(set().union(*(group for group in SPLIT_SYNONYMS if name in group)))):
+        if (root / one).exists():
+            return root / one
+    return None
+
+
+def choose_split(scan: FolderScan, share: float, seed: int) -> tuple[FolderScan, FolderScan]:
+    """Returns the training and the validation part of a folder without splits.
+
+    Of every class, the share is taken whose SHA-256 of seed and path comes first: at least one image, if the class has two.
+    So a file's place changes little when others are added, and not at all with the order in which they are listed.
+    """
+    val: set[str] = set()
+    for name in scan.classes:
+        paths = [path for path, own in scan.images if own == name]
+        paths.sort(key=lambda path: hashlib.sha256(f"{seed}/{_inside(scan.root, path)}".encode()).digest())
+        count = max(1, round(share * len(paths))) if len(paths) > 1 else 0
+        val.update(paths[: min(count, len(paths) - 1)])
+    train = dataclasses.replace(scan, images=[image for image in scan.images if image[0] not in val])
+    return train, FolderScan(scan.root, [image for image in scan.images if image[0] in val])
+
+
+def write_split(path: Path, parts: Mapping[str, FolderScan]) -> None:
+    """Writes the files of the parts of a folder as CSV: split, class, and file relative to the folder."""
+    rows = [(split, name, _inside(scan.root, file)) for split, scan in parts.items() for file, name in scan.images]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([("split", "class", "file"), *rows])
+    write_whole(path, text.getvalue())
+
+
+def read_split(path: Path, scan: FolderScan) -> tuple[FolderScan, FolderScan]:
+    """Returns the training and the validation part that a run's `write_split` wrote.
+
+    Raises:
+        UserError: if the file cannot be read, or one of its images is gone.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [(row["split"], row["file"]) for row in csv.DictReader(file)]
+    except (OSError, KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"data: cannot read the list of files {str(path)!r}: {error}") from error
+    here = {_inside(scan.root, image[0]): image for image in scan.images}
+    gone = [file for _, file in rows if file not in here]
+    if gone:
+        raise UserError(f"data: {len(gone)} of the {len(rows)} files in {str(path)!r} are gone from {str(scan.root)!r}, such as "
+                        f"{gone[0]!r}; put them back, or start a new run")  # fmt: skip
+    train, val = ([here[file] for split, file in rows if split == part] for part in ("train", "val"))
+    return dataclasses.replace(scan, images=train, unlisted=len(here) - len(rows)), FolderScan(scan.root, val)
+
+
+def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> FolderScan:
+    """Returns the images of the classes that a class map names; the others are counted as left out.
+
+    Raises:
+        UserError: for a name in the map that has no images.
+    """
+    counts = scan.counts
+    without = [name for name in class_map if name not in counts]
+    if without:
+        unnamed = [name for name in scan.classes if name not in class_map]
+        hint = "".join(near_matches(str(name), unnamed or scan.classes) for name in without[:1])
+        raise UserError(f"class-map: expected a folder with images in {str(scan.root)!r} for every name in {source}; got none "
+                        f"for {_some(without)}{hint}; folders that the map does not name: {_some(unnamed)}")  # fmt: skip
+    images = [image for image in scan.images if image[1] in class_map]
+    return dataclasses.replace(scan, images=images, left_out=scan.left_out + len(scan.images) - len(images))
+
+
+def number_classes(scan: FolderScan) -> dict[str, int]:
+    """Returns the index of every class, in natural order of the names."""
+    return {name: index for index, name in enumerate(scan.classes)}
+
+
+def _inside(root: Path, path: str) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def _is_loop(place: str) -> bool:
+    """Whether a folder is a link to one that it lies in: following it would never end."""
+    above = Path(os.path.realpath(os.path.dirname(place)))
+    return Path(os.path.realpath(place)) in (above, *above.parents)
+
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a folder or file is no part of the data: of the system, a notebook or an archive."""
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' * (len(names) > 3)}" or "none"

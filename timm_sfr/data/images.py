@@ -1,0 +1,125 @@
+"""Turns any image that Pillow opens into the mode that the model takes: orientation, depth, transparency, colour.
+
+Training, validation, prediction, the exports' preprocessing and the report all call `to_mode`, so that they see the same
+pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, ImageMode, ImageOps
+from PIL.TiffImagePlugin import BITSPERSAMPLE
+
+from timm_sfr.config import DataConfig
+
+# Formats that Pillow recognises but cannot decode by itself: it needs another program, or a handler of the user's.
+NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Modes that hold more than 8 bits a channel; Pillow's own `convert` clips them to 0 ... 255, so that most become white.
+DEEP = ("I", "F")
+
+
+def image_endings() -> tuple[str, ...]:
+    """Returns the endings of the files that Pillow decodes, in lower case and sorted, such as ``.jpg``."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return tuple(sorted(ending for ending, name in known if name in Image.OPEN and name not in NO_PIXELS))
+
+
+@dataclass(frozen=True)
+class ImageReading:
+    """How images are read.
+
+    Attributes:
+        mode: The Pillow mode that the model takes, such as RGB or L.
+        exif: Whether the orientation in the EXIF data is applied.
+        background: The RGB colour, 0 to 255, that transparent images are laid on.
+        value_range: The values that become black and white in images of more than 8 bits; None for the image's own range
+            (`scaled`).
+    """
+
+    mode: str = "RGB"
+    exif: bool = True
+    background: tuple[int, int, int] = (255, 255, 255)
+    value_range: tuple[float, float] | None = None
+
+
+def image_reading(config: DataConfig, mode: str) -> ImageReading:
+    """Returns how a run reads images for a model that takes the Pillow mode `mode`, unless the options name another."""
+    red, green, blue = config.image_background
+    value_range = None if config.image_range is None else (config.image_range[0], config.image_range[1])
+    return ImageReading(config.input_img_mode or mode, config.exif, (red, green, blue), value_range)
+
+
+def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
+    """Returns an image in the mode `reading.mode`.
+
+    Upright, if its EXIF data says how it was taken; scaled to 8 bits, if it holds more; laid on the background, if it is
+    transparent and the mode is not. Only the first frame of an animation counts.
+
+    Raises:
+        ValueError: if Pillow cannot convert the image's mode, such as LAB.
+        OSError: if the image does not decode.
+    """
+    image.load()  # Pillow decodes late, and some decoders set the mode or the transparency only then
+    if reading.exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(DEEP):
+        image = scaled(image, reading.value_range)
+    if image.has_transparency_data and not has_alpha(reading.mode):
+        image = laid_on(image, reading.background)
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # Pillow's direct conversion to other modes warns
+    return image.convert(reading.mode)
+
+
+def has_alpha(mode: str) -> bool:
+    """Returns whether a Pillow mode has a channel of transparency."""
+    return any(band in ("A", "a") for band in ImageMode.getmode(mode).bands[1:])
+
+
+def laid_on(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """Returns a transparent image laid on a colour, as RGB: alpha * image + (1 - alpha) * background."""
+    over = image.convert("RGBA")
+    under = Image.new("RGBA", over.size, (*background, 255))
+    return Image.alpha_composite(under, over).convert("RGB")
+
+
+def scaled(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
+    """Returns an image of integers or floats of more than 8 bits, scaled to 8 bits (mode L).
+
+    255 * (value - low) / (high - low), rounded and clipped. Without a given range it is 0 to 2**bits - 1 for integers whose
+    file says how many bits they have (at most 16), 0 to 1 for floats in that range, and otherwise the image's own smallest
+    and largest value.
+
+    Args:
+        image: An image of a mode that begins with I or F.
+        value_range: (low, high).
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = value_range or _own_range(image, values)
+    with np.errstate(invalid="ignore"):  # NaN becomes black
+        shares = np.nan_to_num((values - low) / max(high - low, np.finfo(np.float64).tiny))
+    return Image.fromarray((255 * shares.clip(0, 1)).round().astype(np.uint8))
+
+
+def _own_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
+    """Returns the values that stand for black and white in an image that is not told."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    if image.mode.startswith("F"):
+        return (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    bits = _bits(image)
+    return (0.0, 2.0**bits - 1) if bits is not None and low >= 0 and high < 2**bits else (low, high)
+
+
+def _bits(image: Image.Image) -> int | None:
+    """Returns the bits of an integer image's values, at most 16; None if they are not known, or more."""
+    tags = getattr(image, "tag_v2", {})
+    found = tags.get(BITSPERSAMPLE)
+    if found:
+        bits = int(found[0] if isinstance(found, tuple) else found)
+        return bits if bits <= 16 else None
+    # Pillow opens PNGs of 16 bits as I;16, and older versions as I.
+    return 16 if image.mode.startswith("I;16") or image.format == "PNG" else None

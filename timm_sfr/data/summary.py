@@ -1,0 +1,118 @@
+"""What lies in the folders of a dataset: images per class, what is passed over, images of both splits, modes and sizes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from PIL import Image
+
+from timm_sfr.data.datasets import Split
+from timm_sfr.data.folders import FolderScan
+from timm_sfr.data.images import DEEP
+from timm_sfr.utils.console import counted
+
+SAMPLE = 64  # images whose headers are read, spread over a split
+CHEAP = 20_000  # images of both splits, up to which a run looks for duplicates before it trains
+
+
+def lines(train: Split, val: Split) -> list[str]:
+    """Returns what a run says of its folders before it trains; an empty list for other datasets."""
+    if train.scan is None or val.scan is None:
+        return []
+    found = [f"data: train has {per_class(train.scan)}; val has {per_class(val.scan)}"]
+    if train.chosen:
+        found[0] += ", taken from the training images by --seed"
+    for name, scan in (("train", train.scan), ("val", val.scan)):
+        if scan.passed_over():
+            found.append(f"data: {name} passes over {scan.passed_over()}")
+        if scan.empty:
+            found.append(f"data: {name} has {counted(len(scan.empty), 'folder')} without images: {some(scan.empty)}")
+        ranges = unknown_ranges(scan)
+        if ranges:
+            found.append(f"data: {name} has images of mode {', '.join(ranges)}, each scaled by its own smallest and largest "
+                         "value; --image-range LOW HIGH gives all of them one scale")  # fmt: skip
+    lacking = missing_in_val(train, val)
+    if lacking:
+        found.append(f"data: val has no images of {counted(len(lacking), 'class')}: {some(lacking)}")
+    if len(train.scan.images) + len(val.scan.images) <= CHEAP:
+        twice = duplicates(train.scan, val.scan)
+        if twice:
+            pair = " = ".join(os.path.relpath(path, os.path.commonpath(twice[0])) for path in twice[0])
+            found.append(f"data: warning: {counted(len(twice), 'image')} of val also in train, such as {pair}: they make the "
+                         "scores too good")  # fmt: skip
+    return found
+
+
+def facts(train: Split, val: Split) -> dict[str, Any]:
+    """Returns the numbers of images, and what was passed over, for metrics.json; empty for other datasets."""
+    scans = {name: split.scan for name, split in (("train", train), ("val", val)) if split.scan is not None}
+    return {name: {"images": len(scan.images), "passed_over": scan.passed_over()} for name, scan in scans.items()}
+
+
+def per_class(scan: FolderScan) -> str:
+    """Returns a phrase with the number of images and the sizes of the classes."""
+    counts = scan.counts
+    small, large = (pick(counts, key=lambda name: counts[name]) for pick in (min, max))
+    sizes = f"{counts[small]} each" if counts[small] == counts[large] else (
+        f"{counts[small]} ({small}) to {counts[large]} ({large}) each, median {median(counts.values()):g}"
+    )  # fmt: skip
+    return f"{counted(len(scan.images), 'image')} in {counted(len(counts), 'class')}, {sizes}"
+
+
+def missing_in_val(train: Split, val: Split) -> list[str]:
+    """Returns the classes of the training folder that have no images in the validation folder."""
+    if train.scan is None or val.scan is None:
+        return []
+    here = set(val.scan.counts)
+    return [name for name in train.scan.classes if name not in here]
+
+
+def duplicates(train: FolderScan, val: FolderScan) -> list[tuple[str, str]]:
+    """Returns the images of val whose file is, byte for byte, one of train: (path in val, path in train)."""
+    sizes: dict[int, list[str]] = defaultdict(list)
+    for path, _ in train.images:
+        sizes[os.path.getsize(path)].append(path)
+    known: dict[int, dict[bytes, str]] = {}
+    found = []
+    for path, _ in val.images:
+        size = os.path.getsize(path)
+        if size in sizes:
+            if size not in known:
+                known[size] = {_digest(other): other for other in reversed(sizes[size])}
+            other = known[size].get(_digest(path))
+            if other is not None:
+                found.append((path, other))
+    return found
+
+
+def headers(scan: FolderScan) -> Counter[tuple[str, str, tuple[int, int]]]:
+    """Returns (format, mode, (width, height)) of up to `SAMPLE` images, spread over the folder; unreadable ones are left out."""
+    found: Counter[tuple[str, str, tuple[int, int]]] = Counter()
+    step = max(1, len(scan.images) // SAMPLE)
+    for path, _ in scan.images[::step]:
+        try:
+            with Image.open(path) as image:
+                found[image.format or "?", image.mode, image.size] += 1
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue
+    return found
+
+
+def unknown_ranges(scan: FolderScan) -> list[str]:
+    """Returns the modes among the sampled images whose values have no known range: 32-bit integers and floats."""
+    return sorted({mode for _, mode, _ in headers(scan) if mode in DEEP})
+
+
+def some(names: Sequence[str], count: int = 3) -> str:
+    """Returns the first few names, and how many more there are."""
+    return f"{', '.join(names[:count])}{f' and {len(names) - count} more' * (len(names) > count)}"
+
+
+def _digest(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read()).digest()
