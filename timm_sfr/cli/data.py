@@ -41,8 +41,8 @@ def describe(train: Split, val: Split) -> dict[str, Any]:
             kinds[f"{kind} {mode}"] += count
         sides = sorted((size for _, _, size in seen), key=lambda size: size[0] * size[1])
         found[split] = {
-            "images": len(scan.images), "passed_over": dict(scan.other.most_common()), "hidden": list(scan.hidden), "loose": scan.loose,
-            "left_out": scan.left_out, "empty": list(scan.empty), "sampled": dict(kinds),
+            "images": len(scan.images), "passed_over": dict(scan.other.most_common()), "hidden": list(scan.hidden),
+            "loose": scan.loose, "left_out": scan.left_out, "empty": list(scan.empty), "sampled": dict(kinds),
             "smallest": list(sides[0]) if sides else None, "largest": list(sides[-1]) if sides else None,
         }  # fmt: skip
     root = os.path.commonpath([train.scan.root, val.scan.root])
