@@ -11,7 +11,8 @@ from conftest import TRAIN, run
 
 import timm_sfr  # noqa: F401  (registers the architectures for small images)
 from timm_sfr import RunConfig
-from timm_sfr.training.forecast import Circumstances, advice, cores, total_reduction, usual_rate
+from timm_sfr.training.forecast import Circumstances, advice, total_reduction, usual_rate
+from timm_sfr.utils.processes import cores
 
 
 def test_too_many_loading_processes_are_told_in_one_line_and_the_length_in_another(folder, tmp_path):

@@ -1,15 +1,24 @@
-"""Images of all kinds become the model's mode: depth, transparency, orientation, endings."""
+"""Images of all kinds become the model's input: depth, transparency, orientation, endings, size."""
 
+import importlib
 import io
+import json
+import sys
 import warnings
 
 import numpy as np
+import onnxruntime
 import pytest
+import torch
+from conftest import train
 from PIL import ExifTags, Image
 
 from timm_sfr import UserError
+from timm_sfr.cli.main import main
 from timm_sfr.config import DataConfig
-from timm_sfr.data.images import ImageReading, image_endings, image_reading, to_mode
+from timm_sfr.data.images import ImageReading, image_endings, model_input, to_mode
+from timm_sfr.data.samples import image_reading
+from timm_sfr.data.transforms import Preprocessing
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)
 
@@ -101,3 +110,66 @@ def test_endings_and_options():
     for options in ({"image_background": (0, 0)}, {"image_background": (0, 0, 256)}, {"image_range": (5, 5)}):
         with pytest.raises(UserError, match="expected t"):
             DataConfig(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"crop_pct": 0.9, "interpolation": "bicubic"}, {"input_size": (3, 32, 48)},
+                                     {"crop_mode": "squash", "crop_pct": 1.0}, {"input_size": (1, 28, 28)},
+                                     {"interpolation": "nearest", "crop_pct": 0.7}])  # fmt: skip
+def test_the_exports_input_is_validations(options):
+    """Of images of all shapes, without torch."""
+    size = options.get("input_size", (3, 32, 32))
+    prep = Preprocessing(
+        **{
+            "input_size": size, "mean": (0.4,) * size[0], "std": (0.2,) * size[0], "interpolation": "bilinear",
+            "crop_pct": 0.875, **options,
+        }
+    )  # fmt: skip
+    about = {"input_size": list(size), "mean": prep.mean, "std": prep.std, "interpolation": prep.interpolation,
+             "crop_pct": prep.crop_pct, "crop_mode": prep.crop_mode, "image_mode": prep.img_mode, "exif": True,
+             "image_background": [255, 255, 255], "image_range": None}  # fmt: skip
+    transform = prep.eval_transform()
+    noise = np.random.default_rng(0)
+    for width, height in ((32, 32), (50, 37), (37, 50), (200, 41), (33, 97), (20, 31), (64, 48)):
+        image = Image.fromarray(noise.integers(0, 256, (height, width, 3), np.uint8))
+        expected = prep.normalize(torch.as_tensor(np.asarray(transform(to_mode(image, ImageReading(prep.img_mode)))))[None])
+        found = model_input(image, about)
+        assert found.shape == tuple(expected.shape) and found.dtype == np.float32
+        assert np.allclose(found, expected.numpy(), atol=1e-5), (width, height)
+    with pytest.raises(ValueError, match="expected crop mode"):
+        model_input(image, {**about, "crop_mode": "border"})
+
+
+def test_an_export_scores_what_validate_says(tmp_path, capsys, monkeypatch):
+    """On images that are not square, which most examples squeeze."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 40)):
+        for label in range(2):
+            for index in range(count):
+                pixels = noise.integers(0, 200, (24 + 8 * (index % 3), 60, 3), np.uint8)
+                pixels[:, : pixels.shape[1] // 2 if index % 2 else 14] += np.uint8(40 * label)
+                path = tmp_path / "set" / split / str(label) / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(path)
+    words = ("--model", "test_resnet", "--data-dir", tmp_path / "set", "--img-size", 32, "--epochs", 2, "-j", 0, "-b", 16)
+    train(*words, "--device", "cpu", "--output", tmp_path, "--experiment", "run")
+    run = tmp_path / "run"
+    assert main(["validate", str(run), "--json", "-j", "0", "--device", "cpu"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert main(["export", str(run)]) == 0
+    code = (run / "timm_sfr_images.py").read_text()
+    assert "torch" not in sys.modules["timm_sfr.data.images"].__dict__ and "import timm" not in code
+    monkeypatch.syspath_prepend(run)
+    beside = importlib.import_module("timm_sfr_images")
+    session = onnxruntime.InferenceSession(run / "model.onnx", providers=["CPUExecutionProvider"])
+    about = json.loads(session.get_modelmeta().custom_metadata_map["timm_sfr.json"])
+    right = loss = 0
+    for path in sorted((tmp_path / "set" / "val").rglob("*.png")):
+        (logits,) = session.run(["logits"], {"images": beside.model_input(Image.open(path), about)})
+        right += about["label_names"][logits[0].argmax()] == path.parent.name
+        loss += torch.nn.functional.cross_entropy(torch.tensor(logits), torch.tensor([int(path.parent.name)])).item()
+    assert 100 * right / scores["images"] == pytest.approx(scores["top1"])
+    assert loss / scores["images"] == pytest.approx(scores["loss"], rel=1e-4)
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(run / "model.onnx"), "CPU")
+    images = beside.model_input(Image.open(path), about)
+    assert np.allclose(compiled({"images": images})[0], session.run(["logits"], {"images": images})[0], atol=1e-3)

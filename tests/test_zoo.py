@@ -97,7 +97,7 @@ def test_not_published_yet(hub, tmp_path):
             "except timm_sfr.HubError as error:\n    print(error)"
         )
         done = run(sys.executable, "-c", code, **hub.env(tmp_path, token=None))
-        said = "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet (or private); to train it: train-sfr --config "
+        said = "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet (or private); to train it: timm-sfr train --config "
         assert f"{said}{CONFIGS / 'resnet20_cifar.sfr_cifar10.yaml'}" in done.stdout, done.stderr
 
 

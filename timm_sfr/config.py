@@ -73,7 +73,9 @@ class DataConfig(Checked):
     validation_batch_size: int | None = option(
         None, "validation batch size per process (default: as in training)", low=1
     )
-    workers: int = option(4, "data loading processes per process", short="-j", low=0)
+    workers: int | None = option(
+        None, "data loading processes per process (default: 4, or as many as there are CPU cores)", short="-j", low=0
+    )
     on_bad_image: str = option(
         "stop",
         "where an image does not decode: stop, or skip it and take the next of its class",

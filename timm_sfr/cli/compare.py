@@ -20,6 +20,7 @@ from timm_sfr.utils.errors import UserError
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
               "hub_dataset", "workers", "log_interval", "report_interval", "report_to", "json_logs", "checkpoint_hist",
               "checkpoint_interval")  # fmt: skip
+Row = tuple[str, ...]
 FEWEST = 3  # seeds for an interval: with two, it would be several times as wide as the difference between them
 
 
@@ -89,8 +90,14 @@ def difference(one: Group, base: Group, score: str) -> list[float]:
 
 def scores_table(groups: Sequence[Group]) -> str:
     """Returns a table of the scores at the last epoch and the differences in top-1 from the first group, paired by seed."""
+    rows, notes, options = tables(groups)
+    return "\n".join([*aligned(rows), *notes, *(["", *aligned(options)] if len(options) > 1 else [])])
+
+
+def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
+    """Returns the rows of the scores, notes on them, and the rows of the options that differ; each begins with a heading."""
     base = groups[0]
-    lines = [("", "seeds", "top-1", "top-5", "loss", "ECE", "best top-1", "minutes", f"top-1 - {base.name}")]
+    lines: list[Row] = [("", "seeds", "top-1", "top-5", "loss", "ECE", "best top-1", "minutes", f"top-1 - {base.name}")]
     for group in groups:
         best = [float(run.metrics["best"]["val_top1"]) for run in group.runs.values()]
         minutes = [float(run.metrics["seconds"]) / 60 for run in group.runs.values()]
@@ -100,13 +107,11 @@ def scores_table(groups: Sequence[Group]) -> str:
                       spread(group.values("val_top5")), spread(group.values("val_loss"), 3),
                       spread(group.values("ece"), 3), spread(best), f"{mean(minutes):.1f}",
                       spread(gain, 2, "+") + unpaired))  # fmt: skip
-    text = aligned(lines)
-    text.append(
-        "at the last epoch, percent; ± half the 95 % interval over 3 or more seeds; the best epoch is chosen on val"
-    )
-    options = [("", *(group.name for group in groups))]
+    notes = ["at the last epoch, percent; ± half the 95 % interval over 3 or more seeds; the best epoch is chosen on val"]
+    notes += [f"{group.name}: {', '.join(_name(run) for _, run in sorted(group.runs.items()))}" for group in groups]
+    options: list[Row] = [("", *(group.name for group in groups))]
     options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]
-    return "\n".join([*text, "", *aligned(options)] if base.options else text)
+    return lines, notes, options
 
 
 def run(args: Namespace) -> int:
@@ -118,13 +123,14 @@ def run(args: Namespace) -> int:
         from timm_sfr.reporting.page import write_comparison  # imported here because matplotlib is slow to import
 
         try:
-            write_comparison(
-                args.html, [(group.name, one) for group in groups for one in group.runs.values()], scores_table(groups)
-            )
+            runs = [(group.name, one) for group in groups for one in group.runs.values()]
+            write_comparison(args.html, runs, *tables(groups))
         except OSError as error:
             raise UserError(f"html: cannot write {str(args.html)!r}: {error.strerror or error}") from error
     if not args.json:
         print(scores_table(groups))
+        if args.html is not None:
+            print(f"the page is {args.html}")
         return 0
     for group in groups:
         scores = {name: group.values(name) for name in ("val_top1", "val_top5", "val_loss", "ece")}
@@ -141,6 +147,10 @@ def run(args: Namespace) -> int:
             )
         )
     return 0
+
+
+def _name(run: Run) -> str:
+    return run.path.absolute().name
 
 
 def _short(value: Any) -> str:

@@ -14,21 +14,36 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_sfr.cli.arguments import FORMATS
+from timm_sfr.cli.arguments import FORMATS, READING
+from timm_sfr.config import DataConfig, RunConfig
+from timm_sfr.data import images
+from timm_sfr.data.samples import image_reading
+from timm_sfr.data.transforms import img_mode
 from timm_sfr.method.probe import MISFITS
 from timm_sfr.models.loading import create_model
+from timm_sfr.runs.records import recorded
 from timm_sfr.utils.errors import UserError, brief
-from timm_sfr.utils.files import replace_atomically
+from timm_sfr.utils.files import replace_atomically, write_whole
 from timm_sfr.version import __version__
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 BATCHES = (1, 3, 8)  # batch sizes of the check: other than the traced size, 2, because the file has to take any
 TOLERANCE = 1e-3  # as a share of the largest logit; other runtimes sum in another order
 METADATA = "timm_sfr.json"
+PREPROCESSING = "timm_sfr_images.py"  # a copy of `timm_sfr.data.images`
 
 
-def metadata(model: nn.Module, name: str) -> dict[str, Any]:
-    """Returns what is needed to use the file: the images' size, range and normalisation, and the class names."""
+def metadata(model: nn.Module, name: str, config: DataConfig | None = None) -> dict[str, Any]:
+    """Returns what is needed to use the file: how images are read, their size and normalisation, and the class names.
+
+    `timm_sfr.data.images.model_input` takes it.
+
+    Args:
+        model: A timm model.
+        name: What it is called.
+        config: How images were read in training; None for the defaults.
+    """
+    reading = image_reading(config or DataConfig(), img_mode(timm.data.resolve_model_data_config(model)["input_size"][0]))
     data = timm.data.resolve_model_data_config(model)
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     names = model.pretrained_cfg.get("label_names")
@@ -38,6 +53,10 @@ def metadata(model: nn.Module, name: str) -> dict[str, Any]:
         "input": "images, (batch, channels, height, width), float32: pixels / 255, then (x - mean) / std",
         "output": "logits, (batch, classes)",
         **{key: data[key] for key in kept},
+        "image_mode": reading.mode,
+        "exif": reading.exif,
+        "image_background": reading.background,
+        "image_range": reading.value_range,
         "num_classes": model.num_classes,
         "label_names": list(names) if names else None,
         "made_by": f"timm_sfr {__version__}, timm {timm.__version__}, torch {torch.__version__}",
@@ -72,10 +91,10 @@ def export(model: nn.Module, path: Path, kind: str, about: dict[str, Any]) -> fl
         write(model, example, fresh, json.dumps(about))
         run = load(fresh)
         for batch in BATCHES:
-            images = torch.randn(batch, *size)
+            batch_of_noise = torch.randn(batch, *size)
             with torch.inference_mode():
-                expected = model(images)
-            difference = float((run(images) - expected).abs().max())
+                expected = model(batch_of_noise)
+            difference = float((run(batch_of_noise) - expected).abs().max())
             largest = max(largest, difference)
             if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):
                 raise UserError(f"format: the {kind} file differs from PyTorch by {difference:.2g} at batch {batch}; "
@@ -151,11 +170,17 @@ WRITERS = {
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
     model = create_model(args.model, revision=args.revision)
-    about = metadata(model, args.model)
+    about = metadata(model, args.model, RunConfig.from_flat(recorded(args.model, READING)).data)
     name = Path(args.model.split(":")[-1].split("@")[0]).name
-    path = args.output or Path(name + FORMATS[args.format])
+    is_run = (Path(args.model) / "args.yaml").is_file()
+    path = args.output or (Path(args.model, "model") if is_run else Path(name)).with_name(
+        ("model" if is_run else name) + FORMATS[args.format]
+    )
     difference = export(model, path, args.format, about)
+    beside = path.with_name(PREPROCESSING)
+    write_whole(beside, Path(images.__file__).read_text(encoding="utf-8"))
     size = "x".join(map(str, about["input_size"]))
     print(f"{path}: {args.format}, {path.stat().st_size / 2**20:.1f} MiB, images (batch, {size.replace('x', ', ')}); largest "
           f"difference from PyTorch {difference:.2g} over batches of {', '.join(map(str, BATCHES))}")  # fmt: skip
+    print(f"{beside}: model_input turns an image into the file's input as validation does, with NumPy and Pillow alone")
     return 0

@@ -19,7 +19,8 @@ from timm_sfr.cli.arguments import READING
 from timm_sfr.cli.parser import fail, given
 from timm_sfr.config import DataConfig, RunConfig
 from timm_sfr.data.folders import is_hidden
-from timm_sfr.data.images import image_endings, image_reading, to_mode
+from timm_sfr.data.images import image_endings, to_mode
+from timm_sfr.data.samples import image_reading
 from timm_sfr.data.transforms import img_mode
 from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import recorded

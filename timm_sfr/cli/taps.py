@@ -36,6 +36,7 @@ class TapRow:
 
     Attributes:
         role: ``"shallow"`` or ``"deep"``.
+        index: Its place among the features, from 0, as ``--sfr-taps`` takes it.
         stage: Number of its grid among the network's grids, 1 for the finest.
         module: The tapped module.
         channels: C.
@@ -47,6 +48,7 @@ class TapRow:
     """
 
     role: str
+    index: int
     stage: int
     module: str
     channels: int
@@ -79,11 +81,11 @@ def describe(plan: TapPlan, features: list[Feature], config: SFRConfig, batch: i
 
 def taps_table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> str:
     """Returns the rows as a table, followed by the rule that chose the taps and the total cost."""
-    lines = [("role", "stage", "module", "channels", "reduction", "grid", "nodes", "deep channels teach", "ms a step")]
+    lines = [("tap", "index", "module", "channels", "grid", "stride", "nodes", "deep channels teach", "ms a step")]
     for row in rows:
         cost = f"{row.milliseconds:.2f}" if row.role == "shallow" else ""
         grid = f"{row.grid[0]}x{row.grid[1]}"
-        lines.append((row.role, str(row.stage), row.module, str(row.channels), str(row.reduction), grid, str(row.nodes),
+        lines.append((row.role, str(row.index), row.module, str(row.channels), grid, str(row.reduction), str(row.nodes),
                       row.match, cost))  # fmt: skip
     text = aligned(lines)
     total = sum(row.milliseconds for row in rows)
@@ -156,7 +158,7 @@ def run(args: Namespace) -> int:
 
 def _row(role: str, tap: Feature, stages: list[Any], grid: tuple[int, int], match: str, cost: float) -> TapRow:
     place = stages.index(tap.grid) + 1
-    return TapRow(role, place, tap.module, tap.channels, tap.stride, tap.grid, grid[0] * grid[1], match, cost)
+    return TapRow(role, tap.index, place, tap.module, tap.channels, tap.stride, tap.grid, grid[0] * grid[1], match, cost)
 
 
 def _match(deep: int, shallow: int, method: str) -> str:

@@ -23,6 +23,7 @@ from timm_sfr.runs.records import hardware, recorded
 from timm_sfr.training.devices import make_accelerator
 from timm_sfr.training.evaluate import evaluate
 from timm_sfr.training.progress import watched
+from timm_sfr.utils.console import console_output
 from timm_sfr.utils.errors import UserError, near_paths
 
 
@@ -33,12 +34,14 @@ def run(args: Namespace) -> int:
         near = "" if Path(args.model).exists() else near_paths(args.model)
         raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data{near}")
     config = RunConfig.from_flat(options)
-    scores = validate(create_model(args.model, revision=args.revision), config, Path(args.model) / SPLIT_FILE)
+    with console_output(False):
+        model = create_model(args.model, revision=args.revision)
+        scores = validate(model, config, Path(args.model) / SPLIT_FILE)
     main, nonfinite = scores.pop("main"), scores.pop("nonfinite")
     if main:
         if nonfinite:
             print(f"warning: the outputs for {nonfinite} images are not finite; they count as wrong", file=sys.stderr)
-        print(json.dumps({"model": args.model, **scores}) if args.json else _table(args.model, scores))
+        print(json.dumps({"model": args.model, **scores}) if args.json else _table(args.model, scores, model.num_classes > 5))
     return 0
 
 
@@ -91,11 +94,11 @@ def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
                         "give --class-map")  # fmt: skip
 
 
-def _table(model: str, scores: dict[str, Any]) -> str:
+def _table(model: str, scores: dict[str, Any], top5: bool) -> str:
     shown = {
         "images": f"{scores['images']} at {scores['img_size']} pixels",
         "top-1": f"{scores['top1']:.3f} %",
-        "top-5": f"{scores['top5']:.3f} %",
+        **({"top-5": f"{scores['top5']:.3f} %"} if top5 else {}),
         "loss (NLL)": f"{scores['loss']:.5f}",
         "ECE, 15 bins": f"{scores['ece']:.4f}",
         "images/s": f"{scores['images_per_second']:.0f} on {scores['hardware']}",

@@ -1,18 +1,18 @@
-"""Turns any image that Pillow opens into the mode that the model takes: orientation, depth, transparency, colour.
+"""Turns any image that Pillow opens into a model's input: orientation, depth, transparency, colour; size and normalisation.
 
-Training, validation, prediction, the exports' preprocessing and the report all call `to_mode`, so that they see the same
-pixels.
+Training, validation, prediction and the report all call `to_mode`, so that they see the same pixels. `model_input` goes on to
+the numbers that an exported model takes; `timm-sfr export` writes this file beside it. It needs NumPy and Pillow alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageMode, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE
-
-from timm_sfr.config import DataConfig
 
 # Formats that Pillow recognises but cannot decode by itself: it needs another program, or a handler of the user's.
 NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -43,13 +43,6 @@ class ImageReading:
     exif: bool = True
     background: tuple[int, int, int] = (255, 255, 255)
     value_range: tuple[float, float] | None = None
-
-
-def image_reading(config: DataConfig, mode: str) -> ImageReading:
-    """Returns how a run reads images for a model that takes the Pillow mode `mode`, unless the options name another."""
-    red, green, blue = config.image_background
-    value_range = None if config.image_range is None else (config.image_range[0], config.image_range[1])
-    return ImageReading(config.input_img_mode or mode, config.exif, (red, green, blue), value_range)
 
 
 def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
@@ -123,3 +116,53 @@ def _bits(image: Image.Image) -> int | None:
         return bits if bits <= 16 else None
     # Pillow opens PNGs of 16 bits as I;16, and older versions as I.
     return 16 if image.mode.startswith("I;16") or image.format == "PNG" else None
+
+
+def model_input(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
+    """Returns an image as a batch of one for an exported model: float32 (1, C, H, W), equal to validation's.
+
+    to_mode -> resize -> crop the centre -> (pixels / 255 - mean) / std
+
+    Args:
+        image: An image as Pillow opens it.
+        about: What the exported file has under the name ``timm_sfr.json``.
+    """
+    reading = ImageReading(
+        about["image_mode"],
+        about["exif"],
+        tuple(about["image_background"]),
+        tuple(about["image_range"]) if about["image_range"] else None,
+    )
+    channels, height, width = about["input_size"]
+    resample = Image.Resampling[about["interpolation"].upper()]
+    image = to_mode(image, reading)
+    image = _resized(image, (height, width), about["crop_pct"], about["crop_mode"], resample)
+    pixels = np.asarray(_centre(image, height, width), np.float32).reshape(height, width, channels)
+    pixels = (pixels / 255 - np.float32(about["mean"])) / np.float32(about["std"])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], np.float32)
+
+
+def _resized(
+    image: Image.Image, size: tuple[int, int], crop_pct: float, crop_mode: str, resample: Image.Resampling
+) -> Image.Image:
+    """Resizes as timm's validation does: the image's side that needs more becomes size / crop_pct.
+
+    Raises:
+        ValueError: for timm's crop mode ``border``, which no model uses by default.
+    """
+    height, width = (math.floor(side / crop_pct) for side in size)
+    if crop_mode == "squash":
+        return image.resize((width, height), resample)
+    if crop_mode != "center":
+        raise ValueError(f"expected crop mode center or squash; got {crop_mode!r}")
+    if height == width:  # torchvision's: the shorter side, and the longer one rounded down
+        short, long = sorted(image.size)
+        longer = int(height * long / short)
+        return image.resize((height, longer) if image.width <= image.height else (longer, height), resample)
+    ratio = min(image.height / height, image.width / width)
+    return image.resize((round(image.width / ratio), round(image.height / ratio)), resample)
+
+
+def _centre(image: Image.Image, height: int, width: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -12,6 +12,7 @@ import atexit
 import itertools
 import multiprocessing
 import multiprocessing.util
+import os
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -28,11 +29,14 @@ from torchvision.transforms import Compose
 from timm_sfr.config import DEFAULT_BATCH, AugConfig, DataConfig
 from timm_sfr.data.batch_transform import collate
 from timm_sfr.data.datasets import Split
-from timm_sfr.data.images import image_reading, to_mode
-from timm_sfr.data.samples import file_name, make_samples
+from timm_sfr.data.images import to_mode
+from timm_sfr.data.samples import file_name, image_reading, make_samples
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.processes import cores
+
+WORKERS = 4
 
 
 class EpochSampler(Sampler[int]):
@@ -77,7 +81,7 @@ class TrainBatches:
         self.split = split
         self.sampler: EpochSampler | None = None
         if split.streamed:
-            _check_shards(split.dataset, accelerator.num_processes * max(1, config.workers))
+            _check_shards(split.dataset, accelerator.num_processes * max(1, worker_count(config)))
             dataset = _prepare_stream(split.dataset, transform, config, prep.img_mode)
         else:
             place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
@@ -127,7 +131,14 @@ def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLo
     if split.streamed:
         return DataLoader(_prepare_stream(split.dataset, transform, config, prep.img_mode), batch, **_options(config))
     dataset = make_samples(split, transform, config, prep.img_mode, None)
-    return DataLoader(dataset, batch, shuffle=False, **_options(config))
+    return DataLoader(dataset, batch, **_options(config))
+
+
+def worker_count(config: DataConfig) -> int:
+    """Returns the number of data loading processes of this process: 4 by default, and at most its share of the cores."""
+    if config.workers is not None:
+        return config.workers
+    return max(1, min(WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _prepare_stream(
@@ -137,7 +148,7 @@ def _prepare_stream(
         raise UserError("cache-dataset: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
                         "stream; leave the option out")  # fmt: skip
     dataset.transform = Compose([partial(to_mode, reading=image_reading(config, mode)), transform])
-    dataset.set_loader_cfg(num_workers=config.workers)
+    dataset.set_loader_cfg(num_workers=worker_count(config))
     return dataset
 
 
@@ -174,9 +185,10 @@ atexit.register(_terminate_workers)  # registered after multiprocessing's handle
 
 
 def _options(config: DataConfig) -> dict[str, Any]:
+    workers = worker_count(config)
     return {
-        "num_workers": config.workers,
-        "persistent_workers": config.workers > 0,
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
         "pin_memory": config.pin_mem,
         "collate_fn": collate,
         "worker_init_fn": _ignore_signals,

@@ -19,10 +19,17 @@ from timm_sfr.data.batch_transform import Batch, BatchTransform
 from timm_sfr.data.cache import Cached
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.folders import FolderReader
-from timm_sfr.data.images import ImageReading, image_reading, to_mode
+from timm_sfr.data.images import ImageReading, to_mode
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.seeding import random_state_kept, seed_cpu
+
+
+def image_reading(config: DataConfig, mode: str) -> ImageReading:
+    """Returns how a run reads images for a model that takes the Pillow mode `mode`, unless the options name another."""
+    red, green, blue = config.image_background
+    value_range = None if config.image_range is None else (config.image_range[0], config.image_range[1])
+    return ImageReading(config.input_img_mode or mode, config.exif, (red, green, blue), value_range)
 
 
 class BadImage(UserError):

@@ -95,7 +95,7 @@ class ZooEntry:
     def command(self) -> str:
         """The command that trains it."""
         data = self.options.get("data_dir") or self.options.get("dataset")
-        return f"train-sfr --config {self.recipe}{'' if data else ' --data-dir DIR'}"
+        return f"timm-sfr train --config {self.recipe}{'' if data else ' --data-dir DIR'}"
 
     def pretrained_cfg(self) -> PretrainedCfg:
         """Returns timm's configuration for these weights: the architecture's, with the recipe's input, classes and source."""

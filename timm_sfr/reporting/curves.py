@@ -78,12 +78,13 @@ def own_panels(run: Run) -> list[Panel]:
 
 
 def shared_panels(runs: Sequence[tuple[str, str, Run]]) -> list[Panel]:
-    """Returns panels that overlay the curves of several runs, given as (label, colour, run)."""
-    return [
+    """Returns panels that overlay the curves of several runs, given as (label, colour, run); those that differ come first."""
+    panels = [
         Panel(column, title, [Curve(label, *run.column(column), colour) for label, colour, run in runs])
         for column, title in SHARED
         if any(_has_data(run, column) for _, _, run in runs)
     ]
+    return sorted(panels, key=lambda panel: len({tuple(curve.values) for curve in panel.curves}) == 1)
 
 
 def _has_data(run: Run, column: str) -> bool:

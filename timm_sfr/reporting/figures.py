@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 
 from timm_sfr.reporting.curves import BLUE, GREY, ORANGE, Panel
 from timm_sfr.runs.predictions import PredictionTable
@@ -86,6 +87,12 @@ def confusion(figure: Figure, counts: np.ndarray, share: int, names: Sequence[st
             axes.text(
                 j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.5 else INK
             )
+
+
+def drawable(texts: Sequence[str]) -> bool:
+    """Returns whether matplotlib's font has all characters of the texts; without them, a picture shows boxes."""
+    font = get_font(findfont(FontProperties()))
+    return all(font.get_char_index(ord(character)) for text in texts for character in text)
 
 
 def reliability(figure: Figure, predictions: PredictionTable, bins: int) -> None:

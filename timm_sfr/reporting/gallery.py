@@ -16,8 +16,7 @@ from torch import Tensor
 from timm_sfr.config import RunConfig
 from timm_sfr.data.datasets import Split, open_split
 from timm_sfr.data.folders import SPLIT_FILE
-from timm_sfr.data.images import image_reading
-from timm_sfr.data.samples import BadImage, Decoded, file_name
+from timm_sfr.data.samples import BadImage, Decoded, file_name, image_reading
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.runs.predictions import PredictionTable
 from timm_sfr.utils.errors import UserError

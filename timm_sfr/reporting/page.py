@@ -62,14 +62,28 @@ def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: 
     def write(fresh: Path) -> None:
         fresh.mkdir()
         for name, figure in drawings.items():
-            (fresh / f"{name}.png").write_bytes(figures.png(figure))
+            if not name.endswith("_picture"):
+                (fresh / f"{name}.png").write_bytes(figures.png(drawings.get(f"{name}_picture", figure)))
 
     replace_atomically(path / PICTURES, write)
     return path / PAGE
 
 
-def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) -> None:
-    """Writes a page with the overlaid curves of several runs, (label, run), and the comparison's text `lines`.
+def write_comparison(
+    path: Path,
+    runs: Sequence[tuple[str, Run]],
+    scores: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    options: Sequence[Sequence[str]],
+) -> None:
+    """Writes a page with the tables of a comparison and the overlaid curves of the runs; panels that differ most come first.
+
+    Args:
+        path: The page.
+        runs: (label, run) of every run.
+        scores: Rows of scores, the first of them headings.
+        notes: Lines on the scores.
+        options: Rows of the options that differ, the first of them headings.
 
     Raises:
         OSError: if the page cannot be written.
@@ -77,8 +91,8 @@ def write_comparison(path: Path, runs: Sequence[tuple[str, Run]], lines: str) ->
     labels = list(dict.fromkeys(label for label, _ in runs))
     colours = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(labels)}
     panels = shared_panels([(label, colours[label], run) for label, run in runs])
-    text = _template("comparison.html").render(curves=[_curve(panel) for panel in panels], lines=lines,
-                                               runs=[(label, run.path.absolute().name) for label, run in runs])  # fmt: skip
+    text = _template("comparison.html").render(curves=[_curve(panel) for panel in panels], scores=scores, notes=notes,
+                                               options=options, count=len(runs))  # fmt: skip
     write_whole(path, text)
 
 
@@ -109,6 +123,9 @@ def _draw_figures(run: Run, table: PredictionTable | None) -> dict[str, Any]:
     counts, share = table.confusion(len(names))
     side = 4.8 if len(names) > 5 else 3.6
     found["confusion"] = figures.draw(lambda figure: figures.confusion(figure, counts, share, names), (side, side))
+    if not figures.drawable(names):  # the page's fonts have these characters, a picture's font does not
+        numbers = [str(index) for index in range(len(names))]
+        found["confusion_picture"] = figures.draw(lambda figure: figures.confusion(figure, counts, share, numbers), (side, side))
     found["reliability"] = figures.draw(lambda figure: figures.reliability(figure, table, ECE_BINS), (4.8, 4.2))
     return found
 
@@ -122,10 +139,12 @@ def _page_values(
         "best": run.metrics["best"], "last": run.metrics["last"], "epochs": len(run.rows),
         "command": f"python train_sfr.py --config {shlex.quote(str(run.path / 'args.yaml'))}",
         "recipe": yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True),
-        "classes": [], "pairs": [], "mistakes": [], "matches": [], "channel_figures": [],
+        "classes": [], "pairs": [], "mistakes": [], "matches": [], "channel_figures": [], "deep": "",
+        "count": run.options.get("num_classes") or 0,
     }  # fmt: skip
     page["curves"] = [_curve(panel) for panel in own_panels(run)]
-    page |= {name: _svg(figure, name, name) for name, figure in drawings.items() if name != "curves"}
+    page |= {name: _svg(figure, name, name) for name, figure in drawings.items()
+             if name != "curves" and not name.endswith("_picture")}  # fmt: skip
     model, gallery = _open_run(run, notes, dataset)
     names = _class_names(run) or list((gallery and gallery.class_names) or [])
     if table is not None:
@@ -223,9 +242,19 @@ def _sfr_values(
         "channel_figures": [
             _svg(figures.draw(lambda figure, one=match: figures.channels(figure, one.channels.numpy(), one.module), (4.8, 2.6)),
                  f"channels{number}", f"channels of {match.module}")
-            for number, match in enumerate(matches)
+            for number, match in enumerate(matches if config.sfr.channels != "groups" else ())
         ],
+        "taught": [_groups(plan.deep.channels, tap.channels, tap.module) for tap in plan.shallow],
     }  # fmt: skip
+
+
+def _groups(deep: int, shallow: int, module: str) -> str:
+    """Returns in words how groups of deep channels teach the channels of a shallow tap."""
+    if deep > shallow:
+        return f"the means of neighbours among the {deep} deep channels teach the {shallow} of {module}"
+    if deep == shallow:
+        return f"each of the {deep} deep channels teaches one of {module}"
+    return f"each of the {deep} deep channels teaches several of the {shallow} of {module}"
 
 
 def _projection(run: Run, plan: TapPlan) -> ChannelProjection:
@@ -248,15 +277,13 @@ def _projection(run: Run, plan: TapPlan) -> ChannelProjection:
 
 
 def _cells(match: TapMatch, image: int) -> dict[str, Any]:
-    """Returns one image's plan, in thousandths of the mass, and the mean position of each location's teachers."""
+    """Returns one image's locations, and its plan in thousandths of each location's mass."""
     plan = match.plan[image].numpy()
     shares = plan / np.maximum(plan.sum(1, keepdims=True), 1e-12)
-    deep = _locations(match.deep_grid)
-    means = shares @ np.array([(one["x"] + one["w"] / 2, one["y"] + one["h"] / 2) for one in deep])
-    cells = [{**one, "from_x": x, "from_y": y} for one, (x, y) in zip(_locations(match.grid), means, strict=True)]
     sparse = [[[int(j), round(1000 * float(plan[i, j]), 2)] for j in np.flatnonzero(row >= 0.005)]
               for i, row in enumerate(shares)]  # fmt: skip
-    return {"cells": cells, "deep": deep, "plan": sparse, "distance": float(match.distance[image])}
+    return {"cells": _locations(match.grid), "deep": _locations(match.deep_grid), "plan": sparse,
+            "distance": float(match.distance[image])}  # fmt: skip
 
 
 def _locations(grid: tuple[int, int]) -> list[dict[str, float]]:

@@ -87,8 +87,8 @@ def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, flo
     return {name: row[name] for name in columns("kd_loss" in row)}
 
 
-def log_line(row: dict[str, Any], epochs: int) -> str:
-    """Returns the log line of an epoch."""
+def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
+    """Returns the log line of an epoch; `top5`: whether the top-5 says anything, with more than five classes."""
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"lr {row['lr']:.3g}", f"loss {row['train_loss']:.4f}"]
     terms = []
     if "kd_loss" in row:
@@ -99,7 +99,9 @@ def log_line(row: dict[str, Any], epochs: int) -> str:
     if terms:
         parts.append("= " + " + ".join(terms))
     if row["val_top1"] != "":
-        parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f} top5 {row['val_top5']:.2f}")
+        parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f}")
+        if top5:
+            parts.append(f"top5 {row['val_top5']:.2f}")
     return " ".join([*parts, f"| {row['images_per_second']:.0f} images/s"])
 
 

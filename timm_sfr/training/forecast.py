@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import psutil
 from torch import nn
 
 from timm_sfr.config import RunConfig
+from timm_sfr.data.loaders import worker_count
 from timm_sfr.method.smoothing import default_warmup
+from timm_sfr.utils.console import counted
 
 # The usual learning rates, by a part of the optimizer's name (the first match counts): the rate at a batch of 256, the power
 # of the batch that it scales with, and the factors by which it may be lower or higher without a warning. SGD: Goyal et al.,
@@ -92,11 +93,6 @@ def usual_rate(opt: str, batch: int, momentum: float = 0.9) -> tuple[float, floa
     return None
 
 
-def cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
-
-
 def _size(config: RunConfig, run: Circumstances) -> str | None:
     """Pretrained weights expect objects at the scale of their training images."""
     own, size = (getattr(run.model, "pretrained_cfg", None) or {}).get("input_size"), config.model.img_size
@@ -153,7 +149,7 @@ def _warmup(config: RunConfig, run: Circumstances) -> str | None:
 
 def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
     """Values that are accepted silently and do not do what they seem to."""
-    crop, decay, workers = config.model.crop_pct, config.optim.layer_decay, config.data.workers * run.processes
+    crop, decay, workers = config.model.crop_pct, config.optim.layer_decay, worker_count(config.data) * run.processes
     found: list[str | None] = []
     if crop is not None and not 0 < crop <= 1:
         found.append(f"crop-pct: expected a share above 0 and up to 1; got {crop:g}, which timm interprets differently "
@@ -162,7 +158,7 @@ def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
         found.append(f"layer-decay: expected above 0 and up to 1, usually 0.5 to 0.9; with {decay:g} the first layers "
                      "would learn fastest, or not at all")  # fmt: skip
     if workers > run.cores:
-        found.append(f"workers: {workers} loading processes for {run.cores} core{'s' if run.cores > 1 else ''}; "
+        found.append(f"workers: {workers} loading processes for {counted(run.cores, 'core')}; "
                      f"--workers {max(1, run.cores // run.processes)} is enough")  # fmt: skip
     sfr = config.sfr
     if sfr.enabled and sfr.weight > 0 and sfr.solver != "auto" and sfr.matching != "emd":

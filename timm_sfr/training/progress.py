@@ -35,9 +35,19 @@ class Progress:
         val_interval: Epochs between validations.
         log_interval: Batches between checks whether a line is due.
         main: Whether this process prints.
+        top5: Whether there are enough classes for the top-5 to say anything.
     """
 
-    def __init__(self, epochs: int, steps: tuple[int, int], val_interval: int, log_interval: int, main: bool) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        steps: tuple[int, int],
+        val_interval: int,
+        log_interval: int,
+        main: bool,
+        top5: bool = True,
+    ) -> None:
+        self.top5 = top5
         self.epochs, self.steps, self.val_steps = epochs, max(1, steps[0]), steps[1]
         self.val_interval, self.log_interval = val_interval, log_interval
         self.main, self.bars = main, main and sys.stderr.isatty()
@@ -109,7 +119,7 @@ class Progress:
             self.score = f"top-1 {row['val_top1']:.2f} (epoch {self.epoch + 1}), "
         self._end_bar()
         self._draw()
-        logger.info(log_line(row, self.epochs), extra=fields("epoch", **row))
+        logger.info(log_line(row, self.epochs, self.top5), extra=fields("epoch", **row))
 
     @property
     def mean_loss(self) -> float:

@@ -34,7 +34,7 @@ from timm_sfr.runs.checkpoints import load_newest, set_aside
 from timm_sfr.runs.folder import Workspace, open_workspace
 from timm_sfr.runs.records import hardware, read_summary, term_names, versions
 from timm_sfr.training.devices import explained, keep_freed_blocks, make_accelerator
-from timm_sfr.training.forecast import Circumstances, advice, cores
+from timm_sfr.training.forecast import Circumstances, advice
 from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.recorder import Recorder
@@ -45,7 +45,7 @@ from timm_sfr.training.trainer import Trainer
 from timm_sfr.utils.console import console_output, counted, show_log
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import read_yaml
-from timm_sfr.utils.processes import on_main, one_at_a_time
+from timm_sfr.utils.processes import cores, on_main, one_at_a_time
 
 JUMP = 2.0  # a rate that grows by more than this factor at a resume is said
 

@@ -61,7 +61,8 @@ class Trainer(Learner):
     def __post_init__(self) -> None:
         steps = len(self.batches), length_of(self.val_loader)
         engine, main = self.config.engine, self.accelerator.is_main_process
-        self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main)
+        top5 = (self.config.model.num_classes or 1000) > 5
+        self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main, top5)
 
     def train_epoch(self, epoch: int, start: int = 0) -> dict[str, float]:
         """Trains one epoch from batch `start` on; returns the epoch's means of the loss's terms, and images per second.

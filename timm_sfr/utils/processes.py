@@ -20,6 +20,11 @@ from timm_sfr.utils.errors import UserError
 Result = TypeVar("Result")
 
 
+def cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    return len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+
+
 def restarts() -> int:
     """Returns how many times torchrun has restarted these processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
