@@ -1,5 +1,6 @@
 import contextlib
 import csv
+import gc
 import io
 import logging
 import os
@@ -108,6 +109,7 @@ def run_here(main, words, env):
 
 @pytest.fixture(scope="session", autouse=True)
 def _cold():
+    gc.freeze()
     yield
     WARM.close()
 

@@ -150,8 +150,9 @@ def test_a_finished_run_stays_as_it_is(digits_run, tmp_path):
     shutil.copytree(digits_run[0], tmp_path / "run")
     before = (tmp_path / "run" / "args.yaml").read_bytes()
     done = run(*TRAIN, "--resume", tmp_path / "run", "--lr", 0.5, "--seed", 7)
-    assert done.returncode == 0 and "nothing is left to train: 4 epochs are done" in done.stdout, done.stderr
-    assert (tmp_path / "run" / "args.yaml").read_bytes() == before
+    assert done.returncode == 0 and "nothing is left to train: all 4 epochs are done" in done.stdout, done.stderr
+    assert "these options change nothing now: lr 0.5 (was 0.1), seed 7 (was 42)" in done.stdout
+    assert "resuming" not in done.stdout and (tmp_path / "run" / "args.yaml").read_bytes() == before
     shutil.rmtree(tmp_path / "run" / "model")
     done = run(*TRAIN, "--resume", tmp_path / "run")
     assert done.returncode == 2 and "is gone, and only a new best epoch writes it" in done.stderr
@@ -193,7 +194,11 @@ def test_damaged_checkpoints_are_set_aside(tmp_path):
 
 def limited(kilobytes, *words):
     """Runs the command with a limit on the size of a file: writes fail for real, as on a full disk."""
-    return run("bash", "-c", f'ulimit -f {kilobytes}; exec "$@"', "bash", *TRAIN, *words)
+    code = (
+        f"import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, ({1024 * kilobytes},) * 2)\n"
+        f"import train_sfr\nsys.exit(train_sfr.main({[str(word) for word in (*TRAIN[2:], *words)]}))"
+    )
+    return run(TRAIN[0], "-c", code)
 
 
 def test_a_checkpoint_that_does_not_fit_stops_the_run_or_is_skipped(tmp_path):
@@ -215,6 +220,7 @@ cp -r {place}/run {kept}
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(tmp_path):
     """A small tmpfs, for real: the run stops in one line, what was kept is whole, and it goes on once there is room."""
     words = ("--epochs", 3, "--img-size", 16, "--batch-size", 64, "-j", 0)

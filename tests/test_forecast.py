@@ -11,6 +11,7 @@ from conftest import TRAIN, run
 
 import timm_sfr  # noqa: F401  (registers the architectures for small images)
 from timm_sfr import RunConfig
+from timm_sfr.config import DEFAULT_BATCH
 from timm_sfr.training.forecast import Circumstances, advice, total_reduction, usual_rate
 from timm_sfr.utils.processes import cores
 
@@ -42,7 +43,7 @@ def lines_on(model="resnet20_cifar", **options):
     config = RunConfig.from_flat(
         {"data_dir": "x", "model": model, "img_size": 224, "workers": 2, "warmup_epochs": 0, **options}
     )
-    batch = config.data.batch_size * config.optim.grad_accum_steps
+    batch = (config.data.batch_size or DEFAULT_BATCH) * config.optim.grad_accum_steps
     lr = config.optim.lr if config.optim.lr is not None else config.optim.lr_base
     made = timm.create_model(model, num_classes=10)
     return advice(config, Circumstances(made, images, batch, lr, config.optim.epochs, 4))
@@ -52,8 +53,8 @@ def lines_on(model="resnet20_cifar", **options):
     "options,expected",
     [
         ({}, None),
-        ({"opt": "adamw", "lr": 0.1}, r"lr: 0.1 is far above the usual rate of adamw at 128 images per update, about 0.0007; .*"
-                                      r"may well diverge; use --lr 0.0007"),
+        ({"opt": "adamw", "lr": 0.1}, r"lr: 0.1 is far above the usual rate of adamw at 128 images per update, about 0.00071; .*"
+                                      r"may well diverge; use --lr 0.00071"),
         ({"opt": "adamw"}, "is far above the usual rate of adamw"),  # timm's default rate is SGD's
         ({"opt": "adamw", "lr": 1e-5}, None),  # fine-tuning
         ({"lr": 1e-5}, "lr: 1e-05 is far below the usual rate of sgd at 128 images per update, about 0.05"),

@@ -44,7 +44,8 @@ def test_large_blocks_are_used_again() -> None:
     assert faults == 0 < second_time(False)[1]
 
 
-@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES", "LD_PRELOAD"])
+@pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", *(pytest.param(name, marks=pytest.mark.slow)
+                                                        for name in ("GLIBC_TUNABLES", "LD_PRELOAD"))])  # fmt: skip
 def test_an_allocator_that_the_user_has_set_is_left_alone(name: str) -> None:
     told, faults = second_time(True, **{name: "glibc.malloc.check=0" if name == "GLIBC_TUNABLES" else ""})
     assert told == "False"

@@ -59,7 +59,7 @@ def screen(written):
     return [line.rstrip() for line in lines]
 
 
-@pytest.mark.parametrize("columns", [80, 40])
+@pytest.mark.parametrize("columns", [80, pytest.param(40, marks=pytest.mark.slow)])
 def test_bars_in_a_terminal(columns, tmp_path):
     words = ("--epochs", 2, "-b", 64 if columns == 80 else 128, "--output", tmp_path, "--experiment", "run")
     written = in_terminal(columns, *TRAIN, *words)
@@ -82,7 +82,7 @@ def test_bars_in_a_terminal(columns, tmp_path):
 def test_quiet_without_a_terminal(tmp_path):
     """Nothing on standard error, a line an epoch, and within one where it is long."""
     quick = "import timm_sfr.training.progress as p; p.LINE_EVERY = 0; import train_sfr; train_sfr.main({})"
-    words = ["--epochs", "2", "--log-interval", "8", "--output", str(tmp_path), "--experiment"]
+    words = ["--report-interval", "0", "--epochs", "2", "--log-interval", "8", "--output", str(tmp_path), "--experiment"]
     done = run(sys.executable, "-c", quick.format([*words, "often"]))
     lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
     within = [line.split(":")[0] for line in lines if "batch" in line]

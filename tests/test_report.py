@@ -316,8 +316,11 @@ def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):
     (other / "args.yaml").write_text(yaml.safe_dump({**args, "seed": 7, "smoothing": 0.3}))
     assert main(["compare", str(finished), str(other), "--html", str(tmp_path / "c.html")]) == 0
     page = Page((tmp_path / "c.html").read_text())
-    words = "".join(page.text)
-    assert not page.loads and "2 runs side by side" in words and capsys.readouterr().out.splitlines()[0] in words
+    words, out = "".join("".join(page.text).split()), capsys.readouterr().out
+    assert not page.loads and "2runssidebyside" in words
+    for line in out.splitlines()[:-1]:  # the last one says where the page is
+        assert "".join(line.split()) in words, line
+    assert out.endswith(f"the page is {tmp_path / 'c.html'}\n") and "A: run" in out and "B: other" in out
     assert main(["compare", str(finished), str(other), "--html", str(tmp_path / "none" / "c.html")]) == 2
     assert "error: html: cannot write" in capsys.readouterr().err
 

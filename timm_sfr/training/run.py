@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,8 +205,11 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
             _forecast(trainer)
         else:
             say(f"nothing is left to train: all {state.epoch} epochs are done; to train longer, raise --epochs")
+        # Loading processes are forks: without this, each looks through all objects when it ends, and copies their pages.
+        gc.freeze()
         trainer.fit()
     finally:
+        gc.unfreeze()
         trainer.trackers.finish()
         trainer.workspace.release()
         trainer.accelerator.end_training()
