@@ -68,12 +68,6 @@ PRESETS: dict[str, dict[str, Set]] = {
         # Short: no method gets that far.
         "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
     },
-    # For the gain from each of SFR's three parts. In float32, because its speed is similar on all CPUs.
-    "parts": {
-        "tin100-3k": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "no", 8, SMALL),
-        "cifar10-2k": Set("cifar10", 32, 200, "resnet20_cifar", 48, 64, 0.4, "no", 8, SMALL),
-        "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "no", 4, SMALL),
-    },
     # Other influences on a result, small enough for one core: mixing, width, pretrained weights.
     "regimes": {
         "tin100-3k-mix": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, SMALL, MIX),

@@ -150,6 +150,22 @@ def _timed(times: list[dict[str, str]]) -> str:
     )
 
 
+def by_table(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str, str], list[dict[str, str]]]:
+    """The rows of each table by (preset, set, split).
+
+    SFR with a part left out (``sfr:OPTION=VALUE``) has tables of its own on val, ``parts``, beside SFR and cross-entropy.
+    """
+    found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in rows:
+        part = row["split"] == "val" and row["method"].startswith("sfr:")
+        found.setdefault(("parts" if part else row["preset"], row["set"], row["split"]), []).append(row)
+    for (preset, name, split), chosen in list(found.items()):
+        if preset == "parts":
+            whole = found.get((chosen[0]["preset"], name, split), [])
+            chosen += [row for row in whole if row["method"] in ("sfr", "ce")]
+    return found
+
+
 def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
     """Top-1 at the last epoch, mean and 95 % interval, the seeds as dots."""
     import matplotlib
@@ -191,19 +207,18 @@ def main(arguments: list[str] | None = None) -> int:
             return fail(f"{option}: there is no file {path}")
     text = args.document.read_text()
     rows, clock = [row for path in args.csv for row in read(path)], read(args.timing)
-    kinds = sorted({(row["preset"], row["set"], row["split"]) for row in rows})
-    for kind in kinds:
-        chosen = [row for row in rows if (row["preset"], row["set"], row["split"]) == kind]
+    placed = by_table(rows)
+    for kind, chosen in sorted(placed.items()):
         label = "-".join(kind)
         found = summaries(chosen)
         picture = args.document.parent / f"results-{label}.svg"
         split = {"heldout": "held-out images", "val-part2": "val, trained on part 2,"}.get(kind[2], kind[2])
         plot(found, f"{kind[1]} ({kind[0]} preset)", f"top-1 on {split} at the last epoch, %", picture)
-        times = timings(clock, *kind[:2])
+        times = timings(clock, chosen[0]["preset"], kind[1])
         ratios = {row["method"]: float(row["ratio"]) for row in times}
         body = f"{table(found, ratios)}\n\n{caption(chosen, times)}\n\n![top-1 by method]({picture.name})\n"
         text = fill(text, label, body)
-    made = {"-".join(kind) for kind in kinds}
+    made = {"-".join(kind) for kind in placed}
     for label in sorted(labels(text) - made):
         print(f"warning: {args.document} has a table {label} that no run is behind; take it out", file=sys.stderr)
     args.document.write_text(text)

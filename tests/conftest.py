@@ -104,6 +104,7 @@ def run_here(main, words, env):
         logging.getLogger("timm_sfr").handlers.clear()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+        gc.freeze()  # the run has undone the session's
     return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
