@@ -152,7 +152,8 @@ def test_val_may_lack_classes_and_has_trains_numbers(tmp_path):
     flat(tmp_path / "train", ant=4, bee=4, cat=4)
     flat(tmp_path / "val", cat=3)
     train_split, val_split = open_splits(DataConfig(data_dir=str(tmp_path)), "RGB", 0)
-    assert [target for _, target in val_split.dataset.reader.samples] == [2, 2, 2] and val_split.class_names == train_split.class_names
+    assert [target for _, target in val_split.dataset.reader.samples] == [2, 2, 2]
+    assert val_split.class_names == train_split.class_names
     assert "val has no images of 2 classes: ant, bee" in "\n".join(data_summary.lines(train_split, val_split))
     flat(tmp_path / "val", cta=1)
     with pytest.raises(UserError, match=r"val has 1 class that training does not have: .'cta'."):
