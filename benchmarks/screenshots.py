@@ -1,6 +1,6 @@
 """Pictures of a run's report in a browser, for the documentation: docs/images/report-{desktop,phone,dark}.png.
 
-    python train_sfr.py --epochs 8 --sfr-matching emd --experiment pictured
+    python train_sfr.py --epochs 8 --experiment pictured
     python -m benchmarks.screenshots output/train/pictured
 
 Needs `pip install playwright pillow` and a Chromium of the system (``apt-get install chromium-headless-shell``).
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             top = page.locator(start).bounding_box()["y"]
             whole = Image.open(io.BytesIO(page.screenshot(full_page=True)))
             part = whole.crop((0, max(0, int(top) - 16), width, min(whole.height, int(top) + height)))
-            part.quantize(256).save(IMAGES / f"{name}.png", optimize=True)
+            part.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(IMAGES / f"{name}.png", optimize=True)
             print(IMAGES / f"{name}.png")
         chromium.close()
     return 0
