@@ -22,8 +22,8 @@ from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.taps import choose_taps
 from timm_sfr.reporting.curves import own_panels
 from timm_sfr.reporting.gallery import Gallery
-from timm_sfr.reporting.lessons import tap_matches
 from timm_sfr.reporting.page import write_report
+from timm_sfr.reporting.tap_matches import tap_matches
 from timm_sfr.runs.predictions import PredictionTable, read_predictions, write_predictions
 from timm_sfr.runs.records import read_finished
 from timm_sfr.utils.errors import UserError

@@ -25,7 +25,7 @@ from timm_sfr.models.loading import create_model
 from timm_sfr.reporting import figures
 from timm_sfr.reporting.curves import COLOURS, Panel, own_panels, shared_panels
 from timm_sfr.reporting.gallery import SMALL, Gallery, Sample, data_uri
-from timm_sfr.reporting.lessons import TapMatch, tap_matches
+from timm_sfr.reporting.tap_matches import TapMatch, tap_matches
 from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
 from timm_sfr.runs.predictions import ECE_BINS, PREDICTIONS, PredictionTable, read_predictions
 from timm_sfr.runs.records import Run, read_finished

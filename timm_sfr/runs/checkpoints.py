@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from timm_sfr.utils.errors import UserError
-from timm_sfr.utils.files import _remove, replace_atomically
+from timm_sfr.utils.files import remove, replace_atomically
 
 STATE, MANIFEST = "state.pt", "manifest.txt"
 FORMAT = 1
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) 
         raise OSError(errno.ENOSPC, _no_space(needed, shutil.disk_usage(folder).free, folder)) from error
     _sync(folder)
     for partial in folder.glob(".epoch-*"):  # left by processes that were killed during a write
-        _remove(partial)
+        remove(partial)
     _delete_old(folder, keep)
     return path
 
@@ -109,7 +109,7 @@ def set_aside(folder: Path, state: dict[str, Any]) -> None:
     for path in checkpoints(folder):
         if path.name > loaded:
             aside = path.with_name(f"damaged-{path.name}")
-            _remove(aside)
+            remove(aside)
             path.rename(aside)
 
 

@@ -19,7 +19,7 @@ def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     fresh = path.with_name(f".{path.name}.new")
     old = path.with_name(f".{path.name}.old")
     for leftover in (fresh, old):
-        _remove(leftover)
+        remove(leftover)
     try:
         write(fresh)
         if fresh.is_dir() and path.exists():
@@ -28,9 +28,9 @@ def replace_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)
-        _remove(fresh)
+        remove(fresh)
         raise
-    _remove(old)
+    remove(old)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -59,5 +59,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Deletes a file or a folder with everything in it, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
