@@ -35,6 +35,10 @@ def _call(name: str, arguments: Sequence[str] | None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 2
+    finally:
+        if not hasattr(sys.modules.get("timm_sfr"), "__all__"):  # a later import has to run it
+            for known in [known for known in sys.modules if known.split(".")[0] == "timm_sfr"]:
+                del sys.modules[known]
 
 
 if __name__ == "__main__":

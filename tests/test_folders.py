@@ -1,7 +1,11 @@
 """Folders of images as people have them: what counts, what is told, and a part to validate on."""
 
+import dataclasses
 import json
+import os
 import shutil
+import tarfile
+from pathlib import Path
 
 import pytest
 from conftest import summary, train
@@ -13,6 +17,8 @@ from timm_sfr.config import DataConfig
 from timm_sfr.data import summary as data_summary
 from timm_sfr.data.datasets import open_split, open_splits
 from timm_sfr.data.folders import SPLIT_FILE, choose_split, read_split, scan_folder, write_split
+from timm_sfr.data.images import ImageReading
+from timm_sfr.data.samples import Decoded
 
 SMALL = ("--model", "resnet20_cifar", "--img-size", 16, "--epochs", 1, "-j", 0, "--device", "cpu")
 
@@ -66,12 +72,51 @@ def test_the_command_shows_all_of_it(messy, capsys):
     assert found["classes"] == {"cat": {"train": 8, "val": 4}, "dog": {"train": 4, "val": 1}} and found["train"]["loose"] == 1
 
 
-def test_two_links_to_one_folder_are_two_classes(tmp_path):
+def test_links_are_followed_once(tmp_path, monkeypatch):
     picture(tmp_path / "real" / "0.png")
+    (tmp_path / "set").mkdir()
     for name in ("a", "b"):
-        (tmp_path / "set" / "x").mkdir(parents=True, exist_ok=True)
         (tmp_path / "set" / name).symlink_to(tmp_path / "real")
-    assert scan_folder(tmp_path / "set").counts == {"a": 1, "b": 1}
+    assert scan_folder(tmp_path / "set").counts == {"a": 1, "b": 1}, "two names of one folder are two classes"
+    monkeypatch.chdir(tmp_path / "set")
+    assert scan_folder(Path(".")).counts == scan_folder(Path("../set")).counts == {"a": 1, "b": 1}
+    for name, other in (("c", "d"), ("d", "c")):
+        picture(tmp_path / "set" / name / "0.png")
+        (tmp_path / "set" / name / f"to_{other}").symlink_to(tmp_path / "set" / other)
+    assert sum(scan_folder(tmp_path / "set").counts.values()) == 6, "each way to an image once"
+
+
+def test_a_link_to_nothing_is_told_as_an_image_that_does_not_decode(tmp_path):
+    flat(tmp_path / "set" / "train", ant=20, bee=20)
+    flat(tmp_path / "set" / "val", ant=2, bee=2)
+    (tmp_path / "set/train/ant/gone.png").symlink_to(tmp_path / "nowhere.png")
+    words = (*SMALL, "--data-dir", tmp_path / "set", "--output", tmp_path)
+    assert "gone.png" in train(*words, ok=False).stderr
+    train(*words, "--on-bad-image", "skip")
+
+
+def test_a_tar_may_lack_classes_too(tmp_path):
+    for split, counts in (("train", {"ant": 4, "bee": 4, "cat": 4}), ("val", {"ant": 1, "cat": 2}), ("odd", {"eel": 1})):
+        flat(tmp_path / split, **counts)
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as file:
+            file.add(tmp_path / split, arcname=".")
+    config = DataConfig(data_dir=str(tmp_path), train_split="train.tar", val_split="val.tar")
+    train_split, val_split = open_splits(config, "RGB", 0)
+    assert sorted(val_split.dataset.reader.targets) == [0, 2, 2] and val_split.class_names == train_split.class_names
+    assert {Decoded(val_split.dataset, ImageReading()).target(index) for index in range(3)} == {0, 2}
+    with pytest.raises(UserError, match="val has 1 class that training does not have"):
+        open_splits(dataclasses.replace(config, val_split="odd.tar"), "RGB", 0)
+
+
+def test_a_run_is_scored_on_other_data_than_its_own(tmp_path, capsys):
+    root, other = flat(tmp_path / "flat", cat=40, dog=30), tmp_path / "other"
+    train(*SMALL, "--data-dir", root, "--val-share", 0.2, "--output", tmp_path, "--experiment", "run")
+    shutil.copytree(root, other)
+    flat(tmp_path / "splits" / "validation", dog=3)
+    for place, count in ((other, 14), (tmp_path / "splits", 3)):
+        words = ["validate", str(tmp_path / "run"), "--data-dir", str(place), "--json", "--device", "cpu", "-j", "0"]
+        assert main(words) == 0, capsys.readouterr().err
+        assert json.loads(capsys.readouterr().out)["images"] == count
 
 
 def flat(root, **counts):
@@ -135,13 +180,22 @@ def test_the_list_is_the_same_however_it_is_read(tmp_path):
     assert [part.images for part in read_split(tmp_path / "list.csv", scan)] == [part.images for part in parts]
 
 
+def test_names_of_files_need_not_be_utf8(tmp_path):
+    root = flat(tmp_path / "flat", cat=10, dog=10)
+    os.rename(root / "cat/0.png", os.path.join(os.fsencode(root), b"cat/caf\xe9.png"))
+    scan = scan_folder(root)
+    parts = choose_split(scan, 0.3, 7)
+    write_split(tmp_path / "list.csv", dict(zip(("train", "val"), parts, strict=True)))
+    assert [part.images for part in read_split(tmp_path / "list.csv", scan)] == [part.images for part in parts]
+
+
 def test_class_maps_are_checked(tmp_path):
     root = flat(tmp_path / "flat", cat=10, dog=10, ship=10)
     for text, said in (("cat\ndgo\nship\n", "got none for 'dgo'; did you mean 'dog'"), ("", "class-map: cannot read")):
         (tmp_path / "map.txt").write_text(text)
         with pytest.raises(UserError, match=said):
             open_splits(DataConfig(data_dir=str(root), class_map=str(tmp_path / ("map.txt" if text else "none.txt"))), "RGB", 0)
-    (tmp_path / "map.txt").write_text("ship\ncat\n")
+    (tmp_path / "map.txt").write_text("ship\ncat\n\n")
     train_split, val_split = open_splits(DataConfig(data_dir=str(root), class_map=str(tmp_path / "map.txt")), "RGB", 0)
     assert train_split.class_names == val_split.class_names == ("ship", "cat")
     assert train_split.scan.left_out == 10 and len(train_split.dataset) == 18

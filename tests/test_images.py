@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import struct
 import sys
 import warnings
 
@@ -102,6 +103,26 @@ def test_orientation_is_applied_unless_it_is_turned_off(orientation):
     assert turned.size == (upright.size if orientation < 5 else upright.size[::-1])
     assert (turned.tobytes() == upright.tobytes()) == (orientation == 1)
     assert to_mode(image, image_reading(DataConfig(exif=False), "L")).tobytes() == upright.tobytes()
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's own
+def test_damaged_exif_stops_nothing():
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    exif[ExifTags.Base.ImageDescription] = "wide"
+    numbers = (ExifTags.Base.ImageDescription, ExifTags.Base.ImageWidth)
+    before, after = (struct.pack("<HH" if b"II*" in exif.tobytes() else ">HH", number, 2) for number in numbers)
+    damaged = exif.tobytes().replace(before, after)  # a width that is a text: Pillow cannot write it again
+    assert damaged != exif.tobytes()
+    image = saved(Image.new("RGB", (8, 4)), "JPEG", exif=damaged)
+    assert to_mode(image, ImageReading()).size == (4, 8)
+    image = saved(Image.new("RGB", (8, 4)), "JPEG", exif=b"Exif\0\0" + b"MM\0*" + b"\xff" * 20)
+    assert to_mode(image, ImageReading()).size == (8, 4)
+
+
+def test_a_grey_map_of_sixteen_bits_has_its_whole_range():
+    image = Image.open(io.BytesIO(b"P5 2 1 65535\n" + (257).to_bytes(2, "big") + (65535).to_bytes(2, "big")))
+    assert image.mode == "I" and np.asarray(to_mode(image, ImageReading("L"))).tolist() == [[1, 255]]
 
 
 def test_endings_and_options():

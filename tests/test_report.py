@@ -302,7 +302,7 @@ def test_samples_are_spread_over_the_classes(digits_run):
     finished = read_finished(digits_run[0])
     config = timm_sfr.config.RunConfig.from_flat(finished.options)
     model = timm_sfr.create_model(str(digits_run[0]))
-    gallery = Gallery(digits_run[0], config, timm_sfr.data.transforms.preprocessing(config.model, model))
+    gallery = Gallery(digits_run[0], config, timm_sfr.data.transforms.preprocessing(config.model, model), [])
     predictions = read_predictions(digits_run[0] / "predictions.csv")
     samples = gallery.spread(predictions.target, 16)
     assert [one.target for one in samples] == [*range(10), *range(6)]

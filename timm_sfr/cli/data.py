@@ -32,9 +32,10 @@ def describe(train: Split, val: Split) -> dict[str, Any]:
     """Returns what lies in the folders of two splits, in JSON's types."""
     names = train.class_names or ()
     found: dict[str, Any] = {"classes": {name: {} for name in names}, "chosen": train.chosen}
-    for split, scan in (("train", train.scan), ("val", val.scan)):
-        for name in names:
-            found["classes"][name][split] = scan.counts.get(name, 0)
+    for split, part, scan in (("train", train, train.scan), ("val", val, val.scan)):
+        counts = Counter(target for _, target in part.dataset.reader.samples)
+        for index, name in enumerate(names):
+            found["classes"][name][split] = counts[index]
         seen = headers(scan)
         kinds: Counter[str] = Counter()
         for (kind, mode, _), count in seen.items():

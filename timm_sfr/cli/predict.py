@@ -21,7 +21,7 @@ from timm_sfr.config import DataConfig, RunConfig
 from timm_sfr.data.folders import is_hidden
 from timm_sfr.data.images import image_endings, to_mode
 from timm_sfr.data.samples import image_reading
-from timm_sfr.data.transforms import img_mode
+from timm_sfr.data.transforms import check_mode, img_mode
 from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import recorded
 from timm_sfr.utils.errors import UserError, near_paths
@@ -85,6 +85,7 @@ def predict(
     data = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**data, is_training=False)
     names, reading = class_names(model), image_reading(config or DataConfig(), img_mode(data["input_size"][0]))
+    check_mode(reading.mode, data["input_size"][0])
     for start in range(0, len(files), batch_size):
         part, images, errors = files[start : start + batch_size], {}, {}
         for file in part:

@@ -14,8 +14,8 @@ from torch import nn
 from timm_sfr.cli.arguments import INPUT, MACHINE, SCORED
 from timm_sfr.cli.parser import given
 from timm_sfr.config import RunConfig
-from timm_sfr.data.datasets import open_split
-from timm_sfr.data.folders import SPLIT_FILE
+from timm_sfr.data.datasets import open_validation
+from timm_sfr.data.folders import SPLIT_FILE, lists_all
 from timm_sfr.data.loaders import eval_loader
 from timm_sfr.data.transforms import check_mode, preprocessing
 from timm_sfr.models.loading import create_model
@@ -29,14 +29,19 @@ from timm_sfr.utils.errors import UserError, near_paths
 
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
-    options = {**recorded(args.model, (*SCORED, *INPUT)), **given(args, (*SCORED, *INPUT, *MACHINE))}
+    own, chosen = recorded(args.model, (*SCORED, *INPUT)), given(args, (*SCORED, *INPUT, *MACHINE))
+    listed: Path | None = Path(args.model) / SPLIT_FILE
+    if chosen.keys() & {"data_dir", "dataset"}:  # other data than the run's, or the same in another place
+        own.pop("val_share", None)
+        listed = listed if lists_all(listed, Path(chosen.get("data_dir", ""))) else None
+    options = {**own, **chosen}
     if not options.get("data_dir") and not options.get("dataset"):
         near = "" if Path(args.model).exists() else near_paths(args.model)
         raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data{near}")
     config = RunConfig.from_flat(options)
     with console_output(False):
         model = create_model(args.model, revision=args.revision)
-        scores = validate(model, config, Path(args.model) / SPLIT_FILE)
+        scores = validate(model, config, listed)
     main, nonfinite = scores.pop("main"), scores.pop("nonfinite")
     if main:
         if nonfinite:
@@ -64,9 +69,7 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
     prep = preprocessing(config.model, model)
     check_mode(config.data.input_img_mode or prep.img_mode, prep.input_size[0])
     mode, own = config.data.input_img_mode or prep.img_mode, model.pretrained_cfg.get("label_names")
-    split = open_split(config.data, False, mode, config.engine.seed, listed=listed)
-    if own and split.class_names and set(split.class_names) < set(own):  # rare classes may have no images here
-        split = open_split(config.data, False, mode, config.engine.seed, tuple(own), listed)
+    split = open_validation(config.data, mode, config.engine.seed, own, listed)
     _check_classes(model, split.class_names)
     loader = eval_loader(split, config.data, prep)
     if not split.streamed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def open_split(
     if "/" not in name and (config.data_dir is None) and name not in ("", "folder"):
         kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/, or 'digits'"
         raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
-    if not name or name == "folder":
+    if "/" not in name:
         scans = scans or _scans(config, seed, listed)
         if scans is not None:
             return _from_scan(config, scans[0 if training else 1], training, classes, chosen=True)
@@ -129,6 +130,27 @@ def open_split(
         if root.is_dir():
             return _from_scan(config, scan_folder(root, _endings(config)), training, classes)
     return _from_timm(config, training, img_mode, seed, classes)
+
+
+def open_validation(
+    config: DataConfig, img_mode: str, seed: int, names: Sequence[str] | None, listed: Path | None = None
+) -> Split:
+    """Opens the validation split for a model that has learned the classes `names`, of which the split may lack some.
+
+    Args:
+        config: The data options.
+        img_mode: The Pillow mode of the images.
+        seed: Chooses the validation images of a folder without splits.
+        names: The model's classes in the order of their indices; None if they are not known.
+        listed: The file in which a run has listed the images of a folder without splits.
+
+    Raises:
+        UserError: as in `open_split`.
+    """
+    split = open_split(config, False, img_mode, seed, listed=listed)
+    if names and split.class_names and set(split.class_names) < set(names):
+        split = open_split(config, False, img_mode, seed, tuple(names), listed)
+    return split
 
 
 def _from_scan(
@@ -157,21 +179,23 @@ def _from_scan(
 def _from_timm(
     config: DataConfig, training: bool, img_mode: str, seed: int, classes: tuple[str, ...] | None
 ) -> Split:
-    """Returns the split as timm opens it: a tar, torch/, hfds/, wds/, ..."""
+    """Returns the split as timm opens it: a tar, torch/, hfds/, wds/, ...
+
+    Raises:
+        UserError: if timm cannot open it, or its classes are not `classes`; those of a tar may be fewer.
+    """
     split = config.train_split if training else config.val_split
-    name = "" if config.dataset == "folder" else config.dataset or ""
+    name = config.dataset if config.dataset and "/" in config.dataset else ""
     samples = config.train_num_samples if training else config.val_num_samples
     if name.startswith("wds/") and samples is None:
         _check_shards(config.data_dir, "train" if training else "val")
-    # A tar may lack some classes of the training split, as a folder may.
-    mapped = {one: index for index, one in enumerate(classes)} if classes and not name else None
     kind = name.split("/")[0]
     try:
         dataset = create_dataset(
             name,
             root=config.data_dir,
             split=split,
-            class_map=config.class_map or mapped,
+            class_map=config.class_map,
             is_training=training,
             download=config.dataset_download,
             batch_size=config.batch_size or DEFAULT_BATCH,
@@ -190,9 +214,16 @@ def _from_timm(
     # Readers of tars have class_name_to_idx.
     class_to_idx = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     names = _names(class_to_idx) if class_to_idx else getattr(dataset, "classes", None)
-    if names and classes:
-        _check_known(tuple(names), {one: index for index, one in enumerate(classes)}, "train" if training else "val")
-    return Split(dataset, tuple(names) if names else None)
+    names = tuple(names) if names else None
+    if names is None or classes is None or names == classes:
+        return Split(dataset, names)
+    numbers = {one: index for index, one in enumerate(classes)}
+    _check_known(names, numbers, "train" if training else "val")
+    if name or not hasattr(reader, "targets"):
+        raise UserError(f"data: val has {counted(len(names), 'class')} and train has {len(classes)}, expected the same ones in "
+                        "the same order; give --class-map")  # fmt: skip
+    reader.targets = [numbers[names[target]] for target in reader.targets]  # a tar that lacks some of the classes
+    return Split(dataset, classes)
 
 
 def _scans(config: DataConfig, seed: int, listed: Path | None) -> tuple[FolderScan, FolderScan] | None:
@@ -201,7 +232,7 @@ def _scans(config: DataConfig, seed: int, listed: Path | None) -> tuple[FolderSc
     Raises:
         UserError: if a share is given and there is a validation split.
     """
-    if config.dataset not in (None, "", "folder") or config.data_dir is None or not Path(config.data_dir).is_dir():
+    if "/" in (config.dataset or "") or config.data_dir is None or not Path(config.data_dir).is_dir():
         return None
     root = Path(config.data_dir)
     train, val = find_split(root, config.train_split), find_split(root, config.val_split)
@@ -266,7 +297,8 @@ def _class_map(path: str, root: Path) -> dict[str, int]:
         UserError: if it cannot be read.
     """
     try:
-        return load_class_map(path, str(root))
+        # A blank line at the end of a file is no class.
+        return {name: index for name, index in load_class_map(path, str(root)).items() if name != ""}
     except Exception as error:  # an assertion, an unpickling error, ...
         raise UserError(f"class-map: cannot read {path!r}: {first_line(error)}; expected a .txt file with one class a line, or "
                         "a .pkl file of {class: index}") from error  # fmt: skip

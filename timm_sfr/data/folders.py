@@ -21,12 +21,13 @@ from timm.utils.misc import natural_key
 from timm_sfr.data.images import image_endings
 from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, near_matches
-from timm_sfr.utils.files import write_whole
+from timm_sfr.utils.files import replace_atomically
 
 SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"})
 LAYOUT = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
 SPLIT_FILE = "split.csv"  # in a run's folder: the files of each part of a folder without splits
 VAL_SHARE = 0.1
+TEXT: dict[str, str] = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may be no UTF-8
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
     hidden: list[str] = []
     loose, with_images, leaves = 0, set(), []
     for place, folders, files in os.walk(root, followlinks=True):
-        if _is_loop(place):
+        if _is_loop(place, str(root)):
             folders.clear()
             continue
         inside = os.path.relpath(place, root)
@@ -158,9 +159,11 @@ def choose_split(scan: FolderScan, share: float, seed: int) -> tuple[FolderScan,
     So a file's place changes little when others are added, and not at all with the order in which they are listed.
     """
     val: set[str] = set()
-    for name in scan.classes:
-        paths = [path for path, own in scan.images if own == name]
-        paths.sort(key=lambda path: hashlib.sha256(f"{seed}/{_inside(scan.root, path)}".encode()).digest())
+    of_class: dict[str, list[str]] = {}
+    for path, name in scan.images:
+        of_class.setdefault(name, []).append(path)
+    for paths in of_class.values():
+        paths.sort(key=lambda path: hashlib.sha256(f"{seed}/{_inside(scan.root, path)}".encode(**TEXT)).digest())
         count = max(1, round(share * len(paths))) if len(paths) > 1 else 0
         val.update(paths[: min(count, len(paths) - 1)])
     train = dataclasses.replace(scan, images=[image for image in scan.images if image[0] not in val])
@@ -172,7 +175,7 @@ def write_split(path: Path, parts: Mapping[str, FolderScan]) -> None:
     rows = [(split, name, _inside(scan.root, file)) for split, scan in parts.items() for file, name in scan.images]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([("split", "class", "file"), *rows])
-    write_whole(path, text.getvalue())
+    replace_atomically(path, lambda fresh: fresh.write_text(text.getvalue(), **TEXT))
 
 
 def read_split(path: Path, scan: FolderScan) -> tuple[FolderScan, FolderScan]:
@@ -182,7 +185,7 @@ def read_split(path: Path, scan: FolderScan) -> tuple[FolderScan, FolderScan]:
         UserError: if the file cannot be read, or one of its images is gone.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", **TEXT) as file:
             rows = [(row["split"], row["file"]) for row in csv.DictReader(file)]
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"data: cannot read the list of files {str(path)!r}: {error}") from error
@@ -193,6 +196,14 @@ def read_split(path: Path, scan: FolderScan) -> tuple[FolderScan, FolderScan]:
                         f"{gone[0]!r}; put them back, or start a new run")  # fmt: skip
     train, val = ([here[file] for split, file in rows if split == part] for part in ("train", "val"))
     return dataclasses.replace(scan, images=train, unlisted=len(here) - len(rows)), FolderScan(scan.root, val)
+
+
+def lists_all(path: Path, root: Path) -> bool:
+    """Returns whether a run's list of files is there and all of its files lie in `root`."""
+    if not path.is_file():
+        return False
+    with path.open(newline="", **TEXT) as file:
+        return all((root / row["file"]).is_file() for row in csv.DictReader(file))
 
 
 def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> FolderScan:
@@ -221,10 +232,17 @@ def _inside(root: Path, path: str) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _is_loop(place: str) -> bool:
-    """Whether a folder is a link to one that it lies in: following it would never end."""
-    above = Path(os.path.realpath(os.path.dirname(place)))
-    return Path(os.path.realpath(place)) in (above, *above.parents)
+def _is_loop(place: str, root: str) -> bool:
+    """Whether a folder is a link to one that the way from the root leads through: following it would never end."""
+    if place == root or not os.path.islink(place):
+        return False
+    real, above = Path(os.path.realpath(place)), place
+    while above != root:
+        above = os.path.dirname(above)
+        passed = Path(os.path.realpath(above))
+        if real == passed or real in passed.parents:
+            return True
+    return False
 
 
 def is_hidden(name: str) -> bool:

@@ -11,13 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageMode, ImageOps
+from PIL import ExifTags, Image, ImageMode
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
 # Formats that Pillow recognises but cannot decode by itself: it needs another program, or a handler of the user's.
 NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Modes that hold more than 8 bits a channel; Pillow's own `convert` clips them to 0 ... 255, so that most become white.
 DEEP = ("I", "F")
+KNOWN = ("PNG", "PPM")  # formats whose deep images have 16 bits, also where Pillow opens them as I
+# What makes an image upright, by its orientation in EXIF.
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}  # fmt: skip
 
 
 def image_endings() -> tuple[str, ...]:
@@ -56,8 +61,9 @@ def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
         OSError: if the image does not decode.
     """
     image.load()  # Pillow decodes late, and some decoders set the mode or the transparency only then
-    if reading.exif and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    turn = TURNS.get(orientation(image)) if reading.exif else None
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith(DEEP):
         image = scaled(image, reading.value_range)
     if image.has_transparency_data and not has_alpha(reading.mode):
@@ -65,6 +71,14 @@ def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow's direct conversion to other modes warns
     return image.convert(reading.mode)
+
+
+def orientation(image: Image.Image) -> int:
+    """Returns how an image was taken, 1 to 8, from its EXIF data; 1, upright, without any or with damaged data."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # struct.error, SyntaxError, ...: the image itself is intact
+        return 1
 
 
 def has_alpha(mode: str) -> bool:
@@ -114,8 +128,7 @@ def _bits(image: Image.Image) -> int | None:
     if found:
         bits = int(found[0] if isinstance(found, tuple) else found)
         return bits if bits <= 16 else None
-    # Pillow opens PNGs of 16 bits as I;16, and older versions as I.
-    return 16 if image.mode.startswith("I;16") or image.format == "PNG" else None
+    return 16 if image.mode.startswith("I;16") or image.format in KNOWN else None
 
 
 def model_input(image: Image.Image, about: dict[str, Any]) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections import Counter, defaultdict
@@ -13,7 +14,7 @@ from PIL import Image
 
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.folders import FolderScan
-from timm_sfr.data.images import DEEP
+from timm_sfr.data.images import DEEP, KNOWN
 from timm_sfr.utils.console import counted
 
 SAMPLE = 64  # images whose headers are read, spread over a split
@@ -76,12 +77,15 @@ def duplicates(train: FolderScan, val: FolderScan) -> list[tuple[str, str]]:
     """Returns the images of val whose file is, byte for byte, one of train: (path in val, path in train)."""
     sizes: dict[int, list[str]] = defaultdict(list)
     for path, _ in train.images:
-        sizes[os.path.getsize(path)].append(path)
+        with contextlib.suppress(OSError):  # a file that cannot be read is told when it is trained on
+            sizes[os.path.getsize(path)].append(path)
     known: dict[int, dict[bytes, str]] = {}
     found = []
     for path, _ in val.images:
-        size = os.path.getsize(path)
-        if size in sizes:
+        with contextlib.suppress(OSError):
+            size = os.path.getsize(path)
+            if size not in sizes:
+                continue
             if size not in known:
                 known[size] = {_digest(other): other for other in reversed(sizes[size])}
             other = known[size].get(_digest(path))
@@ -105,7 +109,7 @@ def headers(scan: FolderScan) -> Counter[tuple[str, str, tuple[int, int]]]:
 
 def unknown_ranges(scan: FolderScan) -> list[str]:
     """Returns the modes among the sampled images whose values have no known range: 32-bit integers and floats."""
-    return sorted({mode for _, mode, _ in headers(scan) if mode in DEEP})
+    return sorted({mode for kind, mode, _ in headers(scan) if mode in DEEP and kind not in KNOWN})
 
 
 def some(names: Sequence[str], count: int = 3) -> str:

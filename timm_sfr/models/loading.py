@@ -238,13 +238,15 @@ def _fit_state(model: nn.Module, state: dict[str, Any], path: str) -> None:
     other = [key for key in own if key in state and own[key].shape != state[key].shape]
     classifier = [key for key in other if heads and key.startswith(heads)]
     wrong = [f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}" for key in other if key not in classifier]
-    wrong += [f"{key} is missing" for key in own if key not in state]
+    # Old files lack the counts of BatchNorm's batches, which nothing uses with a momentum.
+    counts = [key for key in own if key not in state and key.endswith(".num_batches_tracked")]
+    wrong += [f"{key} is missing" for key in own if key not in state and key not in counts]
     wrong += [f"{key} is left over" for key in state if key not in own]
     if wrong:
         more = f" (and {len(wrong) - 1} more like it)" if len(wrong) > 1 else ""
         raise UserError(f"initial-checkpoint: {path!r} does not fit {model_name(model)}: {wrong[0]}{more}; give --model the "
                         "architecture that the weights are of, with its --model-kwargs and --in-chans")  # fmt: skip
-    model.load_state_dict({**state, **{key: own[key] for key in classifier}})
+    model.load_state_dict({**state, **{key: own[key] for key in (*classifier, *counts)}})
     if classifier:
         logger.info(f"initial-checkpoint: the classifier in {path} is for {len(state[classifier[-1]])} classes and is left out; "
                     f"the model starts with a new one for {model.num_classes}")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from timm_sfr.config import RunConfig
-from timm_sfr.data.datasets import Split, open_split
+from timm_sfr.data.datasets import Split, open_validation
 from timm_sfr.data.folders import SPLIT_FILE
 from timm_sfr.data.samples import BadImage, Decoded, file_name, image_reading
 from timm_sfr.data.transforms import Preprocessing
@@ -47,17 +48,20 @@ class Gallery:
         run: The run's folder.
         config: Its options.
         prep: Its preprocessing.
+        names: The model's classes; empty if they are not known.
         dataset: The split's dataset, if it is already open.
 
     Raises:
         UserError: if the split cannot be opened, or is a stream.
     """
 
-    def __init__(self, run: Path, config: RunConfig, prep: Preprocessing, dataset: Any = None) -> None:
+    def __init__(
+        self, run: Path, config: RunConfig, prep: Preprocessing, names: Sequence[str], dataset: Any = None
+    ) -> None:
         mode = config.data.input_img_mode or prep.img_mode
         split = Split(dataset, None)
         if dataset is None:
-            split = open_split(config.data, False, mode, config.engine.seed, listed=run / SPLIT_FILE)
+            split = open_validation(config.data, mode, config.engine.seed, names, run / SPLIT_FILE)
         if split.streamed:
             raise UserError("images of a stream cannot be read by index")
         self.images, self.transform, self.root = (

@@ -177,7 +177,7 @@ def _open_run(
         notes.append(f"The model cannot be loaded: {error}")
         return None, None
     try:
-        return (model, prep, config), Gallery(run.path, config, prep, dataset)
+        return (model, prep, config), Gallery(run.path, config, prep, _class_names(run), dataset)
     except UserError as error:
         notes.append(f"The images cannot be shown: {error}")
         return (model, prep, config), None

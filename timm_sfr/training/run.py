@@ -206,6 +206,7 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
         else:
             say(f"nothing is left to train: all {state.epoch} epochs are done; to train longer, raise --epochs")
         # Loading processes are forks: without this, each looks through all objects when it ends, and copies their pages.
+        gc.collect()
         gc.freeze()
         trainer.fit()
     finally:

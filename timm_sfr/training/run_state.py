@@ -171,7 +171,7 @@ def _load(learner: Learner, state: dict[str, Any]) -> None:
     learner.state = RunState(step=step, updates=learner.updates_before(state["epoch"], step), **kept)
     if step > 0:
         # Sums over batches of another size are scaled to the number of batches of this size.
-        _load_part(learner, state["parts"], step / max(1, state["step"]))
+        _load_part(learner, state["parts"], step, step / max(1, state["step"]))
     learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"])
 
 
@@ -226,7 +226,7 @@ def _own_part(learner: Learner, total: Tensor | None) -> Part:
     return {kind: {name: value.detach().cpu().clone() for name, value in one.items()} for kind, one in part.items()}
 
 
-def _load_part(learner: Learner, parts: list[Part], scale: float) -> None:
+def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> None:
     """Restores this process's part; if the number of processes has changed, the first process gets all sums."""
     rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
     if len(parts) == processes:
@@ -238,6 +238,8 @@ def _load_part(learner: Learner, parts: list[Part], scale: float) -> None:
         sums = {name: share * sum(part["sums"][name] for part in parts) for name in parts[0]["sums"]}
         part = {"total": totals, "sums": sums, "ema": parts[0]["ema"]}
     total, terms = part["total"]["total"], len(learner.guard.names)
+    if total.shape == (terms,):  # of an earlier version, which did not keep the number of batches
+        total = torch.cat([total, total.new_tensor([step / scale])])
     if total.shape != (terms + 1,):
         raise ValueError(
             f"it was saved in mid-epoch with {total.numel() - 1} terms of the loss, expected {terms}: a teacher was added or "
