@@ -1,8 +1,11 @@
 """``timm-sfr VERB``: every verb as a user calls it, and what it says to a mistake."""
 
 import json
+import shlex
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.image
@@ -14,12 +17,13 @@ import scipy.stats
 import timm
 import torch
 import yaml
-from conftest import ROOT, run
+from conftest import ROOT, run, train
 from PIL import Image
 
 import timm_sfr
 from timm_sfr.cli import compare, export
 from timm_sfr.cli.main import VERBS, main
+from timm_sfr.cli.parser import CLOSED_PIPE
 from timm_sfr.data.datasets import Digits
 from timm_sfr.models.zoo import zoo
 from timm_sfr.runs.records import columns, write_summary
@@ -237,3 +241,51 @@ def test_mistyped_paths_are_met_with_those_that_are_there(finished, folder, caps
         error = capsys.readouterr().err
         assert f"did you mean '{finished.parent if name == finished.name else folder.parent}/{name}'" in error, error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name,word,said", [("main", "--lerning-rate", "timm_sfr's is --lr"), ("main", "--help", "--sfr-weight"),
+                                            ("timm_sfr", "--version", "timm-sfr 0"), ("timm_sfr", "trian", "'train'"),
+                                            ("timm_sfr", None, "compare")])  # fmt: skip
+def test_help_and_mistakes_need_neither_torch_nor_timm(name, word, said):
+    code = f"""
+import sys, train_sfr
+try:
+    train_sfr.{name}({[] if word is None else [word]})
+except SystemExit:
+    pass
+assert not {{"torch", "timm", "accelerate"}} & set(sys.modules), sorted(sys.modules)
+if {word!r} == "trian":
+    import timm_sfr
+    assert timm_sfr.create_model
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and said in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_a_reader_that_stops_reading_is_no_error():
+    code = "import sys, train_sfr; sys.exit(train_sfr.timm_sfr(['train', '--help']))"
+    done = run("bash", "-c", f"{sys.executable} -c {shlex.quote(code)} | true; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode in (0, CLOSED_PIPE) and done.stderr == ""
+
+
+@pytest.mark.parametrize("model", ["resnet18", "resnet20_cifar.sfr_cifar10"])
+def test_without_a_network_a_model_is_refused_in_seconds(model, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    started = time.monotonic()
+    done = run(sys.executable, "-m", "timm_sfr.cli.main", "predict", model, tmp_path / "0.png", **env)
+    assert done.returncode == 2 and done.stderr.endswith("cannot reach http://127.0.0.1:9\n") and time.monotonic() - started < 20
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+def test_weights_of_another_classifier_are_taken_without_it(tmp_path):
+    state = timm.create_model("test_resnet", num_classes=7).state_dict()
+    old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
+    torch.save(old, tmp_path / "seven.pth")
+    words = ("--model", "test_resnet", "--img-size", 32, "--epochs", 1, "-j", 0, "--device", "cpu", "--output", tmp_path)
+    done = train(*words, "--initial-checkpoint", tmp_path / "seven.pth")
+    assert "is for 7 classes and is left out; the model starts with a new one for 10" in done.stdout
+    torch.save({key: value for key, value in state.items() if "layer3" not in key}, tmp_path / "part.pth")
+    done = train(*words, "--initial-checkpoint", tmp_path / "part.pth", ok=False)
+    assert "does not fit test_resnet: " in done.stderr and "more like it); give --model" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from timm_sfr import RunConfig, UserError
+from timm_sfr.training.evaluate import Scores
 from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.run import prepare
 
@@ -82,3 +83,25 @@ def test_too_many_in_a_row_stop_it_anyway(tmp_path):
     with pytest.raises(UserError, match="11 updates in a row were skipped, the last at epoch 1, update 13"):
         trainer.train_epoch(0)
     assert finite(trainer)
+
+
+def test_outputs_that_are_not_finite_in_validation_stop_the_run_or_count_as_wrong(tmp_path, caplog):
+    trainer = spoiled(tmp_path, "stop", ())
+    with torch.no_grad():
+        next(trainer.task.plain_model.parameters()).fill_(float("nan"))
+        trainer.task.update_ema(step=1)
+    trainer.task.get_eval_model = lambda ema=False: trainer.task.plain_model
+    with pytest.raises(UserError, match=r"non-finite outputs in validation, .* 360 of 360 images; stopped, .*--lr"):
+        trainer.validate()
+    trainer.guard.policy = "skip"
+    scores = trainer.validate()
+    assert scores["nonfinite"] == scores["images"] == 360 and scores["top1"] == 0 and math.isnan(scores["loss"])
+
+
+def test_one_output_that_is_not_finite_leaves_the_others_scores_alone():
+    scores = Scores(torch.device("cpu"))
+    logits = torch.eye(4)[:, :3] * 5
+    logits[3] = float("nan")
+    scores.add(logits, torch.tensor([0, 1, 0, 2]))
+    result = scores.result()
+    assert result["top1"] == 50 and result["nonfinite"] == 1 and math.isfinite(result["ece"])

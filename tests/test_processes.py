@@ -51,6 +51,7 @@ def test_batchnorm_statistics_are_shared(tmp_path):
     assert two["losses"][:10] == pytest.approx(one["losses"][:10], rel=0.05)
 
 
+@pytest.mark.slow  # the pages' own commands start two processes, too
 def test_torchrun_on_the_cpu_trains_with_two_processes(tmp_path):
     done = run(*TORCHRUN, ROOT / "train_sfr.py", "--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--experiment", "run",
                OMP_NUM_THREADS="1")  # fmt: skip

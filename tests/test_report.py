@@ -20,6 +20,7 @@ from timm_sfr.hub.push import CARD_PICTURES
 from timm_sfr.method.config import SFRConfig
 from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.taps import choose_taps
+from timm_sfr.reporting import figures
 from timm_sfr.reporting.curves import own_panels
 from timm_sfr.reporting.gallery import Gallery
 from timm_sfr.reporting.page import write_report
@@ -328,6 +329,24 @@ def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):
 def test_the_pictures_for_the_card_are_of_figures_alone(reported):
     names = {path.name for path in (reported[0] / "pictures").iterdir()}
     assert names == {"curves.png", "confusion.png", "reliability.png"} == {Path(name).name for name in CARD_PICTURES}
+
+
+def test_a_picture_has_numbers_where_its_font_lacks_the_names(finished, monkeypatch):
+    """The page itself shows the names: a browser has fonts for them."""
+    drawn, confusion = [], figures.confusion
+
+    def watched(figure, counts, share, names):
+        drawn.append(list(names))
+        confusion(figure, counts, share, names)
+
+    monkeypatch.setattr(figures, "confusion", watched)
+    path = finished / "model" / "config.json"
+    names = ["猫", "犬", *"23456789"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"label_names": names}))
+    assert figures.drawable(list("0123456789")) and not figures.drawable(names)
+    assert "猫" in write_report(finished).read_text()
+    assert drawn == [names, list("0123456789")]
+    assert {file.name for file in (finished / "pictures").iterdir()} == {"curves.png", "confusion.png", "reliability.png"}
 
 
 def test_the_templates_are_packaged():

@@ -147,7 +147,7 @@ def test_every_page_is_in_the_menu(site):
             assert str(path.relative_to(ROOT / "docs").with_suffix(".html")) in menu | {"index.html"}, path
 
 
-@pytest.mark.parametrize("path", [pytest.param(path, marks=[pytest.mark.slow] * (path.stem != "train_and_look"), id=path.stem)
+@pytest.mark.parametrize("path", [pytest.param(path, marks=pytest.mark.slow, id=path.stem)
                                   for path in NOTEBOOKS])  # fmt: skip
 def test_the_notebooks_run(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
