@@ -27,7 +27,7 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """What is trained on."""
+    """The data to train on."""
 
     data_dir: str | None = option(
         None,
@@ -78,7 +78,7 @@ class DataConfig(Checked):
     )
     on_bad_image: str = option(
         "stop",
-        "where an image does not decode: stop, or skip it and take the next of its class",
+        "if an image does not decode: stop, or skip it and use the next one of its class",
         choices=("stop", "skip"),
     )
     cache_dataset: bool = option(
@@ -96,7 +96,7 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class ModelConfig(Checked):
-    """Which model, at which input."""
+    """The model, and its input."""
 
     model: str | None = option(None, "name of any timm model (default: resnet18; resnet20_cifar on the digits)")
     pretrained: bool = option(False, "start from timm's pretrained weights")
@@ -207,7 +207,7 @@ class OptimConfig(Checked):
 
 @dataclass(frozen=True)
 class EngineConfig(Checked):
-    """How the run is carried out and where it is written."""
+    """How the run is carried out, and where it is written."""
 
     output: str = option("output/train", "folder of all runs")
     experiment: str | None = option(None, "name of this run's folder (default: time and model)")
@@ -224,7 +224,7 @@ class EngineConfig(Checked):
         choices=("reduce", "broadcast", "none"),
     )
     log_interval: int = option(
-        50, "batches between looks at whether a line on a long epoch is due, where there is no terminal for bars", low=1
+        50, "batches between checks whether a line on a long epoch is due, if there is no terminal for bars", low=1
     )
     json_logs: bool = option(False, "every line on standard output is one JSON object (docs/logs.md)")
     report_to: tuple[str, ...] = option(
@@ -241,10 +241,10 @@ class EngineConfig(Checked):
         None, "updates between checkpoints (one is kept after every epoch anyway)", low=1
     )
     on_nonfinite: str = option(
-        "stop", "where a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip")
+        "stop", "if a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip")
     )
     on_full_disk: str = option(
-        "stop", "where a checkpoint does not fit: stop, or skip it and go on", choices=("stop", "skip")
+        "stop", "if a checkpoint does not fit on the disk: stop, or skip it and continue", choices=("stop", "skip")
     )
     eval_metric: str = option("top1", "what the best model is chosen by", choices=("top1", "top5", "loss"))
 
@@ -257,7 +257,7 @@ class EngineConfig(Checked):
 
 
 def in_words(distill_type: str, token_distill_type: str) -> tuple[str, bool]:
-    """A kind of distillation in words, and whether it has a temperature."""
+    """Returns a kind of distillation in words, and whether it has a temperature."""
     kind = f"{token_distill_type} token" if distill_type == "token" else distill_type
     return kind, kind not in ("hard token", "feature")
 
@@ -357,7 +357,7 @@ def check_branch(name: str | None, option: str) -> None:
 
 
 def check_repo_id(repo_id: str, option: str) -> str:
-    """`repo_id` as it is.
+    """Returns `repo_id` unchanged.
 
     Raises:
         UserError: unless the Hub takes it as USER/NAME.
@@ -424,7 +424,7 @@ class RunConfig:
         return cls(**{name: SECTIONS[name](**entries) for name, entries in sections.items()})
 
     def flat(self) -> dict[str, Any]:
-        """Every option by its outside name, in plain YAML types."""
+        """Returns every option by its outside name, in plain YAML types."""
         values = {name: getattr(getattr(self, section), item.name) for section, name, item in options()}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -449,7 +449,7 @@ DIGITS: dict[str, Any] = {
 
 
 def options() -> list[tuple[str, str, dataclasses.Field]]:
-    """Every option as (section, outside name, field); SFR's carry the prefix ``sfr_``."""
+    """Returns every option as (section, outside name, field); SFR's have the prefix ``sfr_``."""
     found = []
     for section, kind in SECTIONS.items():
         for item in dataclasses.fields(kind):
