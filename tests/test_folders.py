@@ -65,7 +65,7 @@ def test_nothing_is_passed_over_without_a_word(messy):
 def test_the_command_shows_all_of_it(messy, capsys):
     assert main(["data", str(messy)]) == 0
     out = capsys.readouterr().out
-    for text in ("cat    8      4", "dog    4      1", "all    12     5", "passed over: 2 .txt", "same file twice", "PNG RGB"):
+    for text in ("cat    8      4", "dog    4      1", "all    12     5", "passed over: 2 .txt", "val and in train", "PNG RGB"):
         assert text in out, out
     assert main(["data", str(messy), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -165,9 +165,11 @@ def test_a_run_keeps_its_list_of_files(tmp_path):
     assert "63/7 train/val images" in done.stdout and "20 that are not in the run's split.csv" in done.stdout
     config = DataConfig(data_dir=str(root))
     assert {path for path, _ in open_split(config, False, "RGB", 42, listed=run / SPLIT_FILE).scan.images} == val
-    (root / "dog" / "3.png").unlink()
+    trained = next(path for path, name in parts[0].images if name == "dog")
+    Path(trained).unlink()
+    assert main(["validate", str(run), "--device", "cpu", "-j", "0"]) == 0, "it needs the images to validate on alone"
     done = train("--resume", run, "--epochs", 3, ok=False)
-    assert "1 of the 70 files in" in done.stderr and "dog/3.png" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "1 of the 70 files in" in done.stderr and Path(trained).name in done.stderr and len(done.stderr.splitlines()) == 1
     assert len(summary(run)) == 2
 
 
@@ -200,6 +202,21 @@ def test_class_maps_are_checked(tmp_path):
     assert train_split.class_names == val_split.class_names == ("ship", "cat")
     assert train_split.scan.left_out == 10 and len(train_split.dataset) == 18
     assert "10 images of classes that the class map leaves out" in "\n".join(data_summary.lines(train_split, val_split))
+
+
+def test_what_is_wrong_with_a_class_map_or_a_small_folder_is_said(tmp_path):
+    root = flat(tmp_path / "flat", cat=10, dog=10)
+    for text, said in (("cat\ncat\ndog\n", "'cat' a second time on line 2"), ("cat\n\ndog\n", "a blank line on line 2")):
+        (tmp_path / "map.txt").write_text(text)
+        with pytest.raises(UserError, match=said):
+            open_splits(DataConfig(data_dir=str(root), class_map=str(tmp_path / "map.txt")), "RGB", 0)
+    (tmp_path / "map.txt").write_bytes("\ufeffdog\r\ncat\r\n\r\n".encode())
+    assert open_splits(DataConfig(data_dir=str(root), class_map=str(tmp_path / "map.txt")), "RGB", 0)[0].class_names == (
+        "dog", "cat",
+    )  # fmt: skip
+    for counts, said in (({"a": 1, "b": 1}, "every class in .* has a single image"), ({"solo": 9}, "got 'solo' alone")):
+        with pytest.raises(UserError, match=said):
+            open_splits(DataConfig(data_dir=str(flat(tmp_path / f"few{len(counts)}", **counts))), "RGB", 0)
 
 
 def test_val_may_lack_classes_and_has_trains_numbers(tmp_path):

@@ -12,7 +12,7 @@ from timm_sfr.cli.arguments import FOLDER
 from timm_sfr.cli.parser import given
 from timm_sfr.config import RunConfig
 from timm_sfr.data.datasets import Split, open_splits
-from timm_sfr.data.summary import duplicates, headers
+from timm_sfr.data.summary import duplicates, headers, unknown_ranges
 from timm_sfr.utils.console import aligned, counted
 from timm_sfr.utils.errors import UserError
 
@@ -36,7 +36,7 @@ def describe(train: Split, val: Split) -> dict[str, Any]:
         counts = Counter(target for _, target in part.dataset.reader.samples)
         for index, name in enumerate(names):
             found["classes"][name][split] = counts[index]
-        seen = headers(scan)
+        seen, unreadable = headers(scan)
         kinds: Counter[str] = Counter()
         for (kind, mode, _), count in seen.items():
             kinds[f"{kind} {mode}"] += count
@@ -44,6 +44,7 @@ def describe(train: Split, val: Split) -> dict[str, Any]:
         found[split] = {
             "images": len(scan.images), "passed_over": dict(scan.other.most_common()), "hidden": list(scan.hidden),
             "loose": scan.loose, "left_out": scan.left_out, "empty": list(scan.empty), "sampled": dict(kinds),
+            "unreadable": [os.path.relpath(path, scan.root) for path in unreadable], "own_range": unknown_ranges(scan),
             "smallest": list(sides[0]) if sides else None, "largest": list(sides[-1]) if sides else None,
         }  # fmt: skip
     root = os.path.commonpath([train.scan.root, val.scan.root])
@@ -66,12 +67,18 @@ def table(found: dict[str, Any]) -> str:
         small, large = ("x".join(map(str, part[name] or ())) for name in ("smallest", "largest"))
         lines.append(f"{split}: a sample has {kinds}; {small}" + (f" to {large}" if large != small else "") + " pixels")
         passed = [f"{count} {ending or 'without an ending'}" for ending, count in part["passed_over"].items()]
-        for label, values in (("passed over", passed), ("hidden", part["hidden"]), ("folders without images", part["empty"])):
+        for label, values in (
+            ("no images in the sample", part["unreadable"]),
+            ("each image scaled by its own range (--image-range), mode", part["own_range"]),
+            ("passed over", passed),
+            ("hidden", part["hidden"]),
+            ("folders without images", part["empty"]),
+        ):
             if values:
                 lines.append(f"{split}: {label}: {', '.join(values)}")
         if part["loose"]:
             lines.append(f"{split}: {counted(part['loose'], 'image')} outside of a class's folder")
         if part["left_out"]:
             lines.append(f"{split}: {counted(part['left_out'], 'image')} of classes that the class map leaves out")
-    lines += [f"the same file twice: {val} = {train}" for val, train in found["duplicates"]]
+    lines += [f"in val and in train, which makes the scores too good: {val} = {train}" for val, train in found["duplicates"]]
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.probe import Feature, probe
 from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.models.loading import new_model
-from timm_sfr.utils.console import aligned
+from timm_sfr.utils.console import aligned, counted
 from timm_sfr.utils.errors import UserError
 
 ROUNDS = 5  # timed runs of a loss, after one to warm up
@@ -92,7 +92,7 @@ def taps_table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> 
     size = "x".join(map(str, plan.input_size))
     text.append(f"at {size}: {plan.why}; taken by {plan.mechanism}")
     text.append(f"locations matched by {matching}; that takes {total:.1f} ms for a batch of {batch} here, "
-                f"{torch.get_num_threads()} CPU threads")  # fmt: skip
+                f"{counted(torch.get_num_threads(), 'CPU thread')}")  # fmt: skip
     return "\n".join(text)
 
 

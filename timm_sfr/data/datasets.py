@@ -123,7 +123,7 @@ def open_split(
         kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/, or 'digits'"
         raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
     if "/" not in name:
-        scans = scans or _scans(config, seed, listed)
+        scans = scans or _scans(config, seed, listed, training)
         if scans is not None:
             return _from_scan(config, scans[0 if training else 1], training, classes, chosen=True)
         root = _split_root(config, split)
@@ -226,11 +226,14 @@ def _from_timm(
     return Split(dataset, classes)
 
 
-def _scans(config: DataConfig, seed: int, listed: Path | None) -> tuple[FolderScan, FolderScan] | None:
+def _scans(
+    config: DataConfig, seed: int, listed: Path | None, training: bool = True
+) -> tuple[FolderScan, FolderScan] | None:
     """Returns the two parts of a folder that has no validation split; None if it has one, or is no folder of classes.
 
     Raises:
-        UserError: if a share is given and there is a validation split.
+        UserError: if a share is given and there is a validation split, or too little to split; or if files of the list
+            `listed` are gone (without `training`, only those to validate on are needed).
     """
     if "/" in (config.dataset or "") or config.data_dir is None or not Path(config.data_dir).is_dir():
         return None
@@ -247,13 +250,19 @@ def _scans(config: DataConfig, seed: int, listed: Path | None) -> tuple[FolderSc
         return None
     scan = scan_folder(train or root, _endings(config))
     folders = {Path(path).relative_to(scan.root).parts[0].lower() for path, _ in scan.images}
-    if train is None and (len(scan.classes) < 2 or folders & {"test", *SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1]}):
+    if train is None and len(scan.classes) == 1 and not folders & {"test", *SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1]}:
+        raise UserError(f"data: expected two classes or more in {str(root)!r}; got {scan.classes[0]!r} alone; expected {LAYOUT}")
+    if train is None and (not scan.images or folders & {"test", *SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1]}):
         return None
     if listed is not None and listed.is_file():
-        return read_split(listed, scan)
+        return read_split(listed, scan, ("train", "val") if training else ("val",))
     if config.class_map is not None:
         scan = map_classes(scan, _class_map(config.class_map, scan.root), config.class_map)
-    return choose_split(scan, VAL_SHARE if config.val_share is None else config.val_share, seed)
+    parts = choose_split(scan, VAL_SHARE if config.val_share is None else config.val_share, seed)
+    if not parts[1].images:
+        raise UserError(f"data: every class in {str(scan.root)!r} has a single image, so none is left to validate on; add "
+                        "images, or make train/ and val/ of your own")  # fmt: skip
+    return parts
 
 
 def _split_root(config: DataConfig, split: str) -> Path:
@@ -296,12 +305,27 @@ def _class_map(path: str, root: Path) -> dict[str, int]:
     Raises:
         UserError: if it cannot be read.
     """
+    place = next((one for one in (Path(path), root / path) if one.is_file()), None)
+    if place is not None and place.suffix.lower() == ".txt":
+        return _listed_classes(place)
     try:
-        # A blank line at the end of a file is no class.
-        return {name: index for name, index in load_class_map(path, str(root)).items() if name != ""}
+        return load_class_map(path, str(root))
     except Exception as error:  # an assertion, an unpickling error, ...
         raise UserError(f"class-map: cannot read {path!r}: {first_line(error)}; expected a .txt file with one class a line, or "
                         "a .pkl file of {class: index}") from error  # fmt: skip
+
+
+def _listed_classes(path: Path) -> dict[str, int]:
+    """Returns the index of every line of a text file; the file may begin with a byte order mark and end with blank lines."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"class-map: cannot read {str(path)!r}: {first_line(error)}") from error
+    for number, name in enumerate(names, 1):
+        if not name or name in names[: number - 1]:
+            what = f"{name!r} a second time" if name else "a blank line"
+            raise UserError(f"class-map: expected another class on each line of {str(path)!r}; got {what} on line {number}")
+    return {name: index for index, name in enumerate(names)}
 
 
 def _endings(config: DataConfig) -> list[str] | None:

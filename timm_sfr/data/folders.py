@@ -178,8 +178,15 @@ def write_split(path: Path, parts: Mapping[str, FolderScan]) -> None:
     replace_atomically(path, lambda fresh: fresh.write_text(text.getvalue(), **TEXT))
 
 
-def read_split(path: Path, scan: FolderScan) -> tuple[FolderScan, FolderScan]:
+def read_split(
+    path: Path, scan: FolderScan, needed: Sequence[str] = ("train", "val")
+) -> tuple[FolderScan, FolderScan]:
     """Returns the training and the validation part that a run's `write_split` wrote.
+
+    Args:
+        path: The file.
+        scan: The folder as it is now.
+        needed: The parts whose images all have to be there; of the others, those that are left are returned.
 
     Raises:
         UserError: if the file cannot be read, or one of its images is gone.
@@ -190,12 +197,13 @@ def read_split(path: Path, scan: FolderScan) -> tuple[FolderScan, FolderScan]:
     except (OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"data: cannot read the list of files {str(path)!r}: {error}") from error
     here = {_inside(scan.root, image[0]): image for image in scan.images}
-    gone = [file for _, file in rows if file not in here]
+    gone = [file for split, file in rows if file not in here and split in needed]
     if gone:
         raise UserError(f"data: {len(gone)} of the {len(rows)} files in {str(path)!r} are gone from {str(scan.root)!r}, such as "
                         f"{gone[0]!r}; put them back, or start a new run")  # fmt: skip
-    train, val = ([here[file] for split, file in rows if split == part] for part in ("train", "val"))
-    return dataclasses.replace(scan, images=train, unlisted=len(here) - len(rows)), FolderScan(scan.root, val)
+    train, val = ([here[file] for split, file in rows if split == part and file in here] for part in ("train", "val"))
+    unlisted = len(here) - len(train) - len(val)
+    return dataclasses.replace(scan, images=train, unlisted=unlisted), FolderScan(scan.root, val)
 
 
 def lists_all(path: Path, root: Path) -> bool:

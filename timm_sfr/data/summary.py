@@ -94,22 +94,23 @@ def duplicates(train: FolderScan, val: FolderScan) -> list[tuple[str, str]]:
     return found
 
 
-def headers(scan: FolderScan) -> Counter[tuple[str, str, tuple[int, int]]]:
-    """Returns (format, mode, (width, height)) of up to `SAMPLE` images, spread over the folder; unreadable ones are left out."""
+def headers(scan: FolderScan) -> tuple[Counter[tuple[str, str, tuple[int, int]]], list[str]]:
+    """Returns (format, mode, (width, height)) of about `SAMPLE` images, spread over the folder, and those that cannot be read."""
     found: Counter[tuple[str, str, tuple[int, int]]] = Counter()
+    unreadable = []
     step = max(1, len(scan.images) // SAMPLE)
     for path, _ in scan.images[::step]:
         try:
             with Image.open(path) as image:
                 found[image.format or "?", image.mode, image.size] += 1
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            continue
-    return found
+            unreadable.append(path)
+    return found, unreadable
 
 
 def unknown_ranges(scan: FolderScan) -> list[str]:
     """Returns the modes among the sampled images whose values have no known range: 32-bit integers and floats."""
-    return sorted({mode for kind, mode, _ in headers(scan) if mode in DEEP and kind not in KNOWN})
+    return sorted({mode for kind, mode, _ in headers(scan)[0] if mode in DEEP and kind not in KNOWN})
 
 
 def some(names: Sequence[str], count: int = 3) -> str:

@@ -210,6 +210,8 @@ def _load(model: nn.Module, path: str) -> None:
     Raises:
         UserError: if it is missing, does not fit, or contains anything but tensors, numbers and texts.
     """
+    if (Path(path) / "model" / WEIGHTS).is_file():
+        raise UserError(f"initial-checkpoint: {path!r} is a folder; give the file {str(Path(path) / 'model' / WEIGHTS)!r}")
     if not Path(path).is_file():
         raise UserError(f"initial-checkpoint: no such file: {path!r}{near_paths(path)}")
     try:

@@ -135,9 +135,7 @@ def prepare(
     resolved = resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision)
     facts = _facts(config, accelerator, built)
     bad = _bad_images(batches, loader, workspace)
-    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs)
-    if fitted:
-        workspace.say(fitted)
+    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs, fitted)
     ordered = not built.data.val.streamed or accelerator.num_processes == 1
     return Trainer(
         config=resolved,
@@ -204,7 +202,8 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
             on_main(trainer.accelerator, lambda: trainer.trackers.start(options, state.epoch, resumed))
             _forecast(trainer)
         else:
-            say(f"nothing is left to train: all {state.epoch} epochs are done; to train longer, raise --epochs")
+            done = f"{counted(state.epoch, 'epoch')} of {trainer.schedule.epochs} done"
+            say(f"nothing is left to train: {done}; to train longer, raise --epochs")
         # Loading processes are forks: without this, each looks through all objects when it ends, and copies their pages.
         gc.collect()
         gc.freeze()
@@ -240,7 +239,15 @@ def _restore(trainer: Trainer) -> None:
     """Restores the newest intact checkpoint in the run's folder."""
     say, run = trainer.workspace.say, trainer.workspace.run
     saved = load_newest(run / "checkpoints", say)
-    restore(trainer, saved, str(run / "args.yaml"))
+    options = _changed_options(run / "args.yaml", trainer.config)
+    try:
+        restore(trainer, saved, str(run / "args.yaml"))
+    except UserError as error:
+        if not options:
+            raise
+        raise UserError(
+            f"resume: the checkpoint does not fit these options: {options}; leave out those that differ from {run / 'args.yaml'}"
+        ) from error
     state, done = trainer.state, trainer.state.epoch >= trainer.schedule.epochs
     if trainer.workspace.main:
         set_aside(run / "checkpoints", saved)
@@ -248,7 +255,6 @@ def _restore(trainer: Trainer) -> None:
     within = f", batch {state.step + 1}" if state.step else ""
     if not done:
         say(f"resuming {run} at epoch {state.epoch + 1}{within}")
-    options = _changed_options(run / "args.yaml", trainer.config)
     if options:
         say(f"{'these options change nothing now' if done else 'changed options'}: {options}")
     before, now = saved["optimizer"]["param_groups"][0]["lr"], trainer.optimizer.param_groups[0]["lr"]
@@ -346,7 +352,13 @@ def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batch
 
 
 def _announce(
-    workspace: Workspace, config: RunConfig, built: _Built, accelerator: Any, parameters: int, epochs: int
+    workspace: Workspace,
+    config: RunConfig,
+    built: _Built,
+    accelerator: Any,
+    parameters: int,
+    epochs: int,
+    fitted: str,
 ) -> None:
     """Prints what the run trains, where it is written, and notes on the teacher, the batches and the taps."""
     opening = _headline(config, built, accelerator, parameters, epochs)
@@ -358,6 +370,10 @@ def _announce(
     train = built.data.train
     for line in summary.lines(train, built.data.val) if workspace.main else ():
         workspace.say(line)
+    if fitted:
+        workspace.say(fitted)
+    if train.class_names and built.num_classes > len(train.class_names):
+        workspace.say(f"note: the model has {built.num_classes} classes, and the data has images of {len(train.class_names)}")
     images = 0 if train.streamed else len(train.dataset)
     dropped = images % (config.data.batch_size * accelerator.num_processes)
     if dropped > 0.1 * max(1, images):
