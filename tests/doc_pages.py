@@ -53,7 +53,10 @@ def blocks(path: Path) -> list[Block]:
 
 def shape(text: str) -> list[str]:
     """The lines of an output without its numbers, and without how wide its columns are."""
-    lines = (re.sub(r"[+-]?\d[\d.e+-]*", "N", line).replace("N epochs", "N epoch") for line in text.splitlines())
+    lines = (
+        re.sub(r"[+-]?\d[\d.e+-]*", "N", line).replace("N epochs", "N epoch").replace("N CPU threads", "N CPU thread")
+        for line in text.splitlines()
+    )
     return [" ".join(line.split()) for line in lines if line.strip()]
 
 

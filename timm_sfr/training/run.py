@@ -245,9 +245,7 @@ def _restore(trainer: Trainer) -> None:
     except UserError as error:
         if not options:
             raise
-        raise UserError(
-            f"resume: the checkpoint does not fit these options: {options}; leave out those that differ from {run / 'args.yaml'}"
-        ) from error
+        raise UserError(str(error).replace("these options: ", f"these options: with {options}: ", 1)) from error
     state, done = trainer.state, trainer.state.epoch >= trainer.schedule.epochs
     if trainer.workspace.main:
         set_aside(run / "checkpoints", saved)

@@ -53,8 +53,9 @@ def first_line(error: BaseException) -> str:
 
 
 def brief(error: BaseException) -> str:
-    """Returns the first 200 characters of the error's message on one line, or its type without a message."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """Returns about 200 characters of the error's message on one line, or its type without a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200].rsplit(' ', 1)[0]} ..."
 
 
 def one_line(error: UserError) -> str:
