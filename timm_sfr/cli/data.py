@@ -44,7 +44,7 @@ def describe(train: Split, val: Split) -> dict[str, Any]:
         found[split] = {
             "images": len(scan.images), "passed_over": dict(scan.other.most_common()), "hidden": list(scan.hidden),
             "loose": scan.loose, "left_out": scan.left_out, "empty": list(scan.empty), "sampled": dict(kinds),
-            "unreadable": [os.path.relpath(path, scan.root) for path in unreadable], "own_range": unknown_ranges(scan),
+            "unreadable": [os.path.relpath(path, scan.root) for path in unreadable], "own_range": unknown_ranges(seen),
             "smallest": list(sides[0]) if sides else None, "largest": list(sides[-1]) if sides else None,
         }  # fmt: skip
     root = os.path.commonpath([train.scan.root, val.scan.root])

@@ -43,8 +43,8 @@ def metadata(model: nn.Module, name: str, config: DataConfig | None = None) -> d
         name: What it is called.
         config: How images were read in training; None for the defaults.
     """
-    reading = image_reading(config or DataConfig(), img_mode(timm.data.resolve_model_data_config(model)["input_size"][0]))
     data = timm.data.resolve_model_data_config(model)
+    reading = image_reading(config or DataConfig(), img_mode(data["input_size"][0]))
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     names = model.pretrained_cfg.get("label_names")
     return {
@@ -172,10 +172,8 @@ def run(args: Namespace) -> int:
     model = create_model(args.model, revision=args.revision)
     about = metadata(model, args.model, RunConfig.from_flat(recorded(args.model, READING)).data)
     name = Path(args.model.split(":")[-1].split("@")[0]).name
-    is_run = (Path(args.model) / "args.yaml").is_file()
-    path = args.output or (Path(args.model, "model") if is_run else Path(name)).with_name(
-        ("model" if is_run else name) + FORMATS[args.format]
-    )
+    stem = str(Path(args.model, "model")) if (Path(args.model) / "args.yaml").is_file() else name
+    path = args.output or Path(stem + FORMATS[args.format])
     difference = export(model, path, args.format, about)
     beside = path.with_name(PREPROCESSING)
     write_whole(beside, Path(images.__file__).read_text(encoding="utf-8"))

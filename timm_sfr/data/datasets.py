@@ -26,6 +26,7 @@ from timm_sfr.data.folders import (
     number_classes,
     read_split,
     scan_folder,
+    split_names,
 )
 from timm_sfr.data.images import image_endings
 from timm_sfr.utils.console import counted
@@ -250,9 +251,10 @@ def _scans(
         return None
     scan = scan_folder(train or root, _endings(config))
     folders = {Path(path).relative_to(scan.root).parts[0].lower() for path, _ in scan.images}
-    if train is None and len(scan.classes) == 1 and not folders & {"test", *SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1]}:
+    misnamed = bool(folders & {"test"}.union(*SPLIT_SYNONYMS))  # splits under other names are no classes
+    if train is None and len(scan.classes) == 1 and not misnamed:
         raise UserError(f"data: expected two classes or more in {str(root)!r}; got {scan.classes[0]!r} alone; expected {LAYOUT}")
-    if train is None and (not scan.images or folders & {"test", *SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1]}):
+    if train is None and (not scan.images or misnamed):
         return None
     if listed is not None and listed.is_file():
         return read_split(listed, scan, ("train", "val") if training else ("val",))
@@ -280,7 +282,7 @@ def _split_root(config: DataConfig, split: str) -> Path:
                         "--val-split (for example train.tar)")  # fmt: skip
     found = find_split(root, split)
     if found is None:
-        names = sorted({split.split("[")[0]}.union(*(group for group in SPLIT_SYNONYMS if split in group)))
+        names = sorted(split_names(split))
         here = ", ".join(sorted(entry.name for entry in root.iterdir())[:6]) or "nothing"
         share = "" if find_split(root, config.train_split) is None else "; --val-share 0.1 takes a part of the training split"
         raise UserError(f"data-dir: {config.data_dir!r} has no {split!r} part (any of {', '.join(names)}); found {here}; "
@@ -321,11 +323,13 @@ def _listed_classes(path: Path) -> dict[str, int]:
         names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"class-map: cannot read {str(path)!r}: {first_line(error)}") from error
-    for number, name in enumerate(names, 1):
-        if not name or name in names[: number - 1]:
+    numbers: dict[str, int] = {}
+    for index, name in enumerate(names):
+        if not name or name in numbers:
             what = f"{name!r} a second time" if name else "a blank line"
-            raise UserError(f"class-map: expected another class on each line of {str(path)!r}; got {what} on line {number}")
-    return {name: index for index, name in enumerate(names)}
+            raise UserError(f"class-map: expected another class on each line of {str(path)!r}; got {what} on line {index + 1}")
+        numbers[name] = index
+    return numbers
 
 
 def _endings(config: DataConfig) -> list[str] | None:

@@ -19,7 +19,7 @@ from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
 
 from timm_sfr.data.images import image_endings
-from timm_sfr.utils.console import counted
+from timm_sfr.utils.console import counted, some
 from timm_sfr.utils.errors import UserError, near_matches
 from timm_sfr.utils.files import replace_atomically
 
@@ -145,11 +145,13 @@ def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
 
 def find_split(root: Path, split: str) -> Path | None:
     """Returns the folder or file of a split in `root`: of its own name, or of a name that means the same; None if none is."""
+    return next((root / name for name in split_names(split) if (root / name).exists()), None)
+
+
+def split_names(split: str) -> list[str]:
+    """Returns the names that a split's folder may have: its own first, then those that mean the same."""
     name = split.split("[")[0]
-    for one in (name, *sorted(set().union(*(group for group in SPLIT_SYNONYMS if name in group)))):
-        if (root / one).exists():
-            return root / one
-    return None
+    return [name, *sorted(set().union(*(group for group in SPLIT_SYNONYMS if name in group)) - {name})]
 
 
 def choose_split(scan: FolderScan, share: float, seed: int) -> tuple[FolderScan, FolderScan]:
@@ -225,8 +227,9 @@ def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> 
     if without:
         unnamed = [name for name in scan.classes if name not in class_map]
         hint = "".join(near_matches(str(name), unnamed or scan.classes) for name in without[:1])
+        nothing, other = (some([repr(name) for name in names]) for names in (without, unnamed))
         raise UserError(f"class-map: expected a folder with images in {str(scan.root)!r} for every name in {source}; got none "
-                        f"for {_some(without)}{hint}; folders that the map does not name: {_some(unnamed)}")  # fmt: skip
+                        f"for {nothing}{hint}; folders that the map does not name: {other}")  # fmt: skip
     images = [image for image in scan.images if image[1] in class_map]
     return dataclasses.replace(scan, images=images, left_out=scan.left_out + len(scan.images) - len(images))
 
@@ -256,7 +259,3 @@ def _is_loop(place: str, root: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Returns whether a folder or file is no part of the data: of the system, a notebook or an archive."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
-
-
-def _some(names: Sequence[str]) -> str:
-    return f"{', '.join(map(repr, names[:3]))}{f' and {len(names) - 3} more' * (len(names) > 3)}" or "none"

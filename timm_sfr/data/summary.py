@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
@@ -15,9 +15,10 @@ from PIL import Image
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.folders import FolderScan
 from timm_sfr.data.images import DEEP, KNOWN
-from timm_sfr.utils.console import counted
+from timm_sfr.utils.console import counted, some
 
 SAMPLE = 64  # images whose headers are read, spread over a split
+Header = tuple[str, str, tuple[int, int]]  # format, mode, (width, height)
 CHEAP = 20_000  # images of both splits, up to which a run looks for duplicates before it trains
 
 
@@ -33,7 +34,7 @@ def lines(train: Split, val: Split) -> list[str]:
             found.append(f"data: {name} passes over {scan.passed_over()}")
         if scan.empty:
             found.append(f"data: {name} has {counted(len(scan.empty), 'folder')} without images: {some(scan.empty)}")
-        ranges = unknown_ranges(scan)
+        ranges = unknown_ranges(headers(scan)[0])
         if ranges:
             found.append(f"data: {name} has images of mode {', '.join(ranges)}, each scaled by its own smallest and largest "
                          "value; --image-range LOW HIGH gives all of them one scale")  # fmt: skip
@@ -94,9 +95,9 @@ def duplicates(train: FolderScan, val: FolderScan) -> list[tuple[str, str]]:
     return found
 
 
-def headers(scan: FolderScan) -> tuple[Counter[tuple[str, str, tuple[int, int]]], list[str]]:
+def headers(scan: FolderScan) -> tuple[Counter[Header], list[str]]:
     """Returns (format, mode, (width, height)) of about `SAMPLE` images, spread over the folder, and those that cannot be read."""
-    found: Counter[tuple[str, str, tuple[int, int]]] = Counter()
+    found: Counter[Header] = Counter()
     unreadable = []
     step = max(1, len(scan.images) // SAMPLE)
     for path, _ in scan.images[::step]:
@@ -108,14 +109,9 @@ def headers(scan: FolderScan) -> tuple[Counter[tuple[str, str, tuple[int, int]]]
     return found, unreadable
 
 
-def unknown_ranges(scan: FolderScan) -> list[str]:
-    """Returns the modes among the sampled images whose values have no known range: 32-bit integers and floats."""
-    return sorted({mode for kind, mode, _ in headers(scan)[0] if mode in DEEP and kind not in KNOWN})
-
-
-def some(names: Sequence[str], count: int = 3) -> str:
-    """Returns the first few names, and how many more there are."""
-    return f"{', '.join(names[:count])}{f' and {len(names) - count} more' * (len(names) > count)}"
+def unknown_ranges(sampled: Iterable[Header]) -> list[str]:
+    """Returns the modes among sampled images whose values have no known range: 32-bit integers and floats."""
+    return sorted({mode for kind, mode, _ in sampled if mode in DEEP and kind not in KNOWN})
 
 
 def _digest(path: str) -> bytes:
