@@ -1,4 +1,4 @@
-"""The methods of the comparison by name: each makes a `TrainingTask` from (model, input size, device)."""
+"""The methods of the comparison, by name. Each makes a `TrainingTask` from (model, input size, device)."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from timm_sfr.utils.errors import UserError, near_matches
 
 
 class Maker(Protocol):
-    """Makes a task over a model, and says by which options."""
+    """Makes a task over a model, and reports its options."""
 
     def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
-        """The task over `model`."""
+        """Returns the task over `model`."""
 
     def recorded(self) -> dict[str, Any]:
-        """All options with their values, for the record of a run."""
+        """Returns all options with their values, for the record of a run."""
 
 
 class Plain:
-    """Makes cross-entropy with constant uniform smoothing."""
+    """Makes tasks of cross-entropy with constant uniform smoothing."""
 
     def __init__(self, smoothing: float) -> None:
         self.smoothing = smoothing
 
     def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
-        """The task over `model`."""
+        """Returns the task over `model`."""
         return PlainTask(model.to(device), PlainLoss(self.smoothing), device=device, verbose=False)
 
     def recorded(self) -> dict[str, Any]:
-        """The smoothing."""
+        """Returns the smoothing."""
         return {"peer": {"smoothing": self.smoothing}}
 
 
@@ -58,26 +58,26 @@ def _only(options: dict[str, Any], known: Iterable[str], kind: str) -> None:
 
 
 class SFR:
-    """Makes SFR tasks with these options over its defaults; `loss`, if any, takes the place of the feature loss."""
+    """Makes SFR tasks. `options` override SFR's defaults, and `loss` replaces the feature loss if it is given."""
 
     def __init__(self, loss: Callable[[], nn.Module] | None = None, **options: Any) -> None:
         _only(options, {field.name for field in dataclasses.fields(SFRConfig)} - {"enabled"}, "SFR")
         self.config, self.loss = SFRConfig(**options), loss
 
     def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
-        """The task over `model`."""
+        """Returns the task over `model`."""
         task = SFRTask(model.to(device), self.config, input_size=size, device=device, verbose=False)
         if self.loss is not None:
             task.feature_loss = self.loss()
         return task
 
     def recorded(self) -> dict[str, Any]:
-        """SFR's configuration."""
+        """Returns SFR's configuration."""
         return {"sfr": dataclasses.asdict(self.config)}
 
 
 class Peer:
-    """Makes tasks of a peer with these options over its published ones."""
+    """Makes tasks of a peer; `options` override its published ones."""
 
     def __init__(self, kind: Callable[..., TrainingTask], **options: Any) -> None:
         parameters = inspect.signature(kind).parameters
@@ -88,16 +88,16 @@ class Peer:
         self.kind, self.options = kind, known | options
 
     def __call__(self, model: nn.Module, size: tuple[int, int, int], device: Any) -> TrainingTask:
-        """The task over `model`; only a peer that looks at feature maps needs the size."""
+        """Returns the task over `model`; only a peer that uses feature maps needs the size."""
         sized = {"input_size": size} if "input_size" in inspect.signature(self.kind).parameters else {}
         return self.kind(model, device=device, **sized, **self.options)
 
     def recorded(self) -> dict[str, Any]:
-        """The options, published ones too."""
+        """Returns the options, including the published ones."""
         return {"peer": self.options}
 
 
-# What was measured keeps its options when SFR's defaults change: those of before, with no plan and a constant smoothing.
+# SFR's earlier defaults: no plan and a constant smoothing. Methods that were measured with them keep them.
 EARLIER: dict[str, Any] = {
     "weight": 1.0, "channels": "groups", "matching": "gaussian", "weights": "uniform", "solver": "sinkhorn", "max_nodes": 49,
     "smoothing": 0.1, "smoothing_source": "uniform", "smoothing_schedule": "constant",
@@ -143,12 +143,12 @@ METHODS: dict[str, Maker] = {
     "smooth-classes-ramp": smooth(smoothing_source="classes", smoothing_schedule="ramp"),
 }
 
-# What the batches of a method carry behind their images: another image of each one's class, or a second view of each.
+# The second half of a method's batches has, for each image, another image of its class or a second view of it.
 COMPANIONS = {"cskd": "classmates", "dlb": "views"}
 
 
 def find(name: str) -> Maker:
-    """The method of that name; ``sfr:OPTION=VALUE,...`` is SFR with these options over its defaults, and so for peers.
+    """Returns the method with that name; ``METHOD:OPTION=VALUE,...`` is SFR or a peer with other options.
 
     Raises:
         UserError: for an unknown method or option.

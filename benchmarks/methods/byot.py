@@ -11,10 +11,10 @@ from benchmarks.methods.peer import Mapped, PeerTask, kl
 
 
 class Heads(nn.Module):
-    """A classifier on every shallow tap: a strided convolution to the deep tap's channels, pooling, a linear map.
+    """A classifier on every shallow tap: a strided convolution to the deep tap's channels, pooling, and a linear map.
 
-    At a stride above 3 it does not see all of a map. The authors' heads, chains of separable convolutions of stride 2, do;
-    here they were worse, and twice as slow (docs/results.md).
+    With a stride above 3, the convolution skips parts of the map. The authors' heads are chains of separable convolutions with
+    stride 2, which see the whole map. Here they were worse, and twice as slow (docs/results.md).
     """
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
@@ -38,7 +38,7 @@ class Heads(nn.Module):
         return self.mapped.model
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """Logits (B, K), the heads' logits [(B, K)], and pooled features [(B, C_d)], the deep tap's last."""
+        """Returns the logits (B, K), the heads' logits [(B, K)], and the pooled features [(B, C_d)], the deep tap's last."""
         logits, maps = self.mapped(x)
         features = [adapt(tap).mean((2, 3)) for adapt, tap in zip(self.adapters, maps, strict=False)]
         heads = [classify(feature) for classify, feature in zip(self.classifiers, features, strict=True)]
@@ -48,8 +48,9 @@ class Heads(nn.Module):
 class BYOT(PeerTask):
     """L = CE(z, y) + sum_i (1 - alpha) CE(z_i, y) + alpha T^2 KL(sg z || z_i) + beta ||F_i - sg F||^2
 
-    over the heads i, the squared distance summed over the C_d pooled features; alpha = beta = 0 is deep supervision. T^2
-    keeps the soft term's gradients to scale (Hinton et al.); the authors' code is without.
+    with the sum over the heads i. The squared distance is a sum over the C_d pooled features. alpha = beta = 0 is deep
+    supervision. The factor T^2 makes the size of the soft term's gradients independent of T (Hinton et al.); the authors'
+    code omits it.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class BYOT(PeerTask):
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) and class indices (B,) to the loss and the logits."""
+        """Returns the loss and the logits for images (B, C, H, W) and class indices (B,)."""
         logits, heads, features = self.trainable_module(input)
         loss = F.cross_entropy(logits.float(), target)
         deep = features[-1].detach().float()

@@ -12,9 +12,9 @@ from benchmarks.methods.peer import Logits, PeerTask, kl
 
 
 class CSKD(PeerTask):
-    """L = CE(z(x), y) + lambda T^2 KL(sg z(x') || z(x)) with x' an image of the class of x, drawn from all of them.
+    """L = CE(z(x), y) + lambda T^2 KL(sg z(x') || z(x)), where x' is a random image of the class of x.
 
-    The batches carry the partners behind the images: twice the forward passes.
+    The second half of a batch has the partners x', so a step needs twice the forward passes.
     """
 
     def __init__(self, model: nn.Module, device: Any, temperature: float = 4.0, weight: float = 1.0) -> None:
@@ -22,7 +22,7 @@ class CSKD(PeerTask):
         self.temperature, self.weight = temperature, weight
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images and their partners (2B, C, H, W) and the classes of the images (B,) to the loss and the logits."""
+        """Returns the loss and the logits, for images and their partners (2B, C, H, W) and the images' classes (B,)."""
         images, partners = input.chunk(2)
         logits = self.trainable_module(images)
         with torch.no_grad():

@@ -13,8 +13,8 @@ from benchmarks.methods.peer import Logits, PeerTask, kl
 class DLB(PeerTask):
     """L = CE over this batch and the last one + alpha T^2 KL(sg z_{t-1}(last) || z_t(last)).
 
-    Each batch is seen again in the next step, as another augmented view, and taught by the logits that its
-    first view had before that step's update: twice the passes. The batches carry the second views behind the images.
+    The next step repeats each batch as a second augmented view. The logits of its first view, from the previous step, teach
+    the second view. So a step needs twice the passes. The second half of a batch has the second views.
     """
 
     def __init__(self, model: nn.Module, device: Any, alpha: float = 1.0, temperature: float = 3.0) -> None:
@@ -23,7 +23,7 @@ class DLB(PeerTask):
         self.last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Two views of the images (2B, C, H, W) and class indices (B,) to the loss and the first view's logits."""
+        """Returns the loss and the first view's logits, for two views of the images (2B, C, H, W) and class indices (B,)."""
         images, again = input.chunk(2)
         logits = self.trainable_module(images)
         loss = F.cross_entropy(logits.float(), target)

@@ -1,4 +1,4 @@
-"""What the peers share: one pass that gives logits and feature maps, and a task around it."""
+"""The common parts of the peers: one pass that returns logits and feature maps, and a task around it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from timm_sfr.method.task import EpochTask
 
 
 class Mapped(nn.Module):
-    """Images (B, C, H, W) to logits (B, K) and the maps of SFR's own taps, the deep one last, each (B, C_t, H_t, W_t)."""
+    """Maps images (B, C, H, W) to logits (B, K) and the maps of SFR's taps, each (B, C_t, H_t, W_t), the deep one last."""
 
     def __init__(self, model: nn.Module, input_size: tuple[int, int, int]) -> None:
         super().__init__()
@@ -24,24 +24,24 @@ class Mapped(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits and maps in one pass."""
+        """Returns the logits and the maps from one pass."""
         return forward_taps(self.model, x, self.plan.indices)
 
 
 class Logits(nn.Module):
-    """The model alone, under the name `model` that every peer's module has."""
+    """The model without feature maps, as the attribute `model` that every peer's module has."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, K)."""
+        """Returns the logits (B, K)."""
         return self.model(x)
 
 
 class PeerTask(EpochTask):
-    """A task over `module`, whose ``model`` is the plain timm model that is evaluated and saved."""
+    """A task over `module`; its attribute ``model`` is the plain timm model, which is evaluated and saved."""
 
     def __init__(self, module: nn.Module, device: Any) -> None:
         super().__init__(device=device, verbose=False)
@@ -49,24 +49,24 @@ class PeerTask(EpochTask):
         self.epoch, self.epochs = 0, 1
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
-        """Notes how far training is."""
+        """Stores the current epoch and the number of epochs."""
         self.epoch, self.epochs = epoch, epochs
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
-        """The plain timm model."""
+        """Returns the plain timm model."""
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else unwrap_model(module).model
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """The precision that Accelerate gives the trained module, for a second model beside it."""
+    """Returns an autocast context with the precision that Accelerate gives the trained module, for a second model."""
     precision = AcceleratorState().mixed_precision if is_initialized() else "no"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(sg teacher / T) || softmax(student / T)), mean over the batch; logits (B, K), a scalar."""
+    """Returns T^2 KL(softmax(sg teacher / T) || softmax(student / T)) for logits (B, K), the mean over the batch."""
     target = (teacher.detach().float() / temperature).softmax(-1)
     log_student = (student.float() / temperature).log_softmax(-1)
     return temperature**2 * F.kl_div(log_student, target, reduction="batchmean")

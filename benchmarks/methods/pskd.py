@@ -14,19 +14,19 @@ from timm_sfr.method.smoothing import soft_targets
 
 
 class PSKD(PeerTask):
-    """L = CE(z, (1 - a_t) y + a_t softmax(z_{t-1})), a_t = alpha t / T, with z_{t-1} of the model one epoch ago.
+    """L = CE(z, (1 - a_t) y + a_t softmax(z_{t-1})), a_t = alpha t / T, with z_{t-1} from the previous epoch's model.
 
-    That model is a copy without gradients, which sees the same images: one more forward pass from the second epoch on. Code
-    that keeps each image's prediction from its last pass in place of the model saves that pass.
+    That model is a copy without gradients that sees the same images. So a step needs one more forward pass from the second
+    epoch on. Other code stores each image's last prediction instead of the model, which saves that pass.
     """
 
     def __init__(self, model: nn.Module, device: Any, alpha: float = 0.8) -> None:
         super().__init__(Logits(model), device)
         self.alpha = alpha
-        self.before: list[nn.Module] = []  # in a list: no part of this task's parameters
+        self.before: list[nn.Module] = []  # in a list, so that its parameters are not the task's
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) and targets (B,) or (B, K) to the loss and the logits."""
+        """Returns the loss and the logits for images (B, C, H, W) and targets (B,) or (B, K)."""
         logits = self.trainable_module(input)
         y = soft_targets(target, logits.shape[1])
         if self.before:
@@ -36,5 +36,5 @@ class PSKD(PeerTask):
         return {"loss": F.cross_entropy(logits.float(), y), "output": logits}
 
     def end_epoch(self) -> None:
-        """Keeps the model as it is now for the next epoch."""
+        """Copies the model for the next epoch."""
         self.before = [copy.deepcopy(self.get_eval_model()).eval().requires_grad_(False)]

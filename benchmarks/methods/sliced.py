@@ -1,4 +1,4 @@
-"""Transport channel by channel, in SFR's frame: the optimal plan of one-dimensional features is to sort them."""
+"""SFR with transport in each channel separately. In one dimension, sorting both sides gives the optimal plan."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from timm_sfr.method.sinkhorn import unit
 
 
 def sliced_distance(shallow: Tensor, deep: Tensor) -> Tensor:
-    """sum_c W_2^2 of channel c's values over the nodes = sum_c mean_n (sort(u_c)_n - sort(v_c)_n)^2; a scalar.
+    """Returns sum_c mean_n (sort(u_c)_n - sort(v_c)_n)^2, averaged over the batch: W_2^2 of each channel, summed.
 
-    u and v are unit-length local features; deep is a constant. Lies between `gaussian_l2` and `emd_l2`.
+    u and v are unit-length local features; `deep` is a constant. The value lies between `gaussian_l2` and `emd_l2`.
 
     Args:
         shallow: (B, N, C).
@@ -23,10 +23,10 @@ def sliced_distance(shallow: Tensor, deep: Tensor) -> Tensor:
 
 
 class SlicedLoss(nn.Module):
-    """(1/S) sum_s L(f_s, sg f_d) with `sliced_distance` and channels matched by `groups`."""
+    """The feature loss (1/S) sum_s L(f_s, sg f_d), where L is `sliced_distance` and `groups` matches the channels."""
 
     def forward(self, shallow: list[Tensor], deep: Tensor) -> Tensor:
-        """A scalar from S shallow taps (B, N, C_s) and the deep tap (B, N, C_d)."""
+        """Returns the loss, a scalar, of S shallow taps (B, N, C_s) and the deep tap (B, N, C_d)."""
         with torch.autocast(deep.device.type, enabled=False):
             terms = [sliced_distance(x, group_channels(deep.float(), x.shape[-1])) for x in shallow]
         return torch.stack(terms).mean()

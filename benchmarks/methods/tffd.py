@@ -12,10 +12,9 @@ from benchmarks.methods.peer import Mapped, PeerTask
 
 
 def intra(x: Tensor) -> Tensor:
-    """Within a map (B, C, H, W): mean squared distance of the more salient half of the channels to the other half, into
-    both of which gradients flow.
+    """Returns the mean squared distance between the more and the less salient half of the channels of a map (B, C, H, W).
 
-    A channel's salience is the mean of its values scaled to unit length over the locations.
+    A channel's salience is the mean of its values, scaled to unit length over the locations. Gradients flow into both halves.
     """
     salience = F.normalize(x.detach().flatten(2), dim=2).mean((0, 2))
     order = salience.argsort(descending=True, stable=True)
@@ -24,7 +23,7 @@ def intra(x: Tensor) -> Tensor:
 
 
 def inter(shallow: Tensor, deep: Tensor) -> Tensor:
-    """Between two maps (B, C, H, W): mean squared distance of the channels they share, on the coarser grid; deep constant."""
+    """Returns the mean squared distance of two maps' common channels on the deep map's grid; the deep map is a constant."""
     shallow, deep = shallow.float(), deep.detach().float()
     channels = min(shallow.shape[1], deep.shape[1])
     return F.mse_loss(F.adaptive_avg_pool2d(shallow, deep.shape[2:])[:, :channels], deep[:, :channels])
@@ -33,8 +32,8 @@ def inter(shallow: Tensor, deep: Tensor) -> Tensor:
 class TfFD(PeerTask):
     """L = CE(z, y) + r(t) (lambda_intra sum_l intra(F_l) + lambda_inter sum_{l<m} inter(F_l, F_m)), r rising to 1.
 
-    r rises over the first twelfth of the epochs: the authors' 20 of 240. Gradients flow into both halves of a map. The
-    authors have published the sums both as they are here and divided by 3.
+    r rises during the first twelfth of the epochs, as in the authors' 20 of 240. The authors have published the sums both as
+    here and divided by 3.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class TfFD(PeerTask):
         self.weight_intra, self.weight_inter, self.warmup = weight_intra, weight_inter, warmup
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) and class indices (B,) to the loss and the logits."""
+        """Returns the loss and the logits for images (B, C, H, W) and class indices (B,)."""
         logits, maps = self.trainable_module(input)
         maps = [x.float() for x in maps]
         extra = self.weight_intra * sum(map(intra, maps))

@@ -14,9 +14,9 @@ from timm_sfr.method.smoothing import soft_targets
 class TfKDReg(PeerTask):
     """L = (1 - alpha) CE(z, y) + alpha T^2 KL(p^d_T || softmax(z / T)).
 
-    The teacher p^d gives `right` to the class and the rest evenly to the others, and is softened like the student:
-    p^d_T = softmax(log p^d / T). This is the paper's equation with Hinton's T^2; the authors' code softens p^d in place of its
-    logarithm and the student not at all, which is label smoothing of about alpha.
+    The teacher p^d gives the right class the probability `right` and shares the rest evenly among the others. It is softened
+    like the student: p^d_T = softmax(log p^d / T). This is the paper's equation with Hinton's T^2. The authors' code softens p^d
+    instead of its logarithm and does not soften the student, which is label smoothing of about alpha.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class TfKDReg(PeerTask):
         self.alpha, self.temperature, self.right = alpha, temperature, right
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) and targets (B,) or (B, K) to the loss and the logits."""
+        """Returns the loss and the logits for images (B, C, H, W) and targets (B,) or (B, K)."""
         logits = self.trainable_module(input)
         classes = logits.shape[1]
         y = soft_targets(target, classes)
