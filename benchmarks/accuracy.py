@@ -1,8 +1,8 @@
-"""Does SFR help? Every teacher-free peer under the same data, schedule and budget, cell by cell into one CSV.
+"""Compares SFR with its teacher-free peers on the same data, schedule and number of epochs.
 
     python -m benchmarks.accuracy --preset cpu --data-root DIR --jobs 2
 
-A cell (set, method, seed, epochs, split) that the CSV holds is not run again.
+Each run adds one row to a CSV. A run (set, method, seed, epochs, split) that is already in the CSV is skipped.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ COLUMNS = (
 )  # fmt: skip
 
 
-SPLITS = {"val": 1, "val-part2": 2, "heldout": 1}  # what scores are measured on, and which part of the set is trained on
+# The split that is scored, and the part of the training images that is used.
+SPLITS = {"val": 1, "val-part2": 2, "heldout": 1}
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,15 @@ class Cell:
 
     @property
     def data(self) -> Set:
-        """What it trains on."""
+        """The image set of the run."""
         return PRESETS[self.preset][self.set]
 
     def weights(self, output: str) -> Path:
-        """Where the pretrained weights of a run in `output` lie."""
+        """Returns the file for pretrained weights, in the folder `output`."""
         return Path(output) / f"{self.data.source}.safetensors"
 
     def options(self, output: str = "") -> dict[str, Any]:
-        """The run's options, under the names of `train_sfr.py`; pretrained weights are a file in `output`."""
+        """Returns the run's options, by their names in `train_sfr.py`; pretrained weights are a file in `output`."""
         data = self.data
         net = dict(data.net)
         if data.source is not None:
@@ -76,7 +77,7 @@ class Cell:
         }  # fmt: skip
 
     def recorded(self) -> dict[str, Any]:
-        """All that fixes the run: its options, and its method's with every default written out."""
+        """Returns everything that determines the run: its options and its method's options, with all defaults."""
         from benchmarks.methods import find
 
         options = {key: value for key, value in self.options().items() if key != "output"}
@@ -84,7 +85,7 @@ class Cell:
 
 
 def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None = None) -> Trainer:
-    """The trainer of one cell, `limit` batches an epoch if given."""
+    """Returns the trainer of one cell; `limit` is the largest number of batches per epoch."""
     import torch
 
     from benchmarks.images import DeviceBatches, open_sets, val_batches
@@ -102,7 +103,7 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
 
 
 def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[str, Any]:
-    """Trains one cell, with `limit` batches an epoch if given; its row of the CSV."""
+    """Trains one cell with at most `limit` batches per epoch; returns its row of the CSV."""
 
     data, started_from = cell.data, commit()
     with tempfile.TemporaryDirectory() as output:
@@ -124,7 +125,7 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[
 
 
 def commit() -> str:
-    """The commit of this code, with a + where files differ from it; empty where there is no repository."""
+    """Returns the commit of this code, with a + if files differ from it; an empty string if there is no repository."""
     try:
         git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
         name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
@@ -134,7 +135,7 @@ def commit() -> str:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the CSV, none if there is no file."""
+    """Returns the rows of a CSV; an empty list if the file does not exist."""
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -142,7 +143,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Adds one row, to the disk at once."""
+    """Adds one row and flushes it to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
@@ -154,7 +155,11 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def check_csv(path: Path) -> None:
-    """Raises UserError, before any run, unless rows can be added to the file."""
+    """Checks before any run that rows can be added to the file.
+
+    Raises:
+        UserError: if it cannot be written, or has other columns.
+    """
     from timm_sfr.utils.errors import UserError
 
     try:
@@ -165,11 +170,11 @@ def check_csv(path: Path) -> None:
     except OSError as error:
         raise UserError(f"csv: cannot write to {path}: {error.strerror}") from error
     if found is not None and tuple(found) != COLUMNS:
-        raise UserError(f"csv: {path} has other columns than a file of runs; name another one")
+        raise UserError(f"csv: {path} has other columns than this benchmark writes; give another file")
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 up, for argparse."""
+    """Parses a positive whole number, for argparse."""
     number = int(text) if text.strip().lstrip("-").isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1 up; got {text}")
@@ -177,35 +182,35 @@ def positive(text: str) -> int:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--data-root", type=Path, required=True, help="folder with NAME/{train,val}/CLASS/*.jpg")
     parser.add_argument("--sets", nargs="+", help="sets of the preset (default: all)")
     parser.add_argument("--methods", nargs="+", help="methods, or sfr:OPTION=VALUE,... (default: all)")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4, and 100 to 104 to choose options by")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4; with --heldout 100 to 104")
     parser.add_argument(
-        "--epochs", type=positive, help="epochs (default: the set's), for a trial or for equal wall time"
+        "--epochs", type=positive, help="epochs (default: the set's), for a trial or a comparison at equal time"
     )
-    parser.add_argument("--heldout", action="store_true", help="score a held-out tenth of train, to choose options")
-    parser.add_argument("--part", type=int, choices=(1, 2), default=1, help="2: train on the next images of the fixed order, "
-                        "as many a class, on which nothing was chosen")  # fmt: skip
-    parser.add_argument("--jobs", type=positive, default=2, help="runs side by side")
-    parser.add_argument("--minutes", type=float, help="start no run after this long; those begun go on to their end")
-    parser.add_argument("--limit", type=positive, help="batches an epoch: a trial of a preset, into a --csv of its own")
+    parser.add_argument("--heldout", action="store_true", help="score on a held-out tenth of train, to choose options")
+    parser.add_argument("--part", type=int, choices=(1, 2), default=1, help="2: train on the next images of each class, the "
+                        "same number; no option was chosen on them")  # fmt: skip
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at the same time")
+    parser.add_argument("--minutes", type=float, help="start no new run after this many minutes; running ones end")
+    parser.add_argument("--limit", type=positive, help="batches per epoch, for a trial; needs another --csv")
     parser.add_argument("--csv", type=Path, help=f"default: {RESULTS.name}, or {HELD_OUT.name}, in {HERE.name}/results")
     args = parser.parse_args(arguments)
     if args.heldout and args.part == 2:
-        parser.error("--part 2 is scored on val alone: leave --heldout out")
+        parser.error("--part 2 is scored on val only; omit --heldout")
     args.csv = args.csv or (HELD_OUT if args.heldout else RESULTS)
     return args
 
 
 def asked(args: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The sets and the methods that the command line asks for: all of the preset, and all, where it names none.
+    """Returns the requested sets and methods; by default all sets of the preset and all methods.
 
     Raises:
-        UserError: for a name that is not known.
+        UserError: for an unknown name.
     """
     from benchmarks.methods import METHODS, find
     from timm_sfr.utils.errors import UserError, near_matches
@@ -222,7 +227,7 @@ def asked(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 
 def missing(args: argparse.Namespace) -> list[Cell]:
-    """The cells asked for that the CSV does not hold, seed by seed, so that a stopped table has whole seeds."""
+    """Returns the requested cells that are not in the CSV. All cells of a seed come before the next seed."""
     sets, methods = asked(args)
     rows = read(args.csv)
     for row in rows:
@@ -231,7 +236,7 @@ def missing(args: argparse.Namespace) -> list[Cell]:
     split = "heldout" if args.heldout else "val" if args.part == 1 else "val-part2"
     cells = [
         Cell(args.preset, name, method, seed, split, args.epochs or PRESETS[args.preset][name].epochs)
-        # Other seeds to choose by than to report: both train on the same images.
+        # Options are chosen with other seeds than the reported ones, because both train on the same images.
         for seed in args.seeds or (range(100, 105) if args.heldout else range(5))
         for name in sets
         for method in methods
@@ -240,19 +245,19 @@ def missing(args: argparse.Namespace) -> list[Cell]:
 
 
 def _same_options(row: dict[str, str], path: Path) -> None:
-    """Refuses a row whose set or method had other options than their names mean now, such as another default."""
+    """Raises UserError if a row's set or method now has other options, for example because a default has changed."""
     from timm_sfr.utils.errors import UserError
 
     if row["set"] not in PRESETS.get(row["preset"], {}):
-        return  # none of what this can run
+        return  # this set no longer exists
     cell = Cell(row["preset"], row["set"], row["method"], int(row["seed"]), row["split"], int(row["epochs"]))
     before, now = (_flat(options) for options in (json.loads(row["args"] or "{}"), cell.recorded()))
-    # An option that is new since was not recorded, and must not refuse all that was.
+    # Options added since then were not recorded; they do not make a row invalid.
     changed = sorted(key for key in before.keys() & now.keys() if before[key] != now[key])
     if changed:
         raise UserError(
             f"csv: {path} holds {row['method']!r} on {row['set']} with other values of {', '.join(changed)} than these names "
-            "mean now; move those rows away, or rename them to METHOD:OPTION=VALUE,..."
+            "have now; move those rows to another file, or rename them to METHOD:OPTION=VALUE,..."
         )
 
 
@@ -263,7 +268,7 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what is missing; the exit status."""
+    """Runs the missing cells; returns the exit status."""
     from benchmarks.images import decode
     from benchmarks.pool import side_by_side
     from timm_sfr.cli.parser import fail
@@ -276,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
         check_csv(args.csv)
         cells = missing(args)
         for name, pixels in sorted({(cell.data.name, cell.data.pixels) for cell in cells}):
-            for part in ("train", "val"):  # here, before several runs would do it at once
+            for part in ("train", "val"):  # before the runs, which would all do it
                 decode(args.data_root, name, part, pixels)
     except UserError as error:
         return fail(str(error))

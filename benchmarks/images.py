@@ -1,4 +1,4 @@
-"""Image sets in memory: decoded once, cut to a fixed part, cropped and flipped a whole batch at a time on the device.
+"""Image sets in memory. They are decoded once and reduced to a fixed part; the device crops and flips whole batches.
 
 A set is a folder ``ROOT/NAME/{train,val}/CLASS/*.jpg``. Shape suffixes: n images, B batch, C channels, H x W pixels.
 """
@@ -21,11 +21,13 @@ from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import replace_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-PAD = 4  # pixels of zero padding around a crop at 32 pixels
+PAD = 4  # pixels of zero padding on each side of a 32-pixel image; proportional for other sizes
 
 
 def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images uint8 (n, C, H, W), classes (n,) and class names of one part of a set; kept beside it for the next time.
+    """Returns the images uint8 (n, C, H, W), classes (n,) and class names of one part of a set.
+
+    They are saved in ``ROOT/NAME-PART-PIXELSpx.npz``, from which later calls read them.
 
     Raises:
         UserError: if the folder is missing or has no classes.
@@ -46,7 +48,7 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
                 image = Image.open(path).convert("RGB")
             except OSError as error:
                 raise UserError(f"data-root: {path} does not decode as an image: {error}") from error
-            # Box averages whole pixels where an image shrinks, and would only repeat them where it grows.
+            # The box filter averages whole pixels when an image shrinks, but only repeats pixels when it grows.
             smaller = pixels <= min(image.size)
             image = image.resize((pixels, pixels), Image.Resampling.BOX if smaller else Image.Resampling.BICUBIC)
             images.append(np.asarray(image).transpose(2, 0, 1))
@@ -64,16 +66,15 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
     return arrays["images"], arrays["labels"], names
 
 
-def choose(
-    labels: np.ndarray, per_class: int | None, held_out: bool, part: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """Indices to train on and indices held out, in ascending order, both fixed and never the same image.
+def choose(labels: np.ndarray, per_class: int | None, held_out: bool, part: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the indices of the images to train on and of those held out, both in ascending order, without overlap.
 
-    In a fixed random order of every class, the first `per_class` (None: all) are trained on, or with `part` 2 the next
-    as many; with `held_out`, the last tenth of the class is held out, and what is trained on comes from the rest.
+    The choice is always the same. Each class has a fixed random order. Its first `per_class` images (None: all) are
+    trained on; with `part` 2, its next `per_class` images. With `held_out`, the last tenth of each class is held out and
+    the training images come from the rest.
 
     Raises:
-        UserError: if a class has no such part.
+        UserError: if a class has too few images for the part.
     """
     order = np.random.default_rng(0).permutation(len(labels))
     kinds = [order[labels[order] == kind] for kind in np.unique(labels)]
@@ -91,7 +92,7 @@ def choose(
 def open_sets(
     root: Path, name: str, pixels: int, per_class: int | None, held_out: bool, part: int = 1
 ) -> tuple[Split, Split]:
-    """The part to train on and the part that scores are measured on: ``val``, or a fixed tenth of ``train``."""
+    """Returns the training split and the split to score: ``val``, or with `held_out` a fixed tenth of ``train``."""
     images, labels, names = decode(root, name, "train", pixels)
     chosen, rest = choose(labels, per_class, held_out, part)
     val = (images[rest], labels[rest])
@@ -109,11 +110,11 @@ def open_sets(
 
 
 class DeviceBatches:
-    """Training batches from a set that lies on the device: padded random crops and flips, normalised.
+    """Training batches of a set in device memory: padded random crops and flips, normalised.
 
-    Order, crops and flips of an epoch depend on (seed, epoch) alone, so every method sees the same batches. With
-    `companions`, the images are followed by as many others, (2B, C, H, W) for B targets: ``"classmates"``, another image
-    of each one's class, or ``"views"``, each one cropped and flipped anew. `limit` cuts an epoch to so many batches.
+    The order, crops and flips of an epoch depend only on (seed, epoch), so every method sees the same batches. With
+    `companions`, a batch of B targets has 2B images (2B, C, H, W): the second half has, for each image, another image of
+    its class (``"classmates"``) or a second crop and flip of it (``"views"``). `limit` is the most batches per epoch.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class DeviceBatches:
     erase = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch `epoch`, from its first: these runs are not resumed."""
+        """Yields all batches of epoch `epoch`; `start` is ignored, because these runs are not resumed."""
         start = self.seed * 1_000_003 + epoch
         generator, other = (torch.Generator().manual_seed(s) for s in (start, start + 500_000))
         order = torch.randperm(len(self.labels), generator=generator)
@@ -146,13 +147,13 @@ class DeviceBatches:
             target = self.labels[chosen]
             images = self._augment(chosen, generator)
             if self.companions is not None:
-                # From a generator of their own: the images stay those that every method sees.
+                # Their own generator keeps the first half of the batch the same for every method.
                 chosen = self._others(target, other) if self.companions == "classmates" else chosen
                 images = torch.cat([images, self._augment(chosen, other)])
             yield images, target.to(self.device, non_blocking=True)
 
     def files(self, epoch: int, step: int) -> list[str]:
-        """None: the images have no files here."""
+        """Returns an empty list, because these images have no files."""
         return []
 
     def _others(self, target: Tensor, generator: torch.Generator) -> Tensor:
@@ -173,12 +174,12 @@ class DeviceBatches:
 
 
 def val_batches(split: Split, config: Any, prep: Any) -> DataLoader:
-    """Batches of 500 uint8 images (B, C, H, W) and classes (B,), each once, in order."""
+    """Returns batches of 500 uint8 images (B, C, H, W) and classes (B,), in order, each image once."""
     return DataLoader(_Rows(split.dataset), batch_size=500, shuffle=False, collate_fn=tuple)
 
 
 class _Rows(Dataset):
-    """A set that hands out a whole batch by its indices, without stacking it image by image."""
+    """A dataset that returns a whole batch by its indices, which is faster than stacking single images."""
 
     def __init__(self, data: TensorDataset) -> None:
         self.data = data

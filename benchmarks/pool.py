@@ -1,4 +1,4 @@
-"""Work side by side, each piece in a process of its own."""
+"""Runs a function on several pieces of work at the same time, each in its own process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def _work(answer: Any, function: Callable[..., Any], *job: Any) -> None:
-    """Sends ``function(*job)``, or in words what went wrong: one that fails must not end the others."""
+    """Sends the result of ``function(*job)``, or the error as text, so that one failure does not end the others."""
     try:
         found = function(*job)
     except UserError as error:
@@ -29,9 +29,9 @@ def _work(answer: Any, function: Callable[..., Any], *job: Any) -> None:
 def side_by_side(
     function: Callable[..., Any], pieces: Iterable[T], jobs: int, *more: Any
 ) -> Iterator[tuple[T, Any | str]]:
-    """Does ``function(piece, *more)`` for all pieces, `jobs` at once, in fresh processes: nothing of one is left in the next.
+    """Calls ``function(piece, *more)`` for all pieces, `jobs` at the same time, each in a fresh process.
 
-    Yields each piece as it ends with what came of it, or with what went wrong in words, also where its process was killed.
+    Yields each piece when it ends, with its result; if it failed or its process was killed, with the error as text.
     """
     context, queue = multiprocessing.get_context("spawn"), iter(pieces)
     running: dict[Any, tuple[T, Any]] = {}
@@ -41,7 +41,7 @@ def side_by_side(
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(theirs, function, piece, *more))
             process.start()
-            theirs.close()  # so that the end of the process ends the pipe
+            theirs.close()  # so that the pipe closes when the process ends
             running[ours] = (piece, process)
 
     try:

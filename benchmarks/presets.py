@@ -68,7 +68,7 @@ PRESETS: dict[str, dict[str, Set]] = {
         # Short: no method gets that far.
         "tin100-6k": Set("tin100", 32, 60, "resnet20_cifar", 16, 64, 0.4, "bf16", 4, SMALL),
     },
-    # Other influences on a result, small enough for one core: mixing, width, pretrained weights.
+    # Other training conditions, small enough for one core: mixing, width, pretrained weights.
     "regimes": {
         "tin100-3k-mix": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, SMALL, MIX),
         # Half the epochs of `tin100-3k`, because a run with twice the width then takes the same time.
@@ -98,5 +98,5 @@ PRESETS: dict[str, dict[str, Set]] = {
         "cifar10-mbv2": Set("cifar10", 32, None, "mobilenetv2_cifar", 30),
     },
 }
-# The sets of `cpu` for machines without instructions for bfloat16, on which it is ten times slower than float32.
+# The sets of `cpu` for machines without bfloat16 instructions, where bfloat16 is ten times slower than float32.
 PRESETS["fp32"] = {name: replace(one, precision="no") for name, one in PRESETS["cpu"].items()}

@@ -1,8 +1,8 @@
-"""The comparison's table and plots, made from its CSV.
+"""Makes the tables and plots of docs/results.md from the CSVs of the comparison.
 
     python -m benchmarks.table
 
-writes the tables into ``docs/results.md`` between its markers, and a plot a set beside it.
+It writes each table between its markers in ``docs/results.md``, and one plot per table in the same folder.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from timm_sfr.cli.compare import FEWEST, spread
 from timm_sfr.cli.compare import half_interval as interval
 
 DOCS = HERE.parent / "docs"
-BASES = ("ce", "ls")  # what differences are to
+BASES = ("ce", "ls")  # the methods that the others are compared with
 HEAD = (
     "method", "seeds", "top-1, last epoch", "95 % interval", "difference to ce", "to ls", "(top-1, best epoch)", "top-5",
     "NLL", "ECE", "time / ce", "extra parameters",
@@ -32,24 +32,24 @@ HEAD = (
 
 @dataclass(frozen=True)
 class Summary:
-    """One method's runs: rows by seed."""
+    """The runs of one method with one number of epochs: rows by seed."""
 
     method: str
     epochs: int
     rows: dict[int, dict[str, str]]
 
     def values(self, column: str) -> list[float]:
-        """One column over the seeds."""
+        """Returns a column, in the order of the seeds."""
         return [float(row[column]) for _, row in sorted(self.rows.items())]
 
 
 def paired(a: Summary, b: Summary, column: str) -> list[tuple[float, float]]:
-    """The values of both at the seeds that both have."""
+    """Returns the values of both for the seeds that both have."""
     return [(float(a.rows[s][column]), float(b.rows[s][column])) for s in sorted(a.rows.keys() & b.rows.keys())]
 
 
 def summaries(rows: Iterable[dict[str, str]]) -> list[Summary]:
-    """The runs of one set by method and length, best mean first."""
+    """Groups the runs of one set by method and number of epochs; the best mean comes first."""
     found: dict[tuple[str, int], dict[int, dict[str, str]]] = {}
     for row in rows:
         found.setdefault((row["method"], int(row["epochs"])), {})[int(row["seed"])] = row
@@ -58,38 +58,39 @@ def summaries(rows: Iterable[dict[str, str]]) -> list[Summary]:
 
 
 def name(one: Summary, usual: int) -> str:
-    """The method, with its epochs where they are not the table's."""
+    """Returns the method's name, with its epochs if they differ from the table's usual number."""
     return one.method if one.epochs == usual else f"{one.method}, {one.epochs} epochs"
 
 
 def gain(one: Summary, base: Summary | None) -> str:
-    """The difference in top-1 to `base` at the same length, paired by seed, with their number where not all seeds are
-    in both; empty where there is none.
+    """Returns the mean difference in top-1 from `base`, paired by seed, as text; empty if there are no pairs.
+
+    If `base` lacks some of the seeds, the number of pairs follows in brackets.
     """
     gains = [a - b for a, b in paired(one, base, "top1")] if base is not None and one is not base else []
-    part = f" ({len(gains)})" if len(gains) < len(one.rows) else ""  # then the means differ by something else
+    part = f" ({len(gains)})" if len(gains) < len(one.rows) else ""  # then it is not the difference of the two means
     return spread(gains, 2, "+") + part if gains else ""
 
 
 def usual_epochs(found: list[Summary]) -> int:
-    """The length that most methods ran for."""
+    """Returns the number of epochs that most methods ran for."""
     lengths = [one.epochs for one in found]
     return max(set(lengths), key=lengths.count)
 
 
 def find(found: list[Summary], method: str, epochs: int) -> Summary | None:
-    """The method at that length."""
+    """Returns the runs of a method with that number of epochs, or None."""
     return next((one for one in found if (one.method, one.epochs) == (method, epochs)), None)
 
 
 def relative_time(one: Summary, ratios: dict[str, float], usual: int) -> str:
-    """Training time against `ce` at the usual length, from the timings; empty where the method was not timed."""
+    """Returns the training time relative to `ce` with the usual number of epochs; empty if the method was not timed."""
     ratio = 1.0 if one.method == "ce" else ratios.get(one.method)
     return "" if ratio is None else f"{ratio * one.epochs / usual:.2f}"
 
 
 def table(found: list[Summary], ratios: dict[str, float]) -> str:
-    """A Markdown table of one set, best mean first; `ratios` are the methods' times a batch against `ce`."""
+    """Returns a Markdown table of one set, best mean first; `ratios` are times per batch relative to `ce`, by method."""
     usual = usual_epochs(found)
     lines = [" | ".join(HEAD), " | ".join(["---"] + ["---:"] * (len(HEAD) - 1))]
     for one in found:
@@ -113,7 +114,7 @@ def table(found: list[Summary], ratios: dict[str, float]) -> str:
 
 
 def timings(clock: list[dict[str, str]], preset: str, name: str) -> list[dict[str, str]]:
-    """The timings on a set, or on one of its preset with the same network at the same size and batch."""
+    """Returns the timings on a set; without any, those on a set of its preset with the same network, size and batch."""
 
     def kind(other: str) -> tuple:
         one = PRESETS.get(preset, {}).get(other)
@@ -125,14 +126,14 @@ def timings(clock: list[dict[str, str]], preset: str, name: str) -> list[dict[st
 
 
 def caption(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
-    """What the runs of a set have in common, on what they ran, and how their times were taken."""
+    """Returns the text below a table: what the runs have in common, their machine and versions, and how time was measured."""
     first = rows[0]
-    pending = " + is code that was not committed yet." if any(row["commit"].endswith("+") for row in rows) else ""
+    pending = " + marks code that was not committed yet." if any(row["commit"].endswith("+") for row in rows) else ""
     many = {key: sorted({row[key] for row in rows}) for key in ("hardware", "commit", "versions")}
     versions = "; ".join(re.sub(r'[{}"]', "", text) for text in many["versions"])
     return (
-        f"{first['images']} training images a run and epoch at {first['pixels']} px, {first['model']}; ± is half the width of "
-        "the 95 % t-interval; differences are paired by seed, over as many seeds as stand in brackets where not over all. "
+        f"{first['images']} training images per epoch at {first['pixels']} px, {first['model']}. ± is half the width of the "
+        "95 % t-interval. Differences are paired by seed; a number in brackets counts the pairs if some seeds have none. "
         f"{', '.join(many['hardware'])}; {versions}; commits {', '.join(many['commit'])}.{pending}" + _timed(times)
     )
 
@@ -145,15 +146,16 @@ def _timed(times: list[dict[str, str]]) -> str:
     rounds = " or ".join(f"{rounds} rounds of {batches} batches" for rounds, batches, _ in sittings)
     rates = " or ".join(rate for *_, rate in sittings)
     return (
-        f" Time is the median of {rounds} on {one['set']}, each between two of `ce` ({rates} images/s, {one['hardware']}, "
-        f"{one['threads']} thread(s)), times the epochs."
+        f" Time is measured on {one['set']}: the median of {rounds}, each between two of `ce` ({rates} images/s, "
+        f"{one['hardware']}, {one['threads']} thread(s)), multiplied by the number of epochs."
     )
 
 
 def by_table(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str, str], list[dict[str, str]]]:
-    """The rows of each table by (preset, set, split).
+    """Groups the rows by table: (preset, set, split).
 
-    SFR with a part left out (``sfr:OPTION=VALUE``) has tables of its own on val, ``parts``, beside SFR and cross-entropy.
+    On val, SFR with other options (``sfr:OPTION=VALUE``) goes into separate tables with the preset ``parts``, together with
+    SFR and cross-entropy.
     """
     found: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in rows:
@@ -167,12 +169,12 @@ def by_table(rows: Iterable[dict[str, str]]) -> dict[tuple[str, str, str], list[
 
 
 def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
-    """Top-1 at the last epoch, mean and 95 % interval, the seeds as dots."""
+    """Plots top-1 at the last epoch: the mean, the 95 % interval, and the seeds as dots."""
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "timm_sfr"  # the same figure from the same CSV
-    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text: a tenth of the size
+    matplotlib.rcParams["svg.hashsalt"] = "timm_sfr"  # the same CSV gives the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text, which makes the file ten times smaller
     from matplotlib import pyplot as plt
 
     usual, ordered = usual_epochs(found), found[::-1]
@@ -194,7 +196,7 @@ def plot(found: list[Summary], title: str, axis: str, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Renews the document and the plots; the exit status."""
+    """Updates the document and the plots; returns the exit status."""
     from timm_sfr.cli.parser import fail
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description=(__doc__ or "").splitlines()[0])
@@ -220,7 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = fill(text, label, body)
     made = {"-".join(kind) for kind in placed}
     for label in sorted(labels(text) - made):
-        print(f"warning: {args.document} has a table {label} that no run is behind; take it out", file=sys.stderr)
+        print(f"warning: {args.document} has a table {label} that no run is behind; remove it", file=sys.stderr)
     args.document.write_text(text)
     return 0
 

@@ -1,10 +1,9 @@
-"""What a method's training costs: its time against cross-entropy's, taken in turns, into one CSV.
+"""Measures the training time of each method relative to cross-entropy (`ce`), and writes it to a CSV.
 
     python -m benchmarks.timing --preset cpu --data-root DIR
 
-Every round times a few batches of `ce` and then of each method in turn, all in this process; the ratio of a round is to
-the mean of the `ce` before and after. Run it with nothing else on the machine; a noisy moment spoils a round, not the
-median.
+In every round, each method trains a few batches between two turns of `ce`, all in this process. Its ratio is its time divided by
+the mean of the two. Run nothing else on the machine. A noisy moment spoils one round, but not the median.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from timm_sfr.runs.records import versions
 RESULTS = HERE / "results" / "timing.csv"
 COLUMNS = ("preset", "set", "method", "ratio", "low", "high", "rounds", "batches", "ce_images_per_second",
            "hardware", "threads", "versions", "commit", "date")  # fmt: skip
-SECOND = 1  # the epoch that is timed: PS-KD costs its second pass from here on
+SECOND = 1  # the timed epoch, from 0: from this epoch on, PS-KD makes its second pass
 
 
 def seconds(trainer: Any) -> float:
-    """How long one shortened epoch takes."""
-    from benchmarks.measured import timed  # it measures by `in_turns`, and imports torch
+    """Returns the time of one shortened epoch."""
+    from benchmarks.measured import timed  # imported here because it imports this module, and torch
 
     return timed(partial(trainer.train_epoch, SECOND))
 
 
 def ratios(times: dict[str, list[float]], around: dict[str, list[float]]) -> dict[str, tuple[float, float, float]]:
-    """Median, lower and upper quartile over the rounds of each method's time against the `ce` around it.
+    """Returns the median and both quartiles, over the rounds, of each method's time divided by that of the `ce` around it.
 
     Args:
-        times: Seconds by method, one a round.
-        around: The mean of the `ce` before and after, likewise.
+        times: Seconds by method, one number per round.
+        around: The mean seconds of the `ce` before and after, by method, one number per round.
     """
     found = {}
     for method, taken in times.items():
@@ -59,16 +58,16 @@ def ratios(times: dict[str, list[float]], around: dict[str, list[float]]) -> dic
 def in_turns(
     base: Callable[[], float], others: dict[str, Callable[[], float]], rounds: int, what: str
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
-    """Times A B A B: each of `others` between two of `base`.
+    """Measures in turns (A B A B): each of `others` between two of `base`.
 
     Args:
-        base: Does its work once; seconds.
-        others: Likewise, by name.
-        rounds: How many times.
-        what: Named as it goes.
+        base: Does its work once and returns the seconds.
+        others: The functions to compare with it, by name.
+        rounds: Number of rounds.
+        what: The name in the progress lines.
 
     Returns:
-        Seconds by name, the mean of the base before and after likewise, and the base's own.
+        The seconds by name, the mean seconds of the base before and after by name, and the seconds of the base.
     """
     times: dict[str, list[float]] = {name: [] for name in others}
     around: dict[str, list[float]] = {name: [] for name in others}
@@ -88,7 +87,7 @@ def in_turns(
 def measure(
     preset: str, name: str, methods: list[str], root: Path, threads: int, rounds: int, batches: int
 ) -> list[dict[str, Any]]:
-    """Rows of the CSV for one set."""
+    """Times the methods on one set; returns the rows of the CSV."""
 
     started_from = commit()
     with contextlib.ExitStack() as stack:
@@ -117,7 +116,7 @@ def measure(
 
 
 def merge(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Puts rows into the CSV, in the place of older ones of the same set and method."""
+    """Adds rows to the CSV, where they replace rows of the same set and method."""
     fresh = {(row["preset"], row["set"], row["method"]): row for row in rows}
     kept = {(row["preset"], row["set"], row["method"]): row for row in read(path)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,24 +127,24 @@ def merge(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measures what is asked for; the exit status."""
+    """Times the requested methods; returns the exit status."""
     from timm_sfr.cli.parser import fail
     from timm_sfr.utils.errors import UserError
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.timing", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--data-root", type=Path, required=True, help="folder with NAME/{train,val}/CLASS/*.jpg")
-    parser.add_argument("--sets", nargs="+", help="sets of the preset (default: the first)")
+    parser.add_argument("--sets", nargs="+", help="sets of the preset (default: the first one)")
     parser.add_argument("--methods", nargs="+", help="methods (default: all)")
     parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--batches", type=positive, default=16, help="batches a turn")
+    parser.add_argument("--batches", type=positive, default=16, help="batches per turn")
     parser.add_argument("--threads", type=positive, default=1 if (os.cpu_count() or 1) < 8 else 8)
     parser.add_argument("--csv", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     try:
         sets, methods = asked(args)
         if set(methods) == {"ce"}:
-            raise UserError("methods: expected a method to time against ce; got ce alone")
+            raise UserError("methods: expected a method to compare with ce; got only ce")
         for name in sets if args.sets else sets[:1]:
             rows = measure(args.preset, name, methods, args.data_root, args.threads, args.rounds, args.batches)
             merge(args.csv, rows)
