@@ -1,4 +1,4 @@
-"""Local features to try a solver on: of ImageNet weights on real images, and random ones."""
+"""Transport costs to test solvers on: from the features of a pretrained network on real images, or from random features."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from timm_sfr.method.tapped_model import to_nodes
 from timm_sfr.method.taps import choose_taps
 from timm_sfr.utils.errors import UserError
 
-BATCH = 64  # images a forward pass
+BATCH = 64  # images per forward pass
 
 
 def random_costs(count: int, nodes: int, channels: int = 64) -> Tensor:
-    """Costs (count, nodes, nodes) between random unit vectors: no structure at all."""
+    """Returns costs (count, nodes, nodes) between random unit vectors, which have no structure."""
     generator = torch.Generator().manual_seed(0)
     u, v = (unit(torch.randn(count, nodes, channels, generator=generator)) for _ in range(2))
     return cost_matrix(u, v)
 
 
 def real_costs(folder: Path, count: int, nodes: int) -> dict[str, Tensor]:
-    """Costs (count, nodes, nodes) of each shallow tap against the deep one, by the tap's module.
+    """Returns costs (count, nodes, nodes) between each shallow tap and the deep tap, by the shallow tap's module.
 
-    The features are those of a `tf_efficientnet_lite0` with ImageNet weights on images of the folder at 32 sqrt(nodes)
-    pixels, so that its deep tap has `nodes` locations; the channels are matched by `groups`. Images are used again where
-    there are too few.
+    The features are those of `tf_efficientnet_lite0` with ImageNet weights. The images are resized to 32 sqrt(nodes)
+    pixels, so that the deep tap has `nodes` locations. Channels are matched by `groups`. If the folder has fewer than
+    `count` images, they are repeated.
 
     Raises:
         UserError: if the folder has no images, or the weights are not installed.

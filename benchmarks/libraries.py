@@ -1,4 +1,4 @@
-"""The solvers that are compared: ours, and every library's, as functions from costs (B, N, M) to plans at equal masses."""
+"""The solvers that are compared, ours and those of libraries: functions from costs (B, N, M) to plans with equal masses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OURS, LOOP, EXACT = "timm_sfr sinkhorn", "loop of ot.emd", "timm_sfr exact"
 
 
 def log_domain(cost: Tensor, iterations: int) -> Tensor:
-    """The usual one: Sinkhorn in the log domain, the entropy annealed from 1 to 0.01 of the mean cost."""
+    """The usual solver: Sinkhorn in the log domain, with the entropy annealed from 1 to 0.01 of the mean cost."""
     a, b = uniform_marginals(cost)
     cost = cost / cost.mean((1, 2), keepdim=True)
     f, g, log_a, log_b = torch.zeros_like(a), torch.zeros_like(b), a.log(), b.log()
@@ -32,7 +32,7 @@ def log_domain(cost: Tensor, iterations: int) -> Tensor:
 
 
 def emd_loop(cost: Tensor) -> Tensor:
-    """`ot.emd`, a problem at a time, from costs that are NumPy float64 already: its best case, no tensor made."""
+    """Calls `ot.emd` for one problem at a time, with costs already in NumPy float64, which is its best case."""
     problems = _numpy(cost)
     even = [np.full(size, 1 / size) for size in problems.shape[1:]]
     plans = [ot.emd(*even, problem) for problem in problems]
@@ -40,7 +40,7 @@ def emd_loop(cost: Tensor) -> Tensor:
 
 
 def assignment_loop(cost: Tensor) -> Tensor:
-    """SciPy's linear assignment, a problem at a time: exact for equal masses on equally many nodes."""
+    """Calls SciPy's linear assignment for one problem at a time; exact for equal masses and equal numbers of nodes."""
     from scipy.optimize import linear_sum_assignment
 
     plan = torch.zeros_like(cost)
@@ -51,14 +51,14 @@ def assignment_loop(cost: Tensor) -> Tensor:
 
 
 def pot_batch(cost: Tensor, reg: float, iterations: int, method: str) -> Tensor:
-    """`ot.batch.solve_batch`, with `reg` in units of the mean cost."""
+    """Calls `ot.batch.solve_batch`, with `reg` in units of the mean cost."""
     from ot.batch import solve_batch
 
     return solve_batch(cost / cost.mean(), reg, method=method, max_iter=iterations, tol=0.0, grad="detach").plan
 
 
 def geomloss_batch(cost: Tensor, reg: float, iterations: int) -> Tensor:
-    """geomloss's `ot.solve_batch`, with `reg` in units of the mean cost."""
+    """Calls geomloss's `ot.solve_batch`, with `reg` in units of the mean cost."""
     from geomloss.ot import solve_batch
 
     return solve_batch(cost / cost.mean(), reg=reg, max_iter=iterations).plan
@@ -68,19 +68,19 @@ _KEPT: list[tuple[Tensor, np.ndarray]] = []
 
 
 def _numpy(cost: Tensor) -> np.ndarray:
-    """`cost` as NumPy float64, made once: not part of the loops' time."""
+    """Returns `cost` as NumPy float64. Repeated calls reuse the array, so that the timed loops do not convert it."""
     if not _KEPT or _KEPT[0][0] is not cost:
         _KEPT[:] = [(cost, cost.double().cpu().numpy())]
     return _KEPT[0][1]
 
 
 def ours(cost: Tensor, **options: Any) -> Tensor:
-    """Our solver at equal masses."""
+    """Calls our solver with equal masses."""
     return sinkhorn(cost, *uniform_marginals(cost), **options)
 
 
 def candidates() -> dict[str, dict[str, Solve]]:
-    """Every solver and its settings; of each, the first is what it is without a sweep."""
+    """Returns the settings of every solver, by its name; the first setting of ours is its default."""
     updates = [(3, 4, 6), (1, 2), (2, 4), (2, 3, 4), (2, 3, 4, 6), (3, 4, 5, 8), (3, 5, 8, 8, 8)]
     found: dict[str, dict[str, Solve]] = {
         OURS: {" + ".join(map(str, counts)): partial(ours, updates=counts) for counts in updates},

@@ -1,4 +1,4 @@
-"""What surrounds the step: the trainer's loop, the loader, several processes; and how the losses grow."""
+"""Measures the trainer's loop, the loader and several processes, and how the time of the losses grows with their size."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODEL, BATCH = "resnet20_cifar", 128
 
 
 def loop_rows(rounds: int) -> list[Row]:
-    """`train_sfr.py --no-sfr` against a minimal loop over the same batches: images per second, one epoch a turn."""
+    """Compares `train_sfr.py --no-sfr` with a minimal loop over the same batches: images per second, one epoch per turn."""
     with tempfile.TemporaryDirectory() as output:
         options = {"sfr": False, "model": MODEL, "batch_size": BATCH, "workers": 0, "cache_dataset": True,
                    "dataset": "digits", "img_size": 32, "output": output, "experiment": "run"}  # fmt: skip
@@ -69,10 +69,9 @@ PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
 
 
 def loader_rows(folder: Path, rounds: int) -> list[Row]:
-    """Images per second of the loader with --cache-dataset over those without, by augmentation and workers.
+    """Compares the loader with --cache-dataset to the loader without: images per second, by augmentation and workers.
 
-    On one thread a process: a model's other threads, which wait for work by spinning, would take the workers' cores here,
-    where there is no model.
+    torch uses one thread here. More threads would wait for work in busy loops, which takes the workers' cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -103,7 +102,7 @@ def _loader_rows(folder: Path, rounds: int) -> list[Row]:
 
 
 def _drained(batches: Any, images: int) -> tuple[Callable[[], None], int]:
-    """Reads all batches once."""
+    """Reads all batches once; returns a function that reads them again, and the number of images."""
 
     def drain() -> None:
         for _ in batches.epoch(0) if hasattr(batches, "epoch") else batches:
@@ -121,7 +120,7 @@ def _loader_row(what: str, plain: tuple[Callable, int], cached: tuple[Callable, 
 
 @contextmanager
 def small_images(source: Path | None, per_class: int = 1000) -> Iterator[Path]:
-    """A folder with the first images of each class of `source`, or with JPEG files of noise, 32 pixels, 10 classes."""
+    """Yields a folder with the first images of each class of `source`; without it, of noise: 32 pixels, JPEG, 10 classes."""
     if source is not None and not all((source / split).is_dir() for split in ("train", "val")):
         raise UserError(
             f"data-dir: expected {str(source)!r} to hold train/CLASS/*.jpg and val/CLASS/*.jpg; give such a folder"
@@ -144,7 +143,7 @@ def small_images(source: Path | None, per_class: int = 1000) -> Iterator[Path]:
 
 
 def process_rows(rounds: int, processes: int = 2) -> list[Row]:
-    """Time an image with SFR over without, in two CPU processes: whole runs of `train_sfr.py` in turns."""
+    """Divides the time per image with SFR by that without, in CPU processes, by whole runs of `train_sfr.py` in turns."""
 
     def rate(*words: str) -> float:
         with tempfile.TemporaryDirectory() as output:
@@ -179,7 +178,7 @@ def process_rows(rounds: int, processes: int = 2) -> list[Row]:
 
 
 def growth_rows() -> list[Row]:
-    """Exponents of time against B, N and C, fitted to the larger sizes, and what the arithmetic says at most."""
+    """Fits the exponents of time in B, N and C at large sizes; the target is the exponent of the arithmetic."""
 
     def both(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[int, int, int], Callable[[], None]]:
         def make(b: int, n: int, c: int) -> Callable[[], None]:
@@ -207,7 +206,7 @@ def growth_rows() -> list[Row]:
             works = {size: make(*{**usual, axis: size}.values()) for size in sizes[axis]}
             for work in works.values():
                 timed(work, 3)
-            # The sizes in turns, so that a slow moment falls on all of them.
+            # The sizes take turns, so that a slow moment affects all of them.
             taken = [[timed(work, 3) for work in works.values()] for _ in range(15)]
             slopes = [np.polyfit(np.log(list(works)), np.log(times), 1)[0] for times in taken]
             low, middle, high = np.quantile(slopes, (0.25, 0.5, 0.75)).tolist()

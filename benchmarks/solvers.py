@@ -1,11 +1,12 @@
-"""Transport plans: cost above the exact optimum against time, for our solvers and those of the libraries that exist.
+"""Compares transport solvers, ours and those of libraries: the cost of their plans above the optimum, and their time.
 
     python -m benchmarks.solvers --images DIR
 
-Every solver has its settings swept on B = 256, N = 49; each library's fastest one with a mean gap of at most 1 % then takes
-turns with our default (A B A B) at every size. Plans are rounded onto the marginals before their cost is taken, outside the
-time: a plan that misses them could cost less than the optimum. Writes results/solvers.csv and the tables and the plot of
-docs/performance.md. Without --images only random features are tried. geomloss is optional (pip install --no-deps geomloss).
+All settings of every solver are tried on 256 problems of 49 x 49. At every size, our default then takes turns (A B A B) with the
+fastest setting of each library that has a mean gap of at most 1 %. Before the cost of a plan is computed, the plan is rounded
+onto the marginals, because a plan that misses them could cost less than the optimum. The rounding is not timed. The results are
+written to results/solvers.csv and to the tables and the plot of docs/performance.md. Without --images, only random features are
+used. geomloss is optional (pip install --no-deps geomloss).
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ RESULTS = HERE / "results" / "solvers.csv"
 DOCUMENT = HERE.parent / "docs" / "performance.md"
 SWEPT = (256, 49)
 SIZES = [(batch, nodes) for nodes in (16, 49, 64, 196) for batch in (64, 256, 1024)]
-LIMIT = 1.0  # percent
-SLOW = 5.0  # seconds a call: beyond this a solver is left out of larger sizes
+LIMIT = 1.0  # percent: the largest mean gap of a setting that is compared
+SLOW = 5.0  # seconds per call: a slower solver is left out at that size
 
 
 def seconds(solve: Solve, cost: Tensor) -> float:
-    """How long one call takes."""
+    """Returns the time of one call."""
     return timed(partial(solve, cost))
 
 
 def gaps(solve: Solve, costs: dict[str, Tensor], best: dict[str, Tensor]) -> Tensor:
-    """Cost of the rounded plans over the optimum, less 1, in percent; of every problem of all `costs`."""
+    """Returns by how many percent the cost of the rounded plan exceeds the optimum, for every problem of all `costs`."""
     found = []
     for name, cost in costs.items():
         plan = round_plan(solve(cost).to(cost), *uniform_marginals(cost))
@@ -57,15 +58,16 @@ def gaps(solve: Solve, costs: dict[str, Tensor], best: dict[str, Tensor]) -> Ten
 
 
 def optimum(cost: Tensor) -> Tensor:
-    """The exact cost of every problem."""
+    """Returns the exact optimal cost of every problem."""
     return (exact(cost, *uniform_marginals(cost)) * cost).sum((1, 2)).cpu()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A solver at one setting on one size.
+    """The result of a solver with one setting at one size.
 
-    `ratio`, `low` and `high` are its time over our default's, median and quartiles of the rounds (empty in the sweep).
+    `ratio`, `low` and `high` are the median and the quartiles, over the rounds, of its time divided by our default's time
+    (None in the sweep).
     """
 
     kind: str  # sweep or size
@@ -83,7 +85,7 @@ class Row:
 
 
 def sweep(features: str, costs: dict[str, Tensor]) -> list[Row]:
-    """Every setting of every solver: gap on all `costs`, time on the first."""
+    """Measures every setting of every solver: the gap on all `costs`, the time on the first."""
     best = {name: optimum(cost) for name, cost in costs.items()}
     first, rows = next(iter(costs.values())), []
     for solver, settings in candidates().items():
@@ -98,7 +100,7 @@ def sweep(features: str, costs: dict[str, Tensor]) -> list[Row]:
 
 
 def fastest(rows: list[Row]) -> dict[str, str]:
-    """Of each library's solver the fastest setting whose mean gap is at most `LIMIT`; none where no setting reaches it."""
+    """Returns the fastest setting of each other solver with a mean gap of at most `LIMIT`; omits a solver without one."""
     found: dict[str, Row] = {}
     for row in rows:
         best = found.get(row.solver)
@@ -108,7 +110,7 @@ def fastest(rows: list[Row]) -> dict[str, str]:
 
 
 def compare(features: str, costs: dict[str, Tensor], chosen: dict[str, str], rounds: int) -> list[Row]:
-    """Our default and the chosen settings in turns, on the first of `costs`; gaps on all."""
+    """Measures our default and the chosen settings: the time in turns on the first of `costs`, the gaps on all."""
     known, first = candidates(), next(iter(costs.values()))
     best = {name: optimum(cost) for name, cost in costs.items()}
     mine = next(iter(known[OURS].values()))
@@ -133,7 +135,7 @@ def compare(features: str, costs: dict[str, Tensor], chosen: dict[str, str], rou
 
 
 def plot(rows: list[dict[str, str]], path: Path) -> None:
-    """Gap against time, a line a solver; of its settings those that no other beats in both."""
+    """Plots gap against time, one line per solver, through its settings that no other of its settings beats in both."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,7 +162,7 @@ def _number(row: dict[str, str], name: str) -> str:
 
 
 def write_page(rows: list[dict[str, str]], document: Path) -> None:
-    """Renews the tables and the plot of the document."""
+    """Updates the tables and the plot of the document."""
     text = document.read_text()
     sizes = [row for row in rows if row["kind"] == "size"]
     others = {row["solver"]: row["setting"] for row in sizes if row["solver"] != OURS}
@@ -195,7 +197,7 @@ def write_page(rows: list[dict[str, str]], document: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; the exit status."""
+    """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.solvers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--images", type=Path, help="folder of .jpg files, at any depth, for real features")
     parser.add_argument("--rounds", type=positive, default=5)
@@ -231,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for batch, nodes in SIZES:
                     if batch in (args.batches or [batch]) and nodes in (args.nodes or [nodes]):
                         rows += compare(kind, costs(kind, batch, nodes), chosen, args.rounds)
-                        write(rows)  # after each size: one that takes too long loses nothing
+                        write(rows)  # after each size, so that an interruption loses little
     except UserError as error:
         from timm_sfr.cli.parser import fail
 

@@ -1,9 +1,10 @@
-"""What SFR costs on this machine: a step's time and memory, the trainer's loop, the loader; into a CSV and docs/performance.md.
+"""Measures what SFR costs on this machine: the time and memory of a step, the trainer's loop, the loader, and more.
 
     python -m benchmarks.speed
 
-Ratios are medians of rounds in which both sides take turns (A B A B) in one process; memory is the peak of a process each. Run
-it with nothing else on the machine. On a machine with a GPU the steps are those of the GPU.
+It writes results/speed.csv and the tables of docs/performance.md. A ratio is the median of rounds in which both sides take turns
+(A B A B) in one process. Peak memory is measured in a separate process for each side. Run nothing else on the machine. If it has
+a GPU, the steps run on the GPU.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ ABOUT = ("hardware", "threads", "versions", "commit", "date")
 
 
 def merge(path: Path, rows: list[Row], about: dict[str, str]) -> list[dict[str, str]]:
-    """Puts rows into the CSV, in the place of older ones of the same part, figure and machine; all of them."""
+    """Adds rows to the CSV, where they replace all rows of the same parts and machine; returns all rows."""
     fresh = [{**{name: str(value) for name, value in asdict(row).items()}, **about} for row in rows]
     parts, known = {row.part for row in rows}, read(path)
     if known and "part" not in known[0]:
         raise UserError(
-            f"csv: expected {str(path)!r} to be of this benchmark; got columns {list(known[0])[:4]}; give another"
+            f"csv: expected {str(path)!r} to be of this benchmark; got columns {list(known[0])[:4]}; give another file"
         )
     kept = [row for row in known if row["part"] not in parts or row["hardware"] != about["hardware"]]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +52,7 @@ def merge(path: Path, rows: list[Row], about: dict[str, str]) -> list[dict[str, 
 
 
 def verdict(row: dict[str, str]) -> str:
-    """The target in words, and whether it is met."""
+    """Returns the target in words and whether it is met; an empty string without a target."""
     if row["target"] in ("", "None"):
         return ""
     value, target, floor = float(row["value"]), float(row["target"]), row["at_least"] == "True"
@@ -60,7 +61,7 @@ def verdict(row: dict[str, str]) -> str:
 
 
 def write_page(rows: list[dict[str, str]], document: Path) -> None:
-    """Renews the tables of the document."""
+    """Updates the tables of the document."""
     text = document.read_text()
     for part in dict.fromkeys(row["part"] for row in rows):
         table = [
@@ -82,14 +83,14 @@ def write_page(rows: list[dict[str, str]], document: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; the exit status."""
+    """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=(__doc__ or "").splitlines()[0])
     names = ("step", "memory", "graph", "profile", "loop", "loader", "growth", "processes")
-    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="only these parts")
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="parts to measure (default: all)")
     parser.add_argument("--rounds", type=positive, default=15)
-    parser.add_argument("--seconds", type=float, default=4.0, help="length of a turn of steps")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of one turn of steps")
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
-    parser.add_argument("--models", nargs="+", help="steps of these models only")
+    parser.add_argument("--models", nargs="+", help="measure only the steps of these models")
     parser.add_argument(
         "--data-dir", type=Path, help="folder with {train,val}/CLASS/*.jpg for the loader (default: noise)"
     )
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = {"hardware": hardware(device, 1), "threads": str(args.threads),
              "versions": json.dumps(versions()), "commit": commit(), "date": time.strftime("%Y-%m-%d")}  # fmt: skip
     try:
-        merge(args.csv, [], about)  # a file that cannot take the figures is said before them
+        merge(args.csv, [], about)  # fails before the measurements if the file cannot be used
         for name in args.parts:
             rows = merge(args.csv, parts[name](), about)
             if args.document.is_file():

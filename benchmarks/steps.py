@@ -1,4 +1,4 @@
-"""One training step with SFR and without: time, peak memory, graph breaks, synchronisations, operations."""
+"""Measures one training step with and without SFR: time, peak memory, graph breaks, synchronisations, operations."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Setting:
     """One training step to time.
 
     Attributes:
-        model: timm's name.
+        model: The model's name in timm.
         size: Image size, pixels.
-        batch: Images a step.
-        bf16: Under autocast to bfloat16.
-        compiled: By torch.compile.
-        target: The ratio that it should not pass.
+        batch: Images per step.
+        bf16: Whether the step runs under autocast to bfloat16.
+        compiled: Whether the model is compiled by `torch.compile`.
+        target: The highest accepted ratio of the times.
         matching: How features are matched.
-        solver: What solves the transport problems of `emd`.
+        solver: The solver of `emd`'s transport problems.
     """
 
     model: str
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """What a table calls it."""
+        """The setting's name in tables."""
         more = ", bf16" * self.bf16 + ", compiled" * self.compiled
         more += f", --sfr-matching {self.matching}" * (self.matching != SFRConfig().matching)
         more += f" --sfr-solver {self.solver}" * (self.solver != SFRConfig().solver)
@@ -55,7 +55,7 @@ class Setting:
 
     @property
     def sfr(self) -> SFRConfig:
-        """The method's options: the defaults but for the matching and its solver."""
+        """SFR's options: the defaults, except for the matching and its solver."""
         return SFRConfig(matching=self.matching, solver=self.solver)
 
 
@@ -75,7 +75,10 @@ GPU = (
 
 
 def make_step(setting: Setting, sfr: bool, device: torch.device) -> Callable[[], None]:
-    """One optimizer step on fixed images, with the trainer's allocator: with SFR, or with plain label smoothing."""
+    """Returns a function that takes one optimizer step on fixed images, with SFR or with plain label smoothing.
+
+    On the CPU, the memory allocator is set as in the trainer.
+    """
     if device.type == "cpu":
         keep_freed_blocks()
     torch.manual_seed(0)
@@ -107,7 +110,7 @@ def make_step(setting: Setting, sfr: bool, device: torch.device) -> Callable[[],
 
 
 def step_rows(settings: tuple[Setting, ...], device: torch.device, rounds: int, seconds: float) -> list[Row]:
-    """Time with SFR over time without, turns of about `seconds`."""
+    """Divides the time with SFR by the time without, in turns of about `seconds`."""
     rows = []
     for setting in settings:
         plain, ours = make_step(setting, False, device), make_step(setting, True, device)
@@ -115,7 +118,7 @@ def step_rows(settings: tuple[Setting, ...], device: torch.device, rounds: int, 
         times = max(1, round(seconds / timed(plain, 2)))
         what = f"step, {setting.label}"
         rows.append(ratio_row("step", what, plain, ours, rounds, times=times, target=setting.target))
-    # What the method reads where there is no difference.
+    # Two identical sides show the noise of the measurement.
     first, second = (make_step(settings[-1], False, device) for _ in range(2))
     timed(first, 3), timed(second, 3)
     rows.append(ratio_row("step", f"plain over plain, {settings[-1].model}", first, second, rounds, times=times))
@@ -123,7 +126,7 @@ def step_rows(settings: tuple[Setting, ...], device: torch.device, rounds: int, 
 
 
 def memory_rows(settings: tuple[Setting, ...], device: torch.device, repeats: int = 5) -> list[Row]:
-    """Peak memory of five steps with SFR over that without, each in a process of its own."""
+    """Divides the peak memory of five steps with SFR by that without, each in its own process."""
     rows = []
     for setting in settings:
         pairs = [(peak(setting, False, device.type), peak(setting, True, device.type)) for _ in range(repeats)]
@@ -138,7 +141,7 @@ def memory_rows(settings: tuple[Setting, ...], device: torch.device, repeats: in
 
 
 def peak(setting: Setting, sfr: bool, device: str) -> float:
-    """Peak memory of a process that takes five steps, MiB."""
+    """Returns the peak memory of a process that takes five steps, in MiB."""
     code = (
         "import torch; from benchmarks.steps import Setting, make_step, peak_now;"
         f"step = make_step({setting!r}, {sfr}, torch.device({device!r})); [step() for _ in range(5)]; print(peak_now())"
@@ -148,18 +151,18 @@ def peak(setting: Setting, sfr: bool, device: str) -> float:
 
 
 def peak_now() -> float:
-    """Peak memory so far, MiB: allocated on the GPU where there is one, else resident."""
+    """Returns the peak memory of this process in MiB: allocated GPU memory if there is a GPU, otherwise resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
-    if status.exists():  # rusage's peak is inherited from the process that started this one
+    if status.exists():  # unlike rusage's peak, it is not inherited from the parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def graph_rows(settings: tuple[Setting, ...]) -> list[Row]:
-    """Graph breaks and, on a GPU, synchronisations that SFR adds to a step."""
+    """Counts the graph breaks and, on a GPU, the synchronisations that SFR adds to a step."""
     rows = []
     for setting in settings:
         extra = graph_breaks(setting)
@@ -172,7 +175,7 @@ def graph_rows(settings: tuple[Setting, ...]) -> list[Row]:
 
 
 def graph_breaks(setting: Setting) -> int:
-    """Graph breaks of forward with taps and of the feature loss, beyond those of the plain model."""
+    """Returns the graph breaks of the forward pass with taps and of the feature loss, minus those of the plain model."""
 
     def count(function: Callable, *inputs: object) -> int:
         torch._dynamo.reset()
@@ -188,7 +191,7 @@ def graph_breaks(setting: Setting) -> int:
 
 
 def syncs(setting: Setting, sfr: bool) -> int:
-    """Warnings of torch's sync debug mode in a step; on a GPU only."""
+    """Returns the number of synchronisations in a step, from torch's sync debug mode; needs a GPU."""
     step = make_step(setting, sfr, torch.device("cuda"))
     step()
     torch.cuda.set_sync_debug_mode("warn")
@@ -202,7 +205,7 @@ def syncs(setting: Setting, sfr: bool) -> int:
 
 
 def profile_rows(setting: Setting, device: torch.device, count: int = 8, steps: int = 5) -> list[Row]:
-    """The operations in which a step with SFR spends most more time than one without, milliseconds a step."""
+    """Returns the operations whose time grows most when SFR is added, in milliseconds per step, and the total."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     totals: list[dict[str, float]] = []
     for sfr in (False, True):
