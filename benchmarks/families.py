@@ -1,9 +1,9 @@
-"""What SFR taps in every family of the installed timm, written to docs/models.md.
+"""Measures what SFR taps in each of timm's modules, and writes docs/models.md.
 
     python -m benchmarks.families
 
-One model stands for each of timm's modules: the smallest classifier in it. Taps and shapes are measured on the meta device,
-at the model's own image size; the step is one real forward and backward pass of an `SFRTask` on two images, with no setting.
+Each module is represented by its smallest classifier. Taps and shapes are measured on the meta device, at the model's own image
+size. The step is one real forward and backward pass of an `SFRTask` with default options, on two images.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from timm_sfr.models.loading import new_model
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 CLASSES = 10
 SIZES = (16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 288, 320, 384, 448, 512)
-LARGE = 150e6  # parameters; above it no step is taken for real
+LARGE = 150e6  # parameters; a larger model takes no real step
 HEAD = ("module", "model", "M", "taps", "channels", "nodes", "channels match", "taken by", "from px", "step")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A family, by the smallest classifier in it.
+    """The results for one of timm's modules.
 
     Attributes:
         module: timm's module.
-        name: The model.
-        parameters: How many it has, with 10 classes.
-        plan: Its taps; None if it cannot be tapped.
-        smallest: Smallest image size of `SIZES` at which it can, pixels.
-        step: What came of one real step, in words.
+        name: Its smallest classifier.
+        parameters: Number of parameters, with 10 classes.
+        plan: The taps; None if the model cannot be tapped.
+        smallest: The smallest image size of `SIZES` at which it can be tapped, in pixels.
+        step: The result of one real step, in words.
     """
 
     module: str
@@ -56,7 +56,7 @@ class Row:
     step: str
 
     def cells(self) -> list[str]:
-        """The row as text."""
+        """Returns the cells of the row as text."""
         start = [self.module, f"`{self.name}`", f"{self.parameters / 1e6:.1f}"]
         if self.plan is None:
             return [*start, *["-"] * (len(HEAD) - len(start) - 1), self.step]
@@ -77,24 +77,24 @@ class Row:
 
 
 def on_meta(name: str) -> nn.Module:
-    """The model without memory, with 10 classes."""
+    """Returns the model with 10 classes, on the meta device, where it uses no memory."""
     with torch.device("meta"):
         return timm.create_model(name, num_classes=CLASSES)
 
 
 def classifiers() -> dict[str, list[str]]:
-    """timm's own models by module, those of this package left out."""
+    """Returns the names of timm's own models by module, without those of this package."""
     found = defaultdict(list)
     for module in list_modules():
         for name in timm.list_models(module=module):
-            # timm's test models are too small to stand for anything.
+            # timm's test models are too small to represent a module.
             if name not in SMALL_IMAGE_MODELS and not name.startswith("test_"):
                 found[module].append(name)
     return dict(found)
 
 
 def smallest(names: list[str]) -> tuple[str, int]:
-    """The model of fewest parameters that has a classifier, and how many."""
+    """Returns the classifier with the fewest parameters, and their number."""
     sizes = {}
     for name in names:
         model = on_meta(name)
@@ -105,7 +105,7 @@ def smallest(names: list[str]) -> tuple[str, int]:
 
 
 def plan_of(name: str) -> TapPlan:
-    """Its taps at its own image size: on the meta device, or for real where the model reads values of a tensor."""
+    """Returns the model's taps at its own image size, on the meta device unless the model reads values of a tensor."""
     try:
         with torch.device("meta"):
             return choose_taps(timm.create_model(name, num_classes=CLASSES))
@@ -116,7 +116,7 @@ def plan_of(name: str) -> TapPlan:
 
 
 def smallest_size(name: str) -> int | None:
-    """The smallest of `SIZES` at which it can be tapped, made for that size as `train_sfr.py --img-size` does."""
+    """Returns the smallest of `SIZES` at which the model, made for that size (``--img-size``), can be tapped."""
     for size in SIZES:
         try:
             with torch.device("meta"):
@@ -128,7 +128,7 @@ def smallest_size(name: str) -> int | None:
 
 
 def step_of(name: str) -> str:
-    """One SFR step on two images with no setting: what is wrong with it, or ``"ok"``."""
+    """Takes one SFR step with default options on two images; returns ``"ok"``, or what is wrong."""
     torch.manual_seed(0)
     task = SFRTask(timm.create_model(name, num_classes=CLASSES), verbose=False)
     result = task(torch.randn(2, *task.plan.input_size), torch.tensor([0, 1]))
@@ -142,7 +142,7 @@ def step_of(name: str) -> str:
 
 
 def rows(only: list[str] | None = None) -> Iterator[Row]:
-    """A row for every module, or for those in `only`."""
+    """Yields a row for every module, or for those in `only`."""
     for module, names in classifiers().items():
         if only and module not in only:
             continue
@@ -157,34 +157,35 @@ def rows(only: list[str] | None = None) -> Iterator[Row]:
 
 
 def page(found: list[Row]) -> str:
-    """docs/models.md."""
+    """Returns the text of docs/models.md."""
     taken = sum(row.step == "ok" for row in found)
     lines = [HEAD, ["---"] * len(HEAD), *(row.cells() for row in found)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"""# Models
 
-What `timm_sfr.SFRTask(timm.create_model(NAME))` does, with no setting, in each of the {len(found)} modules of timm
-{timm.__version__}: in {taken} of them the smallest classifier took one real step of training (loss finite, feature loss above
-zero, a gradient in every parameter). `python -m benchmarks.families` writes this page; a test compares it with the models.
+This page shows `timm_sfr.SFRTask(timm.create_model(NAME))` with default options, for the smallest classifier in each of the
+{len(found)} modules of timm {timm.__version__}. In {taken} of them it took one real training step (finite loss, feature loss
+above zero, a gradient in every parameter). `python -m benchmarks.families` writes this page; a test compares it with the models.
 
-- **taps**: indices in `feature_info`, shallow ones first, the deep one last; **channels** of each.
-- **nodes**: the grid that each tap is matched on, at the model's own image size; larger ones are average-pooled to at most 49.
+- **taps**: indices in `feature_info`, the shallow ones first and the deep one last; **channels**: the number of channels of each.
+- **nodes**: the grid of each tap at the model's own image size; larger grids are average-pooled to at most 49 nodes.
 - **channels match**: how many deep channels teach one shallow channel, for each shallow tap.
+- **taken by**: how the features are read, through timm's `forward_intermediates` or forward hooks.
 - **from px**: the smallest square image, of {", ".join(map(str, SIZES))}, at
-  which the deep tap keeps 4 locations and a shallow one lies before it. The model is made for that size (`--img-size`). It is
-  found on the meta device, which Gemma 4's encoder does not run on: it reads values of a tensor.
-- **step**: models of more than {LARGE / 1e6:.0f} M parameters took none here.
+  which the deep tap still has 4 locations and comes after a shallow tap. The model is made for that size (`--img-size`). This is
+  found on the meta device. Gemma 4's encoder does not run there, because it reads values of a tensor.
+- **step**: models with more than {LARGE / 1e6:.0f} M parameters took no step here.
 
-`print(timm_sfr.choose_taps(model))` shows the same for any model and image size, and says which rule chose.
+`print(timm_sfr.choose_taps(model))` shows the same for any model and image size, and names the rule that chose the taps.
 
 {table}
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; the exit status, 1 if a family fails."""
+    """Runs the command; returns 1 if a module fails, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.families", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="MODULE", help="print these modules' rows, and write nothing")
+    parser.add_argument("--only", nargs="+", metavar="MODULE", help="only print the rows of these modules")
     args = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     found, started = [], time.monotonic()
@@ -193,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(" | ".join(row.cells()), flush=True)
     if not args.only:
         PAGE.write_text(page(found))
-        print(f"{len(found)} modules in {time.monotonic() - started:.0f} s; {PAGE} is written")
+        print(f"{len(found)} modules in {time.monotonic() - started:.0f} s; wrote {PAGE}")
     return 0 if all(row.step in ("ok", "shapes only, on meta") for row in found) else 1
 
 

@@ -18,12 +18,12 @@ is made from what the command checks, by `python -m benchmarks.options`.
 
 
 def cell(text: str) -> str:
-    """Text as a cell of a Markdown table."""
+    """Returns text as a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
 def flag(action: argparse.Action) -> str:
-    """How an option is written: its flags and what it takes."""
+    """Returns the flags of an option and the name of its value."""
     flags = ", ".join(f"`{word}`" for word in sorted(action.option_strings, key=len))
     if action.nargs == 0 or action.metavar in (None, "VALUE"):
         return flags
@@ -31,7 +31,7 @@ def flag(action: argparse.Action) -> str:
 
 
 def render() -> str:
-    """The page."""
+    """Returns the text of the page."""
     parts = [HEAD]
     for group in training_parser()._action_groups[1:]:
         rows = [action for action in group._group_actions if "-h" not in action.option_strings]
@@ -45,7 +45,7 @@ def render() -> str:
 
 
 def main() -> int:
-    """Writes the page; 0."""
+    """Writes the page; returns 0."""
     DOCUMENT.write_text(render(), encoding="utf-8")
     return 0
 

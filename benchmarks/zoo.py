@@ -1,8 +1,8 @@
-"""Trains a recipe of the zoo over several seeds, and writes into it what was measured.
+"""Trains a recipe of the zoo with several seeds and writes the scores into the recipe.
 
     python -m benchmarks.zoo resnet20_cifar.sfr_digits
 
-Weights of the recipe's own seed go to `timm_sfr/weights/` where the recipe says that they come with the package.
+If the recipe's weights come with the package, those of its own seed are copied to `timm_sfr/weights/`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from timm_sfr.utils.errors import UserError, near_matches
 
 
 def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
-    """Trains the recipe with `seed`, goes on where that was interrupted, or takes what is done; the run and what it measured.
+    """Trains the recipe with `seed`, resumes its run, or reuses a finished one; returns the run's folder and its metrics.
 
     Raises:
-        UserError: if the run that is there is of another recipe.
+        UserError: if the recipe has no data, or the existing run has other options.
     """
     if not (entry.options.get("dataset") or entry.options.get("data_dir")):
         raise UserError(f"data-dir: {entry.name} does not come with its data; give --data-dir DIR")
     run = output / f"{entry.name}-seed{seed}"
     config = RunConfig.from_flat(entry.options | {"seed": seed, "output": str(output), "experiment": run.name})
     if not checkpoints(run / "checkpoints"):
-        shutil.rmtree(run, ignore_errors=True)  # interrupted in its first epoch
+        shutil.rmtree(run, ignore_errors=True)  # a run that was interrupted in its first epoch
         fit(config)
     theirs = read_run(run)
     other = sorted(name for name, value in (entry.options | {"seed": seed}).items() if theirs.get(name) != value)
@@ -53,7 +53,7 @@ def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
 
 
 def measured(runs: dict[int, dict], published: int) -> dict:
-    """The scores of `runs` by seed, as `timm_sfr.models.zoo.Measured`."""
+    """Returns the scores of `runs` (metrics by seed), with the fields of `timm_sfr.models.zoo.Measured`."""
     last, best = [run["last"] for run in runs.values()], runs[published]["best"]
     scores, some = [row["val_top1"] for row in last], runs[published]
     half = interval(scores) if len(scores) > 1 else 0.0
@@ -75,14 +75,14 @@ def measured(runs: dict[int, dict], published: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; the exit status."""
+    """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="a recipe in hub_configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
     parser.add_argument(
-        "--output", type=Path, default=Path("output/zoo"), help="where the runs go (default: output/zoo)"
+        "--output", type=Path, default=Path("output/zoo"), help="folder of the runs (default: output/zoo)"
     )
-    parser.add_argument("--data-dir", help="where the data lies, for a recipe that does not come with it")
+    parser.add_argument("--data-dir", help="folder of the data, if the recipe does not name it")
     args = parser.parse_args(arguments)
     entry = zoo().get(args.name)
     try:
@@ -94,16 +94,15 @@ def main(arguments: list[str] | None = None) -> int:
             entry = dataclasses.replace(entry, options=entry.options | {"data_dir": args.data_dir})
         published = int(entry.options["seed"])
         if published not in args.seeds:
-            raise UserError(f"seeds: expected the recipe's own, {published}, among them; got {args.seeds}")
+            raise UserError(f"seeds: expected a list with the recipe's own seed, {published}; got {args.seeds}")
         runs = {seed: train(entry, seed, args.output) for seed in args.seeds}
     except UserError as error:
         return fail(str(error))
     if entry.about.weights is not None:
         shutil.copy(runs[published][0] / "model" / "model.safetensors", WEIGHTS_FOLDER / entry.about.weights)
     scores = {"metrics": measured({seed: metrics for seed, (_, metrics) in runs.items()}, published)}
-    text, _, _ = entry.recipe.read_text().partition(
-        "\n  metrics:"
-    )  # last in the file, so that all before it stays as it is
+    # The metrics are the last part of the file, so everything before them stays unchanged.
+    text, _, _ = entry.recipe.read_text().partition("\n  metrics:")
     block = yaml.safe_dump(scores, sort_keys=False, width=120)
     entry.recipe.write_text(text + "\n" + "".join(f"  {line}\n" for line in block.splitlines()))
     print(block)
