@@ -1,8 +1,8 @@
-"""What is wrong with what a user gives, and what the trainer says to it: one line each, and nothing saved is lost.
+"""Checks the trainer's answers to wrong input: each must be one line, and no saved file may be lost.
 
     python -m benchmarks.bad_inputs
 
-gives every case below to `train_sfr.py`, in one process, and writes the table of docs/reliability.md.
+It runs `train_sfr.py` with every case below, in one process, and writes the table of docs/reliability.md.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ QUICK = ("--epochs", "1", "--img-size", "16", "--batch-size", "64", "--workers",
 
 @dataclass(frozen=True)
 class Case:
-    """One bad input.
+    """One wrong input.
 
     Attributes:
         what: What is wrong.
-        says: A part of the line that it gets, which does not depend on what other libraries call it.
-        words: The options, given an empty folder and a copy of a finished run.
+        says: A part of the expected line that does not depend on other libraries.
+        words: Returns the command-line options, for an empty folder and a copy of a finished run.
     """
 
     what: str
@@ -53,7 +53,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came: the exit status, the lines on standard error, and what of the run there was is gone or changed."""
+    """The trainer's answer: the exit status, the lines on standard error, and the files of the run that it changed or lost."""
 
     status: int
     lines: list[str]
@@ -61,12 +61,12 @@ class Answer:
 
 
 def given(*words: str) -> Callable[[Path, Path], list[str]]:
-    """Options that need nothing on the disk."""
+    """Returns a function that gives these options and writes no file."""
     return lambda folder, run: list(words)
 
 
 def images(folder: Path, val: tuple[str, ...] = ("a", "b")) -> Path:
-    """A folder of eight images a class, of the classes a and b; `val` are those of its validation split."""
+    """Writes eight images of each class, a and b, and returns the folder; `val` lists the classes of the validation split."""
     for split, classes in (("train", ("a", "b")), ("val", val)):
         for name in classes:
             (folder / split / name).mkdir(parents=True)
@@ -76,18 +76,18 @@ def images(folder: Path, val: tuple[str, ...] = ("a", "b")) -> Path:
 
 
 def small(folder: Path) -> list[str]:
-    """Options to train on `images`."""
+    """Returns the options to train on a folder of `images`."""
     return ["--data-dir", str(folder), "--batch-size", "8"]
 
 
 def file(folder: Path, name: str, content: str | bytes) -> str:
-    """The path of a new file."""
+    """Writes a new file; returns its path."""
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(folder / name)
 
 
 class Evil:
-    """What runs a command when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -97,7 +97,7 @@ class Evil:
 
 
 def model(folder: Path, run: Path, change: Callable[[Path], None]) -> list[str]:
-    """Options to start from a copy of the run's model, changed."""
+    """Changes a copy of the run's model; returns the options to start from it."""
     shutil.copytree(run / "model", folder / "model")
     change(folder / "model" / "model.safetensors")
     return ["--model", f"local-dir:{folder / 'model'}", "--pretrained"]
@@ -132,30 +132,30 @@ def _cut(path: Path) -> None:
 
 
 def options(folder: Path, text: str) -> list[str]:
-    """A file of options."""
+    """Writes a file of options; returns the options to use it."""
     return ["--config", file(folder, "o.yaml", text)]
 
 
 def resumed(run: Path, *words: str) -> list[str]:
-    """The run, to go on with other options."""
+    """Returns the options to resume the run with other options."""
     return ["--resume", str(run), "--epochs", "3", *words]
 
 
 def edited(folder: Path, run: Path) -> list[str]:
-    """The run, with a row in its table that is none."""
+    """Adds an invalid row to the run's summary.csv; returns the options to resume the run."""
     (run / "summary.csv").write_text((run / "summary.csv").read_text() + "garbage\n")
     return resumed(run)
 
 
 def damaged(folder: Path, run: Path) -> list[str]:
-    """The run, without a checkpoint that is whole."""
+    """Cuts the end off every checkpoint; returns the options to resume the run."""
     for path in checkpoints(run / "checkpoints"):
         (path / "state.pt").write_bytes((path / "state.pt").read_bytes()[:-100])
     return ["--resume", str(run)]
 
 
 def pickled(folder: Path, run: Path) -> list[str]:
-    """The run, whose only checkpoint runs a command when it is unpickled, with the right checksums."""
+    """Leaves one checkpoint, a pickle that runs a command, with correct checksums; returns the options to resume the run."""
     *others, newest = checkpoints(run / "checkpoints")
     for path in others:
         shutil.rmtree(path)
@@ -164,7 +164,7 @@ def pickled(folder: Path, run: Path) -> list[str]:
 
 
 def mistyped(folder: Path, run: Path) -> list[str]:
-    """The run, with a number in place of the weights in every checkpoint, with the right checksums."""
+    """Replaces the weights in every checkpoint by a number, with correct checksums; returns the options to resume the run."""
     for path in checkpoints(run / "checkpoints"):
         buffer = io.BytesIO()
         torch.save({**torch.load(path / "state.pt", weights_only=True), "module": 3}, buffer)
@@ -173,7 +173,7 @@ def mistyped(folder: Path, run: Path) -> list[str]:
 
 
 def rewrite(checkpoint: Path, state: bytes) -> None:
-    """Puts other bytes into a checkpoint, and their checksums."""
+    """Replaces the bytes of a checkpoint and its checksums."""
     (checkpoint / "state.pt").write_bytes(state)
     about = json.loads((checkpoint / "manifest.txt").read_text().splitlines()[0])
     line = json.dumps(about | {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()})
@@ -181,14 +181,14 @@ def rewrite(checkpoint: Path, state: bytes) -> None:
 
 
 def torn(folder: Path, run: Path) -> list[str]:
-    """Images, one of which ends in the middle."""
+    """Writes images, one of them cut off; returns the options to train on them."""
     path = images(folder) / "train" / "a" / "3.png"
     path.write_bytes(path.read_bytes()[:60])
     return small(folder)
 
 
 def bomb(folder: Path, run: Path) -> list[str]:
-    """Images, one of which is a few bytes of more pixels than PIL takes for safe."""
+    """Writes images, one of which claims more pixels than PIL considers safe; returns the options to train on them."""
     path = images(folder) / "train" / "b" / "5.png"
     header = bytearray(path.read_bytes())
     header[16:24] = struct.pack(">II", 60_000, 60_000)
@@ -263,7 +263,7 @@ CASES = (
 
 
 def finished_run(output: Path) -> Path:
-    """A run of two epochs on the digits."""
+    """Trains two epochs on the digits; returns the run's folder."""
     with contextlib.redirect_stdout(io.StringIO()):
         train([*QUICK, "--epochs", "2", "--output", str(output), "--experiment", "run"])
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -271,7 +271,7 @@ def finished_run(output: Path) -> Path:
 
 
 def ask(case: Case, place: Path, finished: Path) -> Answer:
-    """Gives the case to the trainer, with a copy of a finished run; `place` is an empty folder."""
+    """Runs the trainer on a case, with a copy of a finished run in the empty folder `place`; returns its answer."""
     folder, run = place / "DIR", place / "runs" / "RUN"
     folder.mkdir()
     shutil.copytree(finished, run)
@@ -298,7 +298,7 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def main() -> int:
-    """Runs the command; the exit status: 1 where an input did not get its line."""
+    """Runs all cases and writes the table; returns 1 if an answer was wrong, otherwise 0."""
     rows, bad = [], 0
     with tempfile.TemporaryDirectory() as place:
         finished = finished_run(Path(place))

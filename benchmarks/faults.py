@@ -1,10 +1,11 @@
-"""Kills runs at random instants and resumes them: do they end with the same bits as a run that nobody killed?
+"""Kills runs at random instants, resumes them, and compares the results bit by bit with a run that was not killed.
 
     python -m benchmarks.faults --kills 50
 
-trains the digits with everything on that draws random numbers (mixup, CutMix, random augmentation in a worker process, erasing,
-stochastic depth), gradient accumulation, an average of the weights and dynamic smoothing. Each trial is killed (SIGKILL) at a
-random instant, every fifth one while it writes a checkpoint, then resumed and perhaps killed again, until it ends.
+The runs train on the digits. They use everything that draws random numbers (mixup, CutMix, random augmentation in a worker
+process, erasing, stochastic depth), gradient accumulation, an average of the weights and dynamic smoothing. Each run is killed
+(SIGKILL) at a random instant; every fifth run while it writes a checkpoint. It is then resumed, and perhaps killed again, until
+it ends.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ CLOCKS = ("seconds",)
 
 
 def start(output: Path, name: str) -> subprocess.Popen:
-    """A process that trains, or goes on with, the run `name`."""
+    """Starts a process that trains the run `name`, or resumes it if it exists."""
     command = [
         sys.executable,
         str(HERE.parent / "train_sfr.py"),
@@ -52,7 +53,7 @@ def start(output: Path, name: str) -> subprocess.Popen:
 
 
 def wait_for_write(process: subprocess.Popen, folder: Path, after: float) -> bool:
-    """Waits for a checkpoint that is being written from the instant `after` on; whether there was one."""
+    """Waits until a checkpoint is being written after the instant `after`; returns False if the process ends before that."""
     while process.poll() is None:
         if time.monotonic() >= after and any(folder.glob(".epoch-*")):
             return True
@@ -63,7 +64,11 @@ def wait_for_write(process: subprocess.Popen, folder: Path, after: float) -> boo
 def trial(
     number: int, output: Path, length: float, ready: float, draw: random.Random
 ) -> tuple[list[float], int, list[str]]:
-    """One run, killed and resumed until it ends: the seconds that each process lived, kills in a write, what differs."""
+    """Trains one run, killed and resumed until it ends.
+
+    Returns:
+        The seconds until each kill, the number of kills during a write, and what differs from the whole run.
+    """
     name, lived, writes = f"trial-{number}", [], 0
     while True:
         process, began = start(output, name), time.monotonic()
@@ -89,7 +94,7 @@ def trial(
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs, clocks aside: names; none if all bits are the same."""
+    """Returns the names of what differs between two finished runs, except clocks; empty if all bits are the same."""
     found = []
     states = [load_checkpoint(checkpoints(run / "checkpoints")[-1]) for run in (one, other)]
     for name in states[0]:
@@ -104,13 +109,13 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def read(run: Path) -> list[dict[str, str]]:
-    """The rows of a run's summary.csv."""
+    """Returns the rows of a run's summary.csv."""
     with (run / "summary.csv").open() as file:
         return list(csv.DictReader(file))
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two states are equal to the bit."""
+    """Returns whether two states are equal bit by bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -121,11 +126,11 @@ def same(one: Any, other: Any) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; the exit status: 1 where a run did not end with the same bits."""
+    """Runs the trials; returns 1 if a run did not end with the same bits, otherwise 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=positive, default=50, help="trials, each killed at least once")
-    parser.add_argument("--jobs", type=positive, default=2, help="runs side by side")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--kills", type=positive, default=50, help="number of runs, each killed at least once")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at the same time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random instants")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(args.jobs) as pool:
         output, began = Path(place), time.monotonic()
@@ -137,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
             print((output / "whole.log").read_text(), file=sys.stderr)
             return 1
         length = time.monotonic() - began
-        print(f"a whole run takes {length:.1f} s, the first {ready:.1f} of them until training begins\n", flush=True)
+        print(f"a whole run takes {length:.1f} s; training begins after {ready:.1f} s\n", flush=True)
         print("| trial | killed after, s | while it wrote | same bits |\n|---|---|---:|---|", flush=True)
         jobs = [
             (number, output, length, ready, random.Random(args.seed * 1000 + number)) for number in range(args.kills)
