@@ -34,7 +34,7 @@ def test_every_recipe_is_a_run_and_a_model(entry):
     config = RunConfig.from_flat(entry.options)
     architecture, tag = entry.name.split(".", 1)
     assert config.model.model == architecture and config.hub.tag == tag and config.sfr.enabled
-    model = timm.create_model(entry.name)
+    model = timm_sfr.create_model(entry.name, pretrained=False)
     about = model.pretrained_cfg
     assert model.num_classes == about["num_classes"] == entry.about.num_classes
     assert sum(p.numel() for p in model.parameters()) == entry.about.parameters
@@ -47,26 +47,34 @@ def test_every_recipe_is_a_run_and_a_model(entry):
         assert about["mean"] == config.model.mean and about["std"] == config.model.std
 
 
-def test_the_zoo_is_timms():
-    assert len(timm.list_pretrained("*sfr*")) == len(zoo())
-    assert set(timm.list_models("*.sfr*", pretrained=True)) == set(zoo())
-    # timm's own weights are as they were.
+def test_timm_lists_what_loads():
+    """Recipes without weights are not in timm, and its own weights are as they were."""
+    assert timm.list_pretrained("*sfr*") == timm.list_models("*.sfr*", pretrained=True) == SHIPPED
+    with pytest.raises(RuntimeError, match="sfr_cifar10"):
+        timm.create_model("resnet20_cifar.sfr_cifar10", pretrained=True)
     assert timm.create_model("resnet18").pretrained_cfg["tag"] == "a1_in1k"
     assert "resnet18.a1_in1k" in timm.list_pretrained("resnet18") and timm.list_models("resnet18") == ["resnet18"]
     assert {"resnet18", "resnet50"} <= set(timm.list_models(module="resnet"))
-    before = timm.list_pretrained("resnet18*")
+    before = timm.list_pretrained("resnet*")
     register()
-    assert timm.list_pretrained("resnet18*") == before
+    assert timm.list_pretrained("resnet*") == before
+
+
+def test_a_tag_has_the_size_of_its_last_feature_map():
+    for name in zoo():
+        model = timm_sfr.create_model(name, pretrained=False)
+        about = model.pretrained_cfg
+        with torch.no_grad():
+            assert model.eval().forward_features(torch.zeros(1, *about["input_size"])).shape[2:] == about["pool_size"], name
 
 
 def test_the_table():
-    table = str(timm_sfr.list_pretrained())
-    lines = table.splitlines()
-    assert len(lines) == len(zoo()) + 1 and lines[0].split() == ["name", "parameters", "dataset", "top-1", "repository"]
+    models, recipes = (part.splitlines() for part in str(timm_sfr.list_pretrained()).split("\n\n"))
+    assert models[0].split() == ["name", "parameters", "dataset", "top-1", "weights"]
+    assert f"timm-sfr train --config {CONFIGS / 'RECIPE.yaml'}" in recipes[0]
     for name, entry in zoo().items():
-        line = next(line for line in lines if line.startswith(name + " "))
+        line = next(line for line in (models if entry.available else recipes) if line.startswith(name + " "))
         measured = entry.measured
-        assert ("not yet measured" in line) == (measured is None)
         assert measured is None or f"{measured.top1:.2f} ± {measured.top1_interval:.2f} %" in line
     assert [entry.name for entry in timm_sfr.list_pretrained("*digits")] == [NAME]
 
@@ -90,20 +98,19 @@ def test_a_recipe_that_is_wrong_is_named(tmp_path, monkeypatch):
 
 
 def test_not_published_yet(hub, tmp_path):
-    """By either way to load it, one line with the command that trains it."""
-    for create in ("timm_sfr.create_model('{}')", "timm.create_model('{}', pretrained=True)"):
-        code = (
-            "import timm, timm_sfr\ntry:\n    " + create.format("resnet20_cifar.sfr_cifar10") + "\n"
-            "except timm_sfr.HubError as error:\n    print(error)"
-        )
-        done = run(sys.executable, "-c", code, **hub.env(tmp_path, token=None))
-        said = "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet (or private); to train it: timm-sfr train --config "
-        assert f"{said}{CONFIGS / 'resnet20_cifar.sfr_cifar10.yaml'}" in done.stdout, done.stderr
+    """One line with the command that trains it."""
+    code = (
+        "import timm_sfr\ntry:\n    timm_sfr.create_model('resnet20_cifar.sfr_cifar10')\n"
+        "except timm_sfr.HubError as error:\n    print(error)"
+    )
+    done = run(sys.executable, "-c", code, **hub.env(tmp_path, token=None))
+    said = "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet (or private); to train it: timm-sfr train --config "
+    assert f"{said}{CONFIGS / 'resnet20_cifar.sfr_cifar10.yaml'}" in done.stdout, done.stderr
 
 
 def test_published_loads_by_its_name(hub, tmp_path):
     """Once its repository is there, the zoo's name loads it, in timm too."""
-    model = timm.create_model("resnet20_cifar.sfr_cifar10")
+    model = timm.create_model("resnet20_cifar")
     weights = tmp_path / "model.safetensors"
     save_file(model.state_dict(), weights)
     about = {"num_classes": 10, "input_size": [3, 32, 32]}

@@ -61,6 +61,8 @@ def create_model(
     entry = zoo().get(name)
     if entry is not None and (entry.about.weights is None or revision is not None) and pretrained:
         return _from_folder(_download(entry.repo_id, where, entry=entry), name, arguments)
+    if entry is not None and not entry.available:  # not a tag that timm knows
+        return _create(name.split(".")[0], name, arguments | {"pretrained_cfg": entry.pretrained_cfg()})
     folder = None if timm.is_model(name) else _local(name)
     if revision is not None and (folder is not None or timm.is_model(name)):
         raise UserError(f"revision: {name!r} is not on the Hub and has no revisions; leave the revision out")

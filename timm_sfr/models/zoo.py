@@ -1,4 +1,7 @@
-"""The zoo: each recipe in ``hub_configs/`` describes one model, a pretrained tag of an architecture that timm knows."""
+"""The zoo: each recipe in ``hub_configs/`` describes one model, a tag of an architecture that timm knows.
+
+A recipe becomes a pretrained tag in timm when its weights exist.
+"""
 
 from __future__ import annotations
 
@@ -87,6 +90,11 @@ class ZooEntry:
         return f"{namespace() if owner in ('', OWNER) else owner}/{name or self.name}"
 
     @property
+    def available(self) -> bool:
+        """Whether its weights exist: in the package, published with scores, or in a namespace that the user has set."""
+        return self.about.weights is not None or self.about.metrics is not None or namespace() != OWNER
+
+    @property
     def measured(self) -> Measured | None:
         """Its scores, or None."""
         return Measured(**self.about.metrics) if self.about.metrics else None
@@ -106,7 +114,10 @@ class ZooEntry:
         changes = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v is not None}
         size = self.options.get("img_size")
         if size is not None:
-            changes |= {"input_size": (self.options.get("in_chans") or 3, size, size), "pool_size": None}
+            changes |= {"input_size": (self.options.get("in_chans") or 3, size, size)}
+            if known.get("pool_size") and known.get("input_size"):  # the last feature map's size; strides round up
+                pairs = zip(known["pool_size"], known["input_size"][1:], strict=True)
+                changes |= {"pool_size": tuple(-(-pool * size // full) for pool, full in pairs)}
         source = {"file": str(WEIGHTS_FOLDER / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
         source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # else timm may load a pickle
         changes |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
@@ -115,17 +126,26 @@ class ZooEntry:
 
 
 class ZooTable(list):
-    """A list of zoo entries that prints as a table."""
+    """A list of zoo entries that prints as two tables: the models with weights, and the recipes that wait for them."""
 
     def __str__(self) -> str:
-        lines = [("name", "parameters", "dataset", "top-1", "repository")]
+        models, recipes = [("name", "parameters", "dataset", "top-1", "weights")], [("recipe", "parameters", "dataset")]
         for entry in self:
-            measured = entry.measured
-            score = "not yet measured" if measured is None else f"{measured.top1:.2f} ± {measured.top1_interval:.2f} %"
             dataset = str(entry.options.get("dataset") or entry.options.get("hub_dataset") or "")
-            where = "comes with the package" if entry.about.weights else entry.repo_id
-            lines.append((entry.name, f"{entry.about.parameters / 1e6:.2f} M", dataset, score, where))
-        return "\n".join(aligned(lines))
+            about = (entry.name, f"{entry.about.parameters / 1e6:.2f} M", dataset)
+            if not entry.available:
+                recipes.append(about)
+                continue
+            measured = entry.measured
+            score = "not measured" if measured is None else f"{measured.top1:.2f} ± {measured.top1_interval:.2f} %"
+            models.append((*about, score, "come with the package" if entry.about.weights else entry.repo_id))
+        parts = ["\n".join(aligned(models))] if len(models) > 1 else []
+        if len(recipes) > 1:
+            parts.append(
+                "recipes without weights; to train one: timm-sfr train --config "
+                f"{CONFIGS / 'RECIPE.yaml'} [--data-dir DIR]\n" + "\n".join(aligned(recipes))
+            )
+        return "\n\n".join(parts)
 
     __repr__ = __str__
 
@@ -164,18 +184,20 @@ def zoo() -> dict[str, ZooEntry]:
 
 
 def list_pretrained(filter: str = "*") -> ZooTable:
-    """Returns the zoo's entries with names that match `filter`; prints as a table of name, parameters, dataset, top-1 and
-    repository.
-    """
+    """Returns the zoo's entries with names that match `filter`; prints as a table of models and one of recipes."""
     return ZooTable(entry for name, entry in zoo().items() if fnmatch.fnmatch(name, filter))
 
 
 def register() -> None:
-    """Registers the zoo in timm: each entry becomes a tag of its architecture, listed and created like timm's own.
+    """Registers the zoo's models in timm: a tag each of its architecture, listed and created like timm's own.
+
+    Recipes without weights are left out, so that everything that timm lists as pretrained loads.
 
     timm registers a module's ``default_cfgs`` together with an architecture, so a later tag has to register both again.
     """
     for entry in zoo().values():
+        if not entry.available:
+            continue
         architecture, tag = entry.name.split(".", 1)
         entrypoint = model_entrypoint(architecture)
         default = sys.modules[entrypoint.__module__].default_cfgs[architecture]
@@ -209,7 +231,8 @@ def _explaining(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module
         given = kwargs.get("pretrained_cfg")
         tag = given.get("tag") if isinstance(given, dict) else getattr(given, "tag", given)
         entry = zoo().get(f"{entrypoint.__name__}.{tag}") if pretrained else None
-        with loading(entry) if entry is not None and not entry.about.weights else contextlib.nullcontext():
+        on_hub = entry is not None and entry.available and not entry.about.weights
+        with loading(entry) if on_hub else contextlib.nullcontext():
             return entrypoint(pretrained=pretrained, **kwargs)
 
     return create
