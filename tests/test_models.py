@@ -38,8 +38,8 @@ def test_default_config(name):
     assert model.forward_features(x).shape[-2:] == cfg["pool_size"]
     model.reset_classifier(0, "")
     assert model(x).shape[-2:] == cfg["pool_size"]
-    model.reset_classifier(5, "avg")
-    assert model(x).shape == (1, 5)
+    model.eval().reset_classifier(5, "avg")
+    assert model(x).shape == (1, 5) and not any(module.training for module in model.modules())
     assert timm.create_model(name, num_classes=0)(x).shape == (1, model.num_features)
     assert timm.create_model(name, in_chans=1)(x[:, :1]).shape == (1, 10)
 

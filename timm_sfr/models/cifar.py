@@ -99,6 +99,8 @@ class CifarResNet(nn.Module):
             self.num_features, num_classes, pool_type=pool, device=weight.device, dtype=weight.dtype
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
 
     def forward_intermediates(
         self,
