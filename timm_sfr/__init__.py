@@ -4,7 +4,7 @@ from timm_sfr import models as models
 from timm_sfr.config import RunConfig
 from timm_sfr.hub.push import push_to_hub
 from timm_sfr.method.channels import match_channels
-from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.method.losses import emd_l2, gaussian_l2, sinkhorn_divergence
 from timm_sfr.method.smoothing import DynamicLabelSmoothing
 from timm_sfr.method.taps import TapPlan, choose_taps
@@ -18,6 +18,7 @@ from timm_sfr.version import __version__
 __all__ = [
     "DynamicLabelSmoothing",
     "HubError",
+    "LossForm",
     "RunConfig",
     "SFRConfig",
     "SFRTask",

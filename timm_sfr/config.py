@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.utils.errors import UserError, near_matches
 from timm_sfr.utils.options import Checked, option, outside_name
 
@@ -76,6 +76,14 @@ class DataConfig(Checked):
     workers: int | None = option(
         None, "data loading processes per process (default: 4, or as many as there are CPU cores)", short="-j", low=0
     )
+    epoch_repeats: float = option(
+        0.0, "passes over the images in one epoch, each with other augmentations (default: one)", low=0
+    )
+    sampler: str = option(
+        "shuffle",
+        "what an epoch consists of: every image once, in random order; or as many images, of each class equally many",
+        choices=("shuffle", "balanced"),
+    )
     on_bad_image: str = option(
         "stop",
         "if an image does not decode: stop, or skip it and use the next one of its class",
@@ -87,7 +95,8 @@ class DataConfig(Checked):
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
-        """Checks that the colour is one, and that the range has a smaller and a larger value."""
+        """Checks that the colour is one, that the range has a smaller and a larger value, and that no epoch is a part of one."""
+        _check_repeats(self.epoch_repeats, "epoch_repeats")
         if len(self.image_background) != 3 or any(not 0 <= part <= 255 for part in self.image_background):
             raise UserError(f"image_background: expected three numbers from 0 to 255; got {self.image_background}")
         if self.image_range is not None and (len(self.image_range) != 2 or not self.image_range[0] < self.image_range[1]):
@@ -113,6 +122,10 @@ class ModelConfig(Checked):
     model_kwargs: dict | None = option(None, "further model arguments as KEY=VALUE")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     channels_last: bool = option(False, "use the channels_last memory layout")
+    split_bn: bool = option(
+        False,
+        "in training, give each of the views of --aug-splits BatchNorm layers of its own; those of the first are exported",
+    )
 
 
 @dataclass(frozen=True)
@@ -130,6 +143,19 @@ class AugConfig(Checked):
     reprob: float = option(0.0, "random erase probability", low=0, high=1)
     remode: str = option("pixel", "random erase mode", choices=("const", "rand", "pixel"))
     recount: int = option(1, "random erase count")
+    resplit: bool = option(
+        False, "erase nothing in the first view of --aug-splits (without it: in the first half of a batch)"
+    )
+    aug_repeats: float = option(
+        0.0,
+        "how often an image is in an epoch, each time augmented anew; the epoch's length stays (default: once)",
+        low=0,
+    )
+    aug_splits: int = option(
+        0,
+        "views of each image in a batch: the first one cropped and flipped, the others also augmented; 0 or 2 and more",
+        low=0,
+    )
     train_interpolation: str = option("random", "training interpolation")
     mixup: float = option(0.0, "mixup alpha, on if > 0", low=0)
     cutmix: float = option(0.0, "CutMix alpha, on if > 0", low=0)
@@ -140,7 +166,13 @@ class AugConfig(Checked):
     mixup_off_epoch: int = option(0, "no mixing from this epoch on, 0 for never", low=0)
 
     def check(self) -> None:
-        """Checks that ranges are pairs, smaller number first."""
+        """Checks that ranges are pairs, smaller number first, and that views and repeats are possible."""
+        _check_repeats(self.aug_repeats, "aug_repeats")
+        if self.aug_splits == 1:
+            raise UserError("aug_splits: expected 0, or 2 or more views of each image; got 1")
+        if self.aug_splits and (self.mixes or self.no_aug):
+            other = "mixup and CutMix" if self.mixes else "no_aug"
+            raise UserError(f"aug_splits: views of an image do not go with {other}; leave out one of the two")
         for name in ("scale", "ratio", "cutmix_minmax"):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or not 0 < value[0] <= value[1]):
@@ -155,6 +187,46 @@ class AugConfig(Checked):
     def mixes(self) -> bool:
         """Whether mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+
+def _check_repeats(times: float, name: str) -> None:
+    """Raises UserError for a part of a repeat."""
+    if 0 < times < 1:
+        raise UserError(f"{name}: expected 0, or a number of at least 1; got {times:g}")
+
+
+@dataclass(frozen=True)
+class LossConfig(Checked):
+    """The loss on the labels, by timm; docs/method.md says how SFR goes with each form."""
+
+    bce_loss: bool = option(False, "binary cross-entropy of every class, in place of cross-entropy")
+    bce_sum: bool = option(False, "sum it over the classes (default: their mean)")
+    bce_target_thresh: float | None = option(
+        None, "make the smoothed or mixed targets of it 1 above this value, otherwise 0", low=0, high=1
+    )
+    bce_pos_weight: float | None = option(None, "weight of its positive part (default: 1)", low=0)
+    jsd_loss: bool = option(
+        False,
+        "cross-entropy on the first of the views of --aug-splits, and 12 times the Jensen-Shannon divergence of all",
+    )
+    class_weights: str | None = option(
+        None,
+        "weigh each image's loss by its class: 'auto', inversely to the class's number of training images; or a YAML, CSV or "
+        "text file of class names (or indices) and weights",
+    )
+
+    def check(self) -> None:
+        """Checks that options of BCE come with it, and that there is only one loss."""
+        for name in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
+            if getattr(self, name) not in (None, False) and not self.bce_loss:
+                raise UserError(f"{name}: it is for binary cross-entropy; give --bce-loss too, or leave the option out")
+        if self.bce_loss and self.jsd_loss:
+            raise UserError("jsd_loss: it has cross-entropy in it; leave out --bce-loss, or --jsd-loss")
+
+    def form(self, splits: int, class_weights: tuple[float, ...] | None) -> LossForm:
+        """Returns the form of the loss, for `splits` views of each image and a weight for each class, if given."""
+        views = splits if self.jsd_loss else 0
+        return LossForm(self.bce_loss, self.bce_sum, self.bce_target_thresh, self.bce_pos_weight, views, class_weights)
 
 
 @dataclass(frozen=True)
@@ -381,6 +453,7 @@ class RunConfig:
         data: What is trained on.
         model: Which model, at which input.
         aug: Training augmentation.
+        loss: The loss on the labels.
         optim: Optimizer, schedule, length and averaging.
         sfr: Self-Feature Regularization.
         teacher: A teacher beside it.
@@ -391,6 +464,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     aug: AugConfig = field(default_factory=AugConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sfr: SFRConfig = field(default_factory=SFRConfig)
     teacher: KDConfig = field(default_factory=KDConfig)
@@ -401,6 +475,25 @@ class RunConfig:
         if self.aug.mixes and (self.data.batch_size or DEFAULT_BATCH) % 2:
             raise UserError(
                 f"batch-size: mixup and CutMix pair samples and need an even size; got {self.data.batch_size}"
+            )
+        self._check_views()
+
+    def _check_views(self) -> None:
+        """Checks that views and their BatchNorm go with the other options."""
+        splits, batch = self.aug.aug_splits, self.data.batch_size or DEFAULT_BATCH
+        if self.loss.jsd_loss and not splits:
+            raise UserError("jsd_loss: it compares views of an image, and there is one; give --aug-splits 3 too")
+        if self.loss.jsd_loss and self.teacher.model_name is not None:
+            raise UserError("jsd_loss: it does not go with a teacher; leave out --jsd-loss, or --kd-model-name")
+        if self.model.split_bn and not (splits or self.aug.resplit):
+            raise UserError(
+                "split_bn: it is for parts of a batch that are augmented differently; give --aug-splits or --resplit"
+            )
+        if self.model.split_bn and self.engine.sync_bn:
+            raise UserError("split_bn: it does not go with sync_bn; leave out one of the two")
+        if self.model.split_bn and not splits and batch % 2:
+            raise UserError(
+                f"batch-size: --split-bn with --resplit halves the batch, which needs an even size; got {batch}"
             )
 
     @classmethod

@@ -1,6 +1,6 @@
 """Makes batches of samples in an order that depends only on the seed.
 
-The key of a training sample contains its epoch and its index (`timm_sfr.data.samples`). So a sample is the same in a given
+The key of a training sample contains its epoch and its index (`timm_sfr.data.order`). So a sample is the same in a given
 epoch for any number of workers and processes.
 
 Shape suffixes: B batch, C channels, H x W pixels.
@@ -28,8 +28,10 @@ from torchvision.transforms import Compose
 
 from timm_sfr.config import DEFAULT_BATCH, AugConfig, DataConfig
 from timm_sfr.data.batch_transform import collate
+from timm_sfr.data.class_weights import class_targets
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.images import to_mode
+from timm_sfr.data.order import EpochOrder
 from timm_sfr.data.samples import file_name, image_reading, make_samples
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.utils.console import logger
@@ -43,12 +45,33 @@ class EpochSampler(Sampler[int]):
     """Yields the keys of one process's samples in an order that depends only on (seed, epoch).
 
     The order is split into global batches of `batch_size` * `processes` samples. Process r takes the r-th part of each, so
-    the global batches are the same for any number of processes. Each epoch drops its last, incomplete global batch. A run
-    resumed in mid-epoch skips the first `start` batches.
+    the global batches are the same for any number of processes. If the order repeats images, process r takes every
+    `processes`-th sample instead, which spreads the repeats over the processes. Each epoch drops its last, incomplete global
+    batch. A run resumed in mid-epoch skips the first `start` batches.
+
+    Args:
+        count: Number of images.
+        batch_size: Samples in a batch of one process.
+        seed: The run's seed.
+        process: The number of this process, from 0.
+        processes: Their number.
+        order: The order of the samples; by default, all images once.
+
+    Raises:
+        UserError: if an epoch has no global batch.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, process: int = 0, processes: int = 1) -> None:
-        if count < batch_size * processes:
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        order: EpochOrder | None = None,
+    ) -> None:
+        self.order = EpochOrder(count, seed) if order is None else order
+        if len(self.order) < batch_size * processes:
             raise UserError(
                 f"batch-size: the training split has {count} images, fewer than one global batch of "
                 f"{batch_size} x {processes} processes; lower --batch-size"
@@ -58,21 +81,24 @@ class EpochSampler(Sampler[int]):
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
-        return self.count // (self.batch_size * self.processes) * self.batch_size
+        return len(self.order) // (self.batch_size * self.processes) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         yield from self.keys(self.epoch)[self.start * self.batch_size :]
 
     def keys(self, epoch: int) -> list[int]:
         """Returns all keys of this process in an epoch, batch by batch."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(self.count, generator=generator)[: len(self) * self.processes]
-        own = order.view(-1, self.processes, self.batch_size)[:, self.process].flatten()
-        return (own + epoch * self.count).tolist()
+        keys = self.order.keys(epoch)[: len(self) * self.processes]
+        if self.order.repeats > 1:
+            return keys.view(-1, self.processes)[:, self.process].tolist()
+        return keys.view(-1, self.processes, self.batch_size)[:, self.process].flatten().tolist()
 
 
 class TrainBatches:
-    """Makes training batches on the device: normalised images (B, C, H, W) and class indices (B,)."""
+    """Makes training batches on the device: normalised images (B, C, H, W) and class indices (B,).
+
+    With views (``aug_splits``), a batch has the first views of all its images, then all second ones, and so on.
+    """
 
     def __init__(
         self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
@@ -81,6 +107,7 @@ class TrainBatches:
         self.split = split
         self.sampler: EpochSampler | None = None
         if split.streamed:
+            _check_stream(config, aug)
             _check_shards(split.dataset, accelerator.num_processes * max(1, worker_count(config)))
             dataset = _prepare_stream(split.dataset, transform, config, prep.img_mode)
         else:
@@ -88,7 +115,9 @@ class TrainBatches:
             if config.cache_dataset and accelerator.is_main_process:
                 logger.info("decoding the images once, into memory")
             dataset = make_samples(split, transform, config, prep.img_mode, None if aug.no_aug else seed)
-            self.sampler = EpochSampler(len(dataset), batch, seed, **place)
+            targets = class_targets(split.dataset) if config.sampler == "balanced" else None
+            order = EpochOrder(len(dataset), seed, config.epoch_repeats, aug.aug_repeats, targets)
+            self.sampler = EpochSampler(len(dataset), batch, seed, **place, order=order)
         self.samples = dataset
         self.loader = DataLoader(dataset, batch, sampler=self.sampler, drop_last=True, **_options(config))
         self.batches = PrefetchLoader(
@@ -101,8 +130,9 @@ class TrainBatches:
         # The trainer calls timm's random erasing: the loader is one batch ahead and would use another batch's random numbers.
         self.erase: Callable[[Tensor], Tensor] | None = None
         if aug.reprob > 0 and not aug.no_aug:
+            splits = (aug.aug_splits or 2) if aug.resplit else 0
             self.erase = RandomErasing(
-                aug.reprob, mode=aug.remode, max_count=aug.recount, num_splits=0, device=accelerator.device
+                aug.reprob, mode=aug.remode, max_count=aug.recount, num_splits=splits, device=accelerator.device
             )
 
     def __len__(self) -> int:
@@ -150,6 +180,14 @@ def _prepare_stream(
     dataset.transform = Compose([partial(to_mode, reading=image_reading(config, mode)), transform])
     dataset.set_loader_cfg(num_workers=worker_count(config))
     return dataset
+
+
+def _check_stream(config: DataConfig, aug: AugConfig) -> None:
+    """Raises UserError for options that need to know the images of an epoch beforehand."""
+    for name, given in (("sampler", config.sampler != "shuffle"), ("aug-repeats", aug.aug_repeats > 1)):
+        if given:
+            raise UserError(f"{name}: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a stream, "
+                            "whose images and classes are not known beforehand; leave the option out")  # fmt: skip
 
 
 def _check_shards(dataset: IterableImageDataset, readers: int) -> None:

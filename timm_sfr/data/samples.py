@@ -162,11 +162,12 @@ class BadImageReplacer(Dataset):
 class Samples(Dataset):
     """Transformed samples: (uint8 image (C, H, W), class index) by key.
 
-    A key is ``epoch * len + index`` (`EpochSampler`). The transform's random numbers are seeded by (seed, epoch, index).
+    A key is ``variant * len + index``, and an epoch has one variant unless images repeat in it (`EpochOrder`). The transform's
+    random numbers are seeded by (seed, variant, index).
 
     Args:
         images: A map-style dataset of (image, class index).
-        transform: Maps an image to uint8; None if the images are already transformed.
+        transform: Maps an image to uint8, or to a tuple of views (`Views`); None if the images are already transformed.
         seed: None if the transform draws no random numbers.
         batch_transform: The batch version of `transform`, if there is one; `images` are then `Cached`.
     """
@@ -193,17 +194,17 @@ class Samples(Dataset):
     def _batch(self, keys: list[int]) -> Batch:
         arrays, targets, draws = [], [], []
         for key in keys:
-            epoch, index = divmod(key, len(self))
+            variant, index = divmod(key, len(self))
             array, target = self.images.array(index)
-            seed_cpu(self.seed, epoch, index)
+            seed_cpu(self.seed, variant, index)
             arrays.append(array), targets.append(target), draws.append(self.batch_transform.draw(*array.shape[:2]))
         return Batch(self.batch_transform(arrays, draws), targets)
 
     def _sample(self, key: int) -> tuple[Any, int]:
-        epoch, index = divmod(key, len(self))
+        variant, index = divmod(key, len(self))
         image, target = self.images[index]
         if self.seed is not None:
-            seed_cpu(self.seed, epoch, index)
+            seed_cpu(self.seed, variant, index)
         return image if self.transform is None else self.transform(image), target
 
 

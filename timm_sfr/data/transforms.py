@@ -57,18 +57,19 @@ class Preprocessing:
                             f"and {self.crop_pct}: {error!r}; give an interpolation such as bicubic") from error  # fmt: skip
 
     def train_transform(self, aug: AugConfig) -> Callable:
-        """Returns timm's training transform, which outputs uint8.
+        """Returns timm's training transform, which outputs uint8; with ``aug_splits``, it outputs `Views`.
 
         Raises:
             UserError: if timm cannot make the transform; most often it does not know the augmentation policy.
         """
         try:
-            return self._train_transform(aug)
+            made = self._train_transform(aug)
+            return Views(*made, aug.aug_splits) if aug.aug_splits else made
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise UserError(f"aa: timm cannot make the training transform: {error}; give a policy such as "
                             "rand-m9-mstd0.5-inc1, original or augmix-m5") from error  # fmt: skip
 
-    def _train_transform(self, aug: AugConfig) -> Callable:
+    def _train_transform(self, aug: AugConfig) -> Any:
         return create_transform(
             self.input_size,
             is_training=True,
@@ -85,7 +86,29 @@ class Preprocessing:
             mean=self.mean,
             std=self.std,
             use_prefetcher=True,
+            separate=aug.aug_splits > 0,
         )
+
+
+class Views:
+    """Turns an image into a tuple of views, as timm's ``AugMixDataset`` does.
+
+    The first view is cropped and flipped; the others have the same crop and are also augmented, each anew.
+
+    Args:
+        crop: Crops and flips.
+        augment: Augments.
+        finish: Turns a PIL image into a tensor.
+        count: The number of views.
+    """
+
+    def __init__(self, crop: Callable, augment: Callable, finish: Callable, count: int) -> None:
+        self.crop, self.augment, self.finish, self.count = crop, augment, finish, count
+
+    def __call__(self, image: Any) -> tuple[Tensor, ...]:
+        """Returns `count` uint8 tensors (C, H, W) of a PIL image."""
+        clean = self.crop(image)
+        return tuple(self.finish(self.augment(clean) if view else clean) for view in range(self.count))
 
 
 def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:

@@ -18,6 +18,7 @@ from timm_sfr.config import HubConfig, RunConfig
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.hub.card import Facts, dataset_name, render
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS, own_config
+from timm_sfr.models.split_bn import without_auxiliary
 from timm_sfr.utils.files import replace_atomically, write_whole
 
 # Licences of a teacher that are assumed to set no terms for the weights of its student.
@@ -67,8 +68,8 @@ class Exporter:
         self.prep, self.class_names, self.hub = prep, class_names, hub
 
     def write(self, folder: Path, state: dict[str, torch.Tensor], facts: Facts) -> None:
-        """Replaces `folder` with one for the weights `state`, which must have exactly the model's keys."""
-        self.template.load_state_dict(state, strict=True)
+        """Replaces `folder` with one for the weights `state`, which must have the model's keys; split BatchNorm may add some."""
+        self.template.load_state_dict(without_auxiliary(state), strict=True)
 
         def write(fresh: Path) -> None:
             with _unshared(self.template):

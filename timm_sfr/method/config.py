@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,55 @@ MARGINALS = ("uniform", "cross")
 SOLVERS = ("auto", "sinkhorn", "exact", "triton")
 SOURCES = ("uniform", "classes")
 SCHEDULES = ("constant", "ramp", "confidence")
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """The form of the classification loss L_cls; `timm_sfr.method.classification` has the formulas.
+
+    Attributes:
+        bce: Binary cross-entropy of each class, in place of cross-entropy.
+        bce_sum: Sum it over the classes, in place of their mean.
+        bce_target_thresh: Makes its targets 1 above this value, otherwise 0; None leaves them as they are.
+        bce_pos_weight: Weight of its positive part; None is 1.
+        splits: The number of views of each image in a batch, one view after the other, if their Jensen-Shannon divergence
+            is a part of the loss; otherwise 0.
+        class_weights: A weight for each class; None for equal ones.
+
+    Raises:
+        UserError: if the values contradict each other.
+    """
+
+    bce: bool = False
+    bce_sum: bool = False
+    bce_target_thresh: float | None = None
+    bce_pos_weight: float | None = None
+    splits: int = 0
+    class_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bce and (self.bce_sum, self.bce_target_thresh, self.bce_pos_weight) != (False, None, None):
+            raise UserError("bce: it is off, and options of it are given; expected bce=True")
+        if self.splits == 1 or self.splits < 0 or (self.bce and self.splits):
+            raise UserError(f"splits: expected 0, or 2 or more views and no bce; got {self.splits}")
+        weights = self.class_weights
+        if weights is not None and not (all(0 <= one < math.inf for one in weights) and any(weights)):
+            raise UserError(f"class_weights: expected numbers of at least 0, not all 0; got {weights}")
+
+    def balance(self, num_classes: int) -> float:
+        """Returns the factor of lambda that keeps the feature loss in proportion to L_cls.
+
+        Averaged over K classes, binary cross-entropy and its gradient are K times smaller than summed: the factor is then
+        1/K, otherwise 1.
+        """
+        return 1 / num_classes if self.bce and not self.bce_sum else 1.0
+
+    def describe(self) -> str:
+        """Returns a few words on the form; an empty string for plain cross-entropy."""
+        words = ["BCE"] if self.bce else []
+        words += [f"JSD of {self.splits} views"] if self.splits else []
+        words += ["class weights"] if self.class_weights is not None else []
+        return " with ".join(words)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_sfr.method.config import SCHEDULES, SOURCES
+from timm_sfr.method.classification import ClassificationLoss, soft_targets
+from timm_sfr.method.config import SCHEDULES, SOURCES, LossForm
 from timm_sfr.utils.errors import UserError
 
 # Of `own_epsilon`: how many times as probable as any other class the target makes the right one; the largest eps; and the
@@ -21,11 +21,6 @@ ODDS, MOST, PASSES = 100, 0.5, 32
 # Above this many classes, the class table must be asked for: the table and the sums for the next one take 8 K^2 bytes, and a
 # checkpoint within an epoch holds the sums of every process.
 TABLE_CLASSES = 1024
-
-
-def soft_targets(target: Tensor, num_classes: int) -> Tensor:
-    """Returns targets as distributions, (B, K) float32: one-hot for class indices (B,), unchanged for mixtures (B, K)."""
-    return F.one_hot(target, num_classes).float() if target.ndim == 1 else target.float()
 
 
 def ramp(epsilon: float, epoch: int, epochs: int) -> float:
@@ -116,7 +111,7 @@ def default_warmup(epochs: int) -> int:
 
 
 class DynamicLabelSmoothing(nn.Module):
-    """Cross-entropy against dynamically smoothed targets: L = -sum_k y~_k log softmax(z)_k, mean over the batch.
+    """The classification loss against dynamically smoothed targets: L_cls(z, y~), by default cross-entropy.
 
         y~ = (1 - eps_t) y + eps_t q
 
@@ -132,11 +127,14 @@ class DynamicLabelSmoothing(nn.Module):
             the mixture of q. None: ``"classes"`` if `epsilon` is None and K is at most 1,024, otherwise ``"uniform"``.
         schedule: How a given eps varies. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per
             sample, larger where the model is more certain.
+        loss: The form of L_cls; by default cross-entropy. With binary cross-entropy, a prediction is
+            sigmoid(z)_k / sum_j sigmoid(z)_j. It says nothing of views: give this module the logits that it is to score.
 
     The class table is a (K, K) buffer. `end_epoch` renews it from the predictions of all processes.
 
     Raises:
-        UserError: if an option is out of bounds, or a schedule is given without an epsilon.
+        UserError: if an option is out of bounds, a schedule is given without an epsilon, or there is not one weight for each
+            class.
     """
 
     epsilon_t: Tensor
@@ -150,6 +148,7 @@ class DynamicLabelSmoothing(nn.Module):
         epsilon: float | None = None,
         source: str | None = None,
         schedule: str = "constant",
+        loss: LossForm | None = None,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -161,6 +160,10 @@ class DynamicLabelSmoothing(nn.Module):
         if epsilon is None and schedule != "constant":
             raise UserError(f"schedule: {schedule!r} needs a given epsilon, such as 0.1 (--smoothing 0.1); got None")
         self.num_classes, self.epsilon, self.schedule = num_classes, epsilon, schedule
+        weights = loss.class_weights if loss is not None else None
+        if weights is not None and len(weights) != num_classes:
+            raise UserError(f"class_weights: expected {num_classes}, one for each class; got {len(weights)}")
+        self.criterion = ClassificationLoss(loss or LossForm())
         own = epsilon is None and num_classes <= TABLE_CLASSES
         self.source = source or ("classes" if own else "uniform")
         # Until `set_epoch` gives the length of the run, use at most timm's default.
@@ -196,7 +199,9 @@ class DynamicLabelSmoothing(nn.Module):
             target: Class indices (B,) or mixtures (B, K).
         """
         y = soft_targets(target, self.num_classes)
-        epsilon = confidence(logits, self.epsilon) if self.schedule == "confidence" else self.epsilon_t
+        epsilon = (
+            confidence(self.criterion.scores(logits), self.epsilon) if self.schedule == "confidence" else self.epsilon_t
+        )
         # By the matrix product, q of a mixture is the mixture of its classes' q.
         q = y @ self.table if self.source == "classes" else y.new_full((self.num_classes,), 1 / self.num_classes)
         return smooth(y, epsilon, q), epsilon.mean()
@@ -211,14 +216,15 @@ class DynamicLabelSmoothing(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             if self.epsilon == 0:
-                return F.cross_entropy(logits, target), self.epsilon_t
+                return self.criterion(logits, target, target), self.epsilon_t
             with torch.no_grad():
                 smoothed, epsilon = self.targets(logits, target)
                 if self.source == "classes" and self.training:
-                    label, predictions, right = right_predictions(logits, soft_targets(target, self.num_classes))
+                    scores = self.criterion.scores(logits)
+                    label, predictions, right = right_predictions(scores, soft_targets(target, self.num_classes))
                     self.sums.index_add_(0, label, predictions)
                     self.counts.index_add_(0, label, right)
-            return F.cross_entropy(logits, smoothed), epsilon
+            return self.criterion(logits, smoothed, target), epsilon
 
     @torch.no_grad()
     def end_epoch(self) -> None:

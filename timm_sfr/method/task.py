@@ -12,7 +12,8 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_sfr.method.channels import ChannelProjection
-from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.classification import jsd_terms
+from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.probe import HOOKS, count_classes, model_name
 from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, default_warmup
@@ -56,6 +57,8 @@ class SFRTask(EpochTask):
 
         L = L_cls(z, y~) + lambda(t) (1/S) sum_s L_feat(f_s, sg f_d)
 
+    With binary cross-entropy averaged over K classes, lambda is divided by K (`LossForm.balance`).
+
     `trainable_module` is one module from images to (logits, tapped nodes). DDP or Accelerate wraps it, and autocast covers
     it. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.
 
@@ -69,12 +72,13 @@ class SFRTask(EpochTask):
         base: A timm task over the same model that computes the logits once per batch, such as `LogitDistillationTask` or
             `FeatureDistillationTask`. Its loss replaces L_cls, including the smoothing, which is dynamic if the task's
             criterion is a `SmoothedLoss`.
+        loss: The form of L_cls, such as ``LossForm(bce=True)``; by default cross-entropy. With a base, that of its loss.
         device: The device of the task's tensors; by default the model's.
         dtype: As in timm.
         verbose: Whether to log the chosen taps.
 
     Raises:
-        UserError: if the model cannot be tapped at this size, or `base` does not train this model.
+        UserError: if the model cannot be tapped at this size, or `base` does not train this model or comes with views.
 
     Examples:
         ```python
@@ -93,13 +97,18 @@ class SFRTask(EpochTask):
         *,
         input_size: tuple[int, int, int] | None = None,
         base: TrainingTask | None = None,
+        loss: LossForm | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
         device = device or next(model.parameters()).device
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.config = config or SFRConfig()
+        self.config, self.loss = config or SFRConfig(), loss or LossForm()
+        if base is not None and self.loss.splits:
+            raise UserError(
+                "base: a base task computes its own loss, and cannot have the JSD of views; leave out one of the two"
+            )
         self.plan: TapPlan | None = None
         grids: list[tuple[int, int]] = []
         projection: ChannelProjection | None = None
@@ -118,10 +127,12 @@ class SFRTask(EpochTask):
         criterion = getattr(base, "criterion", None)
         self.smoothed = criterion if isinstance(criterion, SmoothedLoss) else None
         # A base task computes its own loss: this task smooths nothing and keeps no class table.
-        form = self.config.smoothing_form if base is None else (0.0,)
+        form = (*self.config.smoothing_form, self.loss) if base is None else (0.0,)
         own = DynamicLabelSmoothing(classes, *form) if self.smoothed is None else self.smoothed.smoothing
         self.smoothing = own.to(device)
-        self.register_buffer("weight", torch.tensor(self.config.weight, device=device), persistent=False)
+        self.balance = self.loss.balance(classes)
+        weight = torch.tensor(self.config.weight * self.balance, device=device)
+        self.register_buffer("weight", weight, persistent=False)
         self.base = base
 
     def _take_over(self, base: TrainingTask, model: nn.Module) -> nn.Module | None:
@@ -152,14 +163,16 @@ class SFRTask(EpochTask):
         """Runs one forward pass and computes the losses.
 
         Args:
-            input: Images, (B, C, H, W). NaFlex's dictionaries of patches are not supported.
+            input: Images, (B, C, H, W); with views, all first ones, then all second ones, and so on. NaFlex's dictionaries of
+                patches are not supported.
             target: Class indices (B,), or distributions (B, K) from mixup or CutMix.
 
         Returns:
             ``loss`` = ``task_loss`` + ``sfr_weight`` * ``sfr_loss`` (scalars), ``output`` (B, K), and ``smoothing``,
             the batch's mean epsilon. With a base task, ``task_loss`` is its loss, and its terms keep their names with the
-            prefix ``base_``. If the model returns two logits (distilled training), they are averaged, as the model does
-            at inference; a base task gets both.
+            prefix ``base_``. With views (`LossForm.splits`), ``task_loss`` = ``cls_loss`` + ``jsd_weight`` * ``jsd_loss``.
+            If the model returns two logits (distilled training), they are averaged, as the model does at inference; a base
+            task gets both.
 
         Raises:
             UserError: if `input` is not a tensor, or the model returns other outputs than these.
@@ -173,7 +186,7 @@ class SFRTask(EpochTask):
         extra: dict[str, Tensor] = {}
         if self.base is None:
             logits = self._single(logits)
-            task_loss, epsilon = self.smoothing(logits, target)
+            task_loss, epsilon, extra = self._classify(logits, target)
         else:
             stand_in = self.base.trainable_module
             stand_in.output = logits
@@ -196,6 +209,15 @@ class SFRTask(EpochTask):
             **extra,
         }
 
+    def _classify(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Returns the task loss, the mean eps, and with views the terms of `jsd_terms`, of which the labels see the first."""
+        if not self.loss.splits:
+            return *self.smoothing(logits, target), {}
+        clean = len(logits) // self.loss.splits
+        cls_loss, epsilon = self.smoothing(logits[:clean], target[:clean])
+        terms = jsd_terms(cls_loss, logits, self.loss.splits)
+        return terms["task_loss"], epsilon, terms
+
     def _single(self, logits: Any) -> Tensor:
         """Returns one tensor of logits (B, K): the mean of the two in timm's distilled training."""
         if isinstance(logits, Tensor):
@@ -210,7 +232,7 @@ class SFRTask(EpochTask):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets lambda and epsilon for epoch `epoch` (from 0) of `epochs`."""
-        self.weight.fill_(weight_at(self.config, epoch, epochs))
+        self.weight.fill_(weight_at(self.config, epoch, epochs) * self.balance)
         self.smoothing.set_epoch(epoch, epochs)
 
     def end_epoch(self) -> None:

@@ -33,16 +33,17 @@ class Term:
         name: Its key in the task's result.
         title: Its title in curves; empty if it is not drawn.
         loss: Whether it is a loss, which must stay finite, and not a weight.
-        teacher: Whether it exists only with a teacher.
+        parts: The parts of a run that have it, any of "teacher" and "jsd"; empty if every run has it.
     """
 
     name: str
     title: str = ""
     loss: bool = False
-    teacher: bool = False
+    parts: tuple[str, ...] = ()
 
 
-# loss = task_loss + sfr_weight * sfr_loss; with a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+# loss = task_loss + sfr_weight * sfr_loss. With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss; with the
+# JSD of views, task_loss = cls_loss + jsd_weight * jsd_loss.
 # Mid-epoch checkpoints store sums in this order.
 TERMS = (
     Term("loss", "training loss", loss=True),
@@ -50,31 +51,35 @@ TERMS = (
     Term("sfr_loss", "feature loss, raw", loss=True),
     Term("sfr_weight", "weight λ of the feature loss"),
     Term("smoothing", "smoothing ε"),
-    Term("cls_loss", "classification loss, raw", loss=True, teacher=True),
-    Term("cls_weight", teacher=True),
-    Term("kd_loss", "distillation loss, raw", loss=True, teacher=True),
-    Term("kd_weight", teacher=True),
+    Term("cls_loss", "classification loss, raw", loss=True, parts=("teacher", "jsd")),
+    Term("cls_weight", parts=("teacher",)),
+    Term("kd_loss", "distillation loss, raw", loss=True, parts=("teacher",)),
+    Term("kd_weight", parts=("teacher",)),
+    Term("jsd_loss", "Jensen-Shannon divergence of the views, raw", loss=True, parts=("jsd",)),
+    Term("jsd_weight", parts=("jsd",)),
 )
 
 
-def term_names(teacher: bool) -> tuple[str, ...]:
-    """Returns the names of the loss's terms, in the order of `TERMS`."""
-    return tuple(term.name for term in TERMS if teacher or not term.teacher)
+def term_names(teacher: bool, jsd: bool = False) -> tuple[str, ...]:
+    """Returns the names of the loss's terms, in the order of `TERMS`: of a run with a teacher, with the JSD of views."""
+    has = {part for part, there in (("teacher", teacher), ("jsd", jsd)) if there}
+    return tuple(term.name for term in TERMS if not term.parts or has & set(term.parts))
 
 
-def columns(teacher: bool) -> tuple[str, ...]:
+def columns(teacher: bool, jsd: bool = False) -> tuple[str, ...]:
     """Returns the columns of summary.csv."""
-    distillation = [term.name for term in TERMS if term.teacher and teacher]
-    terms = [term.name for term in TERMS if not term.teacher and term.name not in ("loss", "task_loss")]
+    always = [term.name for term in TERMS if not term.parts]
+    further = [name for name in term_names(teacher, jsd) if name not in always]
     return (
-        "epoch", "lr", "train_loss", "task_loss", *distillation, *terms, "val_loss", "val_top1", "val_top5", "images_per_second"
+        "epoch", "lr", "train_loss", "task_loss", *further, *always[2:], "val_loss", "val_top1", "val_top5", "images_per_second"
     )  # fmt: skip
 
 
 def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
     """Returns a row of summary.csv; losses are means over the epoch's images.
 
-    train_loss = task_loss + sfr_weight * sfr_loss. With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss.
+    train_loss = task_loss + sfr_weight * sfr_loss. With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss;
+    with the JSD of views, task_loss = cls_loss + jsd_weight * jsd_loss.
     """
     row = {
         "epoch": epoch,
@@ -84,7 +89,7 @@ def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, flo
     }
     for name in ("loss", "top1", "top5"):
         row[f"val_{name}"] = val[name] if val else ""
-    return {name: row[name] for name in columns("kd_loss" in row)}
+    return {name: row[name] for name in columns("kd_loss" in row, "jsd_loss" in row)}
 
 
 def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
@@ -93,6 +98,8 @@ def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
     terms = []
     if "kd_loss" in row:
         terms += [f"{row[f'{name}_weight']:.3g} x {name} {row[f'{name}_loss']:.4f}" for name in ("cls", "kd")]
+    elif "jsd_loss" in row:
+        terms += [f"cls {row['cls_loss']:.4f}", f"{row['jsd_weight']:.3g} x jsd {row['jsd_loss']:.4f}"]
     if row["sfr_weight"]:
         terms = terms or [f"task {row['task_loss']:.4f}"]
         terms.append(f"{row['sfr_weight']:.3g} x sfr {row['sfr_loss']:.4f}")
@@ -108,9 +115,11 @@ def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
 def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes summary.csv atomically, numbers with 8 significant digits."""
 
+    names = columns(*(any(term in row for row in rows) for term in ("kd_loss", "jsd_loss")))
+
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns(any("kd_loss" in row for row in rows)), restval="")
+            writer = csv.DictWriter(file, names, restval="")
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -133,7 +142,8 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
         raise UserError(
             f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to continue without it"
         ) from error
-    if any(set(row) not in (set(columns(False)), set(columns(True))) for row in rows):
+    known = [set(columns(teacher, jsd)) for teacher in (False, True) for jsd in (False, True)]
+    if any(set(row) not in known for row in rows):
         raise UserError(
             f"resume: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to continue without it"
         )

@@ -160,6 +160,15 @@ def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
     if workers > run.cores:
         found.append(f"workers: {workers} loading processes for {counted(run.cores, 'core')}; "
                      f"--workers {max(1, run.cores // run.processes)} is enough")  # fmt: skip
+    aug = config.aug
+    if aug.aug_splits and aug.aa is None and not aug.color_jitter:
+        found.append("aug-splits: without --aa and --color-jitter, all views of an image are the same")
+    if aug.resplit and not config.model.split_bn and (aug.reprob == 0 or aug.no_aug):
+        found.append("resplit: nothing is erased without --reprob, so it has no effect")
+    if config.data.sampler == "balanced" and config.loss.class_weights == "auto":
+        found.append(
+            "class-weights: --sampler balanced already takes all classes equally often; with auto, rare ones count twice"
+        )
     sfr = config.sfr
     if sfr.enabled and sfr.weight > 0 and sfr.solver != "auto" and sfr.matching != "emd":
         found.append(f"sfr-solver: {sfr.solver} solves the plans of --sfr-matching emd; with {sfr.matching} it has no effect")

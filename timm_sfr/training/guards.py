@@ -22,7 +22,7 @@ from timm_sfr.utils.errors import Interrupted, UserError
 from timm_sfr.utils.files import write_json
 
 # The terms in the order in which a non-finite one is looked for: the parts of a sum before the sum.
-WATCHED = [term.name for term in sorted((t for t in TERMS if t.loss), key=lambda t: (t.name == "loss", not t.teacher))]
+WATCHED = [term.name for term in sorted((t for t in TERMS if t.loss), key=lambda t: (t.name == "loss", not t.parts))]
 MOST_IN_A_ROW = 10  # updates skipped in a row: more are no accident
 ADVICE = "try a lower --lr, --clip-grad 1, or --mixed-precision bf16 instead of fp16"
 AGREE_EVERY = 10  # updates: how often several processes agree on signals, which takes a collective
@@ -66,7 +66,7 @@ class FiniteGuard:
     Args:
         accelerator: Accelerate's.
         policy: ``"stop"``, or ``"skip"``: skip the update and restore the statistics that the batch changed.
-        names: The terms of the loss, in the order in which they are sent; by default those without a teacher.
+        names: The terms of the loss, in the order in which they are sent; by default those that every run has.
     """
 
     def __init__(self, accelerator: Any, policy: str = "stop", names: tuple[str, ...] | None = None) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from timm_sfr.config import DEFAULT_BATCH, DEFAULT_MODEL, RunConfig
 from timm_sfr.data import summary
+from timm_sfr.data.class_weights import resolve_class_weights
 from timm_sfr.data.datasets import Split, open_splits
 from timm_sfr.data.folders import SPLIT_FILE
 from timm_sfr.data.loaders import TrainBatches, eval_loader
@@ -26,10 +27,12 @@ from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, im
 from timm_sfr.hub.card import base_model
 from timm_sfr.hub.model_folder import Exporter, resolve_hub
 from timm_sfr.hub.push import check_card, check_push, loading_line, published, push_to_hub
+from timm_sfr.method.config import LossForm
 from timm_sfr.method.smoothing import default_warmup
 from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.files import CONFIG
 from timm_sfr.models.loading import new_model
+from timm_sfr.models.split_bn import split_batchnorm, without_auxiliary
 from timm_sfr.models.teacher import Teacher, changed, headline, open_teacher
 from timm_sfr.runs.checkpoints import load_newest, set_aside
 from timm_sfr.runs.folder import Workspace, open_workspace
@@ -144,7 +147,9 @@ def prepare(
         optimizer=optimizer,
         schedule=schedule,
         batches=batches,
-        guard=FiniteGuard(accelerator, engine.on_nonfinite, term_names(built.teacher is not None)),
+        guard=FiniteGuard(
+            accelerator, engine.on_nonfinite, term_names(built.teacher is not None, config.loss.jsd_loss)
+        ),
         workspace=workspace,
         recorder=Recorder(
             workspace, resolved, facts, schedule.epochs, built.exporter, built.data.train, built.data.val, ordered, bad
@@ -296,6 +301,7 @@ class _Built:
     teacher: Teacher | None
     exporter: Exporter | None
     task: EpochTask
+    loss: LossForm
 
 
 def _build(
@@ -314,11 +320,18 @@ def _build(
     if reachable:
         on_main(accelerator, lambda: check_card(hub, config.flat()))
     exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
+    if config.model.split_bn:  # after the exporter's copy, which has the plain model's keys
+        model = split_batchnorm(model, max(2, config.aug.aug_splits))
     size, device = prep.input_size, accelerator.device
-    made = create_task(model, config.sfr, size, device, teacher) if task is None else task(model, size, device)
+    loss = config.loss.form(
+        config.aug.aug_splits, resolve_class_weights(config.loss.class_weights, data.train, num_classes, names)
+    )
+    if task is not None and loss != LossForm():
+        raise UserError(f"loss: a custom task computes its own; leave out {loss.describe()}")
+    made = create_task(model, config.sfr, size, device, teacher, loss) if task is None else task(model, size, device)
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
-    return _Built(data, model, prep, num_classes, teacher, exporter, made)
+    return _Built(data, model, prep, num_classes, teacher, exporter, made, loss)
 
 
 def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadImages | None:
@@ -372,11 +385,13 @@ def _announce(
         workspace.say(fitted)
     if train.class_names and built.num_classes > len(train.class_names):
         workspace.say(f"note: the model has {built.num_classes} classes, and the data has images of {len(train.class_names)}")
-    images = 0 if train.streamed else len(train.dataset)
+    images = 0 if train.streamed else int(len(train.dataset) * max(1, config.data.epoch_repeats))
     dropped = images % (config.data.batch_size * accelerator.num_processes)
     if dropped > 0.1 * max(1, images):
         workspace.say(f"note: each epoch drops {dropped} of {images} images, different ones each time, because they do not "
                       "fill a batch; a smaller --batch-size drops fewer")  # fmt: skip
+    if built.loss.class_weights is not None:
+        workspace.say(_weights_in_words(built.loss.class_weights, train.class_names))
     if isinstance(built.task, SFRTask) and built.task.plan is not None:
         workspace.say(str(built.task.plan))
 
@@ -392,12 +407,21 @@ def _facts(config: RunConfig, accelerator: Any, built: _Built) -> dict[str, Any]
         "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),
         **({"images": images} if images else {}),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in without_auxiliary(dict(model.named_parameters())).values()),
         "seed": config.engine.seed,
         "hardware": hardware(accelerator.device, accelerator.num_processes),
         "mixed_precision": accelerator.mixed_precision,
         "versions": versions(),
     }
+
+
+def _weights_in_words(weights: tuple[float, ...], names: tuple[str, ...] | None) -> str:
+    """Returns the smallest and the largest class weight in words."""
+    ends = [pick(range(len(weights)), key=weights.__getitem__) for pick in (min, max)]
+    least, most = (
+        f"{weights[index]:.3g} ({names[index] if names and index < len(names) else f'class {index}'})" for index in ends
+    )
+    return f"class weights: {least} to {most}"
 
 
 def _or(value: int | None, default: int) -> int:
@@ -444,11 +468,13 @@ def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: in
     task, teacher = built.task, built.teacher
     if isinstance(task, SFRTask):
         sfr, smoothing = task.config, task.smoothing.describe(epochs)
-        method = f"SFR (lambda {sfr.weight:g}, {sfr.matching}, {sfr.channels}; smoothing {smoothing})"
+        weight = f"{sfr.weight:g}" if task.balance == 1 else f"{sfr.weight:g} / {config.model.num_classes}"
+        method = f"SFR (lambda {weight}, {sfr.matching}, {sfr.channels}; smoothing {smoothing})"
     elif config.sfr.enabled:
         method = type(task).__name__
     else:
         method = f"plain training (smoothing {config.sfr.plain_smoothing:g})"
+    method += f", {built.loss.describe()}" if built.loss.describe() else ""
     method += f", {headline(teacher)}" if teacher is not None else ""
     counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (built.data.train, built.data.val))
     return (

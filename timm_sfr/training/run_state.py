@@ -242,8 +242,8 @@ def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> 
         total = torch.cat([total, total.new_tensor([step / scale])])
     if total.shape != (terms + 1,):
         raise ValueError(
-            f"it was saved in mid-epoch with {total.numel() - 1} terms of the loss, expected {terms}: a teacher was added or "
-            "removed"
+            f"it was saved in mid-epoch with {total.numel() - 1} terms of the loss, expected {terms}: a teacher or "
+            "--jsd-loss was added or removed"
         )
     learner.state.total = total.to(learner.accelerator.device) * scale
     if part["sums"]:

@@ -1,6 +1,6 @@
 """The task of a run: `create_task` makes SFR's, timm's plain one, or timm's distillation from a `Teacher` with named terms.
 
-L_cls  becomes  w_cls L_cls(z, y~) + w_kd L_kd
+With a teacher, L_cls  becomes  w_cls L_cls(z, y~) + w_kd L_kd
 
 logit    L_kd = T^2 KL(softmax(z_teacher / T) || softmax(z / T)), mean over the batch
 token    the same with the logits of the student's distillation head; hard: cross-entropy with argmax z_teacher
@@ -22,28 +22,56 @@ from timm.task import (
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.method.config import SFRConfig
+from timm_sfr.method.classification import ClassificationLoss, jsd_terms, soft_targets
+from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.method.probe import model_name
-from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss
+from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, smooth
 from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.teacher import PreLogits, Teacher
 from timm_sfr.utils.errors import UserError
 
 
-class PlainTask(EpochTask, ClassificationTask):
-    """timm's `ClassificationTask` as an `EpochTask`."""
-
-
 class PlainLoss(nn.Module):
-    """PyTorch's cross-entropy in float32 with constant uniform smoothing, for class indices or mixtures of classes."""
+    """The classification loss in float32 with constant uniform smoothing, for class indices or mixtures of classes.
 
-    def __init__(self, smoothing: float) -> None:
+    Args:
+        smoothing: eps; the targets are (1 - eps) y + eps / K.
+        form: The form of the loss; by default cross-entropy.
+    """
+
+    def __init__(self, smoothing: float, form: LossForm | None = None) -> None:
         super().__init__()
         self.smoothing = smoothing
+        self.criterion = ClassificationLoss(form or LossForm())
+        self.splits = self.criterion.form.splits
 
-    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Returns a scalar for logits (B, K) and targets (B,) or (B, K)."""
-        return nn.functional.cross_entropy(logits.float(), target, label_smoothing=self.smoothing)
+        criterion = self.criterion
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            if not criterion.form.bce and criterion.class_weights is None:
+                return nn.functional.cross_entropy(logits, target, label_smoothing=self.smoothing)
+            classes = logits.shape[-1]
+            uniform = logits.new_full((classes,), 1 / classes)
+            return criterion(logits, smooth(soft_targets(target, classes), self.smoothing, uniform), target)
+
+
+class PlainTask(EpochTask, ClassificationTask):
+    """timm's `ClassificationTask` as an `EpochTask`.
+
+    If the form of its `PlainLoss` has views, the loss is that on the first view, plus their JSD.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Returns the loss, the logits, and with views the terms of `jsd_terms`, for images (B, C, H, W)."""
+        splits = getattr(self.criterion, "splits", 0)
+        if not splits:
+            return super().forward(input, target)
+        logits = self.trainable_module(input)
+        clean = len(logits) // splits
+        terms = jsd_terms(self.criterion(logits[:clean], target[:clean]), logits, splits)
+        return {"loss": terms["task_loss"], "output": logits, **terms}
 
 
 class _Taught(EpochTask):
@@ -101,20 +129,21 @@ def create_task(
     input_size: tuple[int, int, int],
     device: torch.device,
     teacher: Teacher | None = None,
+    loss: LossForm | None = None,
 ) -> TrainingTask:
     """Returns an `SFRTask`, on top of timm's distillation task if there is a teacher; one of timm's tasks if SFR is off.
 
     Raises:
         UserError: if the model cannot be tapped, or does not support the teacher's type of distillation.
     """
-    model, base = model.to(device), None
+    model, base, classes = model.to(device), None, int(model.num_classes)
+    plain = PlainLoss(sfr.plain_smoothing, loss).to(device)
     if teacher is not None:
-        classes = int(model.num_classes)
-        dynamic = SmoothedLoss(DynamicLabelSmoothing(classes, *sfr.smoothing_form)) if sfr.enabled else None
-        base = distillation_task(model, teacher, dynamic or PlainLoss(sfr.plain_smoothing), input_size, device)
+        dynamic = DynamicLabelSmoothing(classes, *sfr.smoothing_form, loss) if sfr.enabled else None
+        base = distillation_task(model, teacher, SmoothedLoss(dynamic) if dynamic else plain, input_size, device)
     if sfr.enabled:
-        return SFRTask(model, sfr, input_size=input_size, base=base, device=device, verbose=False)
-    return base or PlainTask(model, PlainLoss(sfr.plain_smoothing), device=device, verbose=False)
+        return SFRTask(model, sfr, input_size=input_size, base=base, loss=loss, device=device, verbose=False)
+    return base or PlainTask(model, plain, device=device, verbose=False)
 
 
 def distillation_task(
