@@ -80,7 +80,8 @@ def test_images_do_not_depend_on_workers_or_batches():
     assert not torch.equal(batches(config, 2)[0][0], alone[0][0])
 
 
-AUGMENTATIONS = {"defaults": AugConfig(), "augmented": AugConfig(aa="rand-m9"), "plain": AugConfig(no_aug=True)}
+AUGMENTATIONS = {"defaults": AugConfig(), "augmented": AugConfig(aa="rand-m9"), "plain": AugConfig(no_aug=True),
+                 "views": AugConfig(aug_splits=3, aa="rand-m9")}  # fmt: skip
 
 
 @pytest.mark.parametrize("aug", AUGMENTATIONS.values(), ids=AUGMENTATIONS)

@@ -89,7 +89,7 @@ def _from_file(path: Path, num_classes: int, names: Sequence[str] | None) -> tup
     # Names that are numbers may differ from the indices: a file has either the one or the other.
     known = {str(name): index for index, name in enumerate(names or ())}
     numbers = {str(index): index for index in range(num_classes)}
-    chosen = known if names and (not set(keys) <= set(numbers) or set(keys) <= set(known)) else numbers
+    chosen = known if names and len(known.keys() & keys) >= len(numbers.keys() & keys) else numbers
     unknown = [key for key in keys if key not in chosen]
     if unknown:
         hint = near_matches(unknown[0], known)

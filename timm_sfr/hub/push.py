@@ -172,8 +172,9 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         raise UserError(f"run: {str(run)!r} is not a finished run: it has no {', '.join(missing)}; give the folder that "
                         "the training printed")  # fmt: skip
     options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in LOCAL_OPTIONS}
-    if options.get("data_dir"):
-        options["data_dir"] = PurePath(options["data_dir"]).name  # local paths stay private
+    for name in ("data_dir", "class_weights"):
+        if options.get(name):
+            options[name] = PurePath(options[name]).name  # local paths stay private
     with _reading(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
         weights.keys()
     with _reading(run, CONFIG):

@@ -36,9 +36,9 @@ def sample_losses(logits: Tensor, target: Tensor, form: LossForm, pos_weight: Te
     """
     if not form.bce:
         return F.cross_entropy(logits, target, reduction="none")
-    y = soft_targets(target, logits.shape[-1])
+    y = soft_targets(target, logits.shape[-1]).to(logits.dtype)
     if form.bce_target_thresh is not None:
-        y = (y > form.bce_target_thresh).float()
+        y = (y > form.bce_target_thresh).to(logits.dtype)
     losses = F.binary_cross_entropy_with_logits(logits, y, pos_weight=pos_weight, reduction="none")
     return losses.sum(-1) if form.bce_sum else losses.mean(-1)
 
@@ -53,7 +53,7 @@ def weighted_mean(losses: Tensor, target: Tensor, class_weights: Tensor) -> Tens
         target: y before smoothing, class indices (B,) or mixtures (B, K).
         class_weights: w, (K,).
     """
-    weights = class_weights[target] if target.ndim == 1 else target.float() @ class_weights
+    weights = class_weights[target] if target.ndim == 1 else target.to(class_weights.dtype) @ class_weights
     return (weights * losses).sum() / weights.sum().clamp_min(1e-12)  # a batch may consist of classes of weight 0
 
 
@@ -74,9 +74,11 @@ def jensen_shannon(logits: Tensor, splits: int) -> Tensor:
             f"expected a batch of {splits} views of each image, one after the other; got {len(logits)} images"
         )
     with torch.autocast(logits.device.type, enabled=False):
-        views = logits.float().softmax(-1).view(splits, -1, logits.shape[-1])
-        mixture = views.mean(0, keepdim=True).clamp(1e-7, 1).log().expand_as(views)
-        return F.kl_div(mixture, views, reduction="sum") / len(logits)
+        # Not torch's kl_div of probabilities: its gradient is not finite where a probability is 0 in float32.
+        log_p = logits.float().log_softmax(-1).view(splits, -1, logits.shape[-1])
+        p = log_p.exp()
+        log_m = p.mean(0).clamp(1e-7, 1).log()
+        return (p * (log_p - log_m)).sum() / len(logits)
 
 
 def jsd_terms(cls_loss: Tensor, logits: Tensor, splits: int) -> dict[str, Tensor]:

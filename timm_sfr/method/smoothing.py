@@ -28,7 +28,7 @@ def ramp(epsilon: float, epoch: int, epochs: int) -> float:
     return epsilon * min(1.0, epoch / (epochs - 1)) if epochs > 1 else epsilon
 
 
-def own_epsilon(num_classes: int, epochs: int | None = None) -> float:
+def own_epsilon(num_classes: int, epochs: float | None = None) -> float:
     """Returns the smoothing eps that the method chooses itself, for K classes and T passes over the images.
 
         eps = min(1/2, K / (K + 99)) (1 - exp(-(T / 32)^3))
@@ -132,6 +132,9 @@ class DynamicLabelSmoothing(nn.Module):
 
     The class table is a (K, K) buffer. `end_epoch` renews it from the predictions of all processes.
 
+    Attributes:
+        passes: Passes over the images in an epoch, 1 unless set; `own_epsilon` counts passes, not epochs.
+
     Raises:
         UserError: if an option is out of bounds, a schedule is given without an epsilon, or there is not one weight for each
             class.
@@ -159,7 +162,7 @@ class DynamicLabelSmoothing(nn.Module):
             raise UserError(f"expected source in {SOURCES} and schedule in {SCHEDULES}; got {source!r}, {schedule!r}")
         if epsilon is None and schedule != "constant":
             raise UserError(f"schedule: {schedule!r} needs a given epsilon, such as 0.1 (--smoothing 0.1); got None")
-        self.num_classes, self.epsilon, self.schedule = num_classes, epsilon, schedule
+        self.num_classes, self.epsilon, self.schedule, self.passes = num_classes, epsilon, schedule, 1.0
         weights = loss.class_weights if loss is not None else None
         if weights is not None and len(weights) != num_classes:
             raise UserError(f"class_weights: expected {num_classes}, one for each class; got {len(weights)}")
@@ -179,7 +182,7 @@ class DynamicLabelSmoothing(nn.Module):
         """Sets eps_t for epoch `epoch` (from 0) of `epochs`."""
         if self.epsilon is None:
             warmup = default_warmup(epochs)
-            now = own_epsilon(self.num_classes, epochs) * min(1.0, (epoch + 1) / (warmup + 1))
+            now = own_epsilon(self.num_classes, epochs * self.passes) * min(1.0, (epoch + 1) / (warmup + 1))
         else:
             now = ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon
         self.epsilon_t.fill_(now)
@@ -188,7 +191,7 @@ class DynamicLabelSmoothing(nn.Module):
         """Returns a few words on the strength and the form of the smoothing in a run of `epochs` epochs."""
         if self.epsilon is None:
             towards = "by class" if self.source == "classes" else self.source
-            return f"up to {own_epsilon(self.num_classes, epochs):.2g} {towards}"
+            return f"up to {own_epsilon(self.num_classes, epochs * self.passes):.2g} {towards}"
         return f"{self.epsilon:g} {self.source} {self.schedule}"
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -329,6 +329,8 @@ def _build(
     if task is not None and loss != LossForm():
         raise UserError(f"loss: a custom task computes its own; leave out {loss.describe()}")
     made = create_task(model, config.sfr, size, device, teacher, loss) if task is None else task(model, size, device)
+    if isinstance(made, SFRTask):
+        made.smoothing.passes = max(1.0, config.data.epoch_repeats)
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
     return _Built(data, model, prep, num_classes, teacher, exporter, made, loss)
