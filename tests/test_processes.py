@@ -44,6 +44,19 @@ def test_one_process_and_two_agree(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"aug_repeats": 2, "epoch_repeats": 1.5, "sampler": "balanced", "bce_loss": True, "bce_sum": True},
+     {"jsd_loss": True, "aug_splits": 2, "aa": "rand-m5"}],
+    ids=["repeats", "views"],
+)  # fmt: skip
+def test_one_process_and_two_agree_on_repeats_and_views(options, tmp_path):
+    one, two = (updates(tmp_path, processes, epochs=1, **options) for processes in (1, 2))
+    assert (one["processes"], two["processes"]) == (1, 2) and two["identical"]
+    assert len(one["losses"]) >= 10 and two["losses"][:10] == pytest.approx(one["losses"][:10], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_batchnorm_statistics_are_shared(tmp_path):
     one, two = (updates(tmp_path, n, model="resnet20_cifar", img_size=16) for n in (1, 2))
     assert two["identical"]
