@@ -41,6 +41,9 @@ class DataConfig(Checked):
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split")
+    test_split: str | None = option(
+        None, "name of a third split, scored once at the end with the exported weights: the honest score (default: none)"
+    )
     val_share: float | None = option(
         None,
         "share of each class's training images to validate on, if the folder has no validation split (default: 0.1 for a "
@@ -50,6 +53,7 @@ class DataConfig(Checked):
     )
     train_num_samples: int | None = option(None, "number of training samples, for streamed datasets", low=1)
     val_num_samples: int | None = option(None, "number of validation samples, for streamed datasets", low=1)
+    test_num_samples: int | None = option(None, "number of test samples, for streamed datasets", low=1)
     dataset_download: bool = option(False, "let torch/ datasets download themselves")
     class_map: str | None = option(None, "path to a class-to-index mapping file")
     input_img_mode: str | None = option(None, "image mode to convert to (default: RGB, or L for one channel)")
@@ -87,11 +91,24 @@ class DataConfig(Checked):
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
-        """Checks that the colour is one, and that the range has a smaller and a larger value."""
+        """Checks that the colour is one, that the range has a smaller and a larger value, and that the splits differ."""
         if len(self.image_background) != 3 or any(not 0 <= part <= 255 for part in self.image_background):
             raise UserError(f"image_background: expected three numbers from 0 to 255; got {self.image_background}")
         if self.image_range is not None and (len(self.image_range) != 2 or not self.image_range[0] < self.image_range[1]):
             raise UserError(f"image_range: expected two numbers, smaller first; got {self.image_range}")
+        if self.test_split is None and self.test_num_samples is not None:
+            raise UserError("test-num-samples: it is for a test split; give --test-split too")
+        for what, name in (("training", self.train_split), ("validation", self.val_split)):
+            if self.test_split == name:
+                raise UserError(f"test-split: {name!r} is the {what} split; expected another, whose images are only tested on")
+
+    def split(self, part: str) -> str:
+        """Returns the name of the split for a part of the data: train, val or test."""
+        return {"train": self.train_split, "val": self.val_split, "test": self.test_split or ""}[part]
+
+    def num_samples(self, part: str) -> int | None:
+        """Returns the given number of samples of a part of the data: train, val or test."""
+        return {"train": self.train_num_samples, "val": self.val_num_samples, "test": self.test_num_samples}[part]
 
 
 @dataclass(frozen=True)
