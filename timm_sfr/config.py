@@ -209,7 +209,13 @@ class OptimConfig(Checked):
     decay_epochs: float = option(90, "epochs between decays of the step schedule")
     decay_milestones: tuple[int, ...] = option((90, 180, 270), "epochs of the multistep schedule's decays")
     decay_rate: float = option(0.1, "decay rate of step, multistep and poly")
-    patience_epochs: int = option(10, "patience of the plateau schedule")
+    patience_epochs: int = option(10, "patience of the plateau schedule; --patience is what stops a run")
+    patience: int | None = option(
+        None,
+        "stop early: end the run at the first validation that is this many epochs after the best one by --eval-metric; "
+        "--patience-epochs is another thing, the plateau schedule's (default: train all epochs)",
+        low=1,
+    )
     model_ema: bool = option(False, "keep an exponential moving average of the weights, and evaluate and export it")
     model_ema_decay: float = option(0.9998, "decay of that average", low=0, high=1)
     model_ema_warmup: bool = option(False, "warm that decay up")

@@ -191,7 +191,7 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         pictures = {name: run / name for name in CARD_PICTURES if (run / name).is_file()}
         card = render(config, Facts(metrics, options, rows, source, tuple(pictures)))
     done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
-    if done < asked:
+    if done < asked and not metrics.get("stopped_early"):
         raise UserError(
             f"run: {str(run)!r} stopped after {done} of {asked} epochs; finish it with --resume {run}, then publish it"
         )
