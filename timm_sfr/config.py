@@ -23,6 +23,7 @@ DEFAULT_BATCH = 128
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+VIEWS = (2, 5, 10)  # numbers of views in test-time augmentation
 
 
 @dataclass(frozen=True)
@@ -270,9 +271,16 @@ class EngineConfig(Checked):
         "stop", "if a checkpoint does not fit on the disk: stop, or skip it and continue", choices=("stop", "skip")
     )
     eval_metric: str = option("top1", "what the best model is chosen by", choices=("top1", "top5", "loss"))
+    tta: int = option(
+        0,
+        "score with test-time augmentation too, the mean of the logits of N views: 2 (as it is and mirrored), 5 (corners and "
+        "centre) or 10 (those and mirrored); for timm-sfr validate alone",
+    )
 
     def check(self) -> None:
-        """Checks that the trackers are known."""
+        """Checks that the trackers are known, and the number of views."""
+        if self.tta not in (0, 1, *VIEWS):
+            raise UserError(f"tta: expected 0 (none), 2, 5 or 10 views of an image; got {self.tta}")
         for name in self.report_to:
             if name not in (*TRACKERS, "none"):
                 hint = near_matches(name, TRACKERS)

@@ -72,7 +72,7 @@ def _data(parser: ArgumentParser) -> None:
 def _validate(parser: ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for title, names in (("data (default for a run: its own data)", SCORED), ("input", INPUT), ("machine", MACHINE)):
+    for title, names in (("data (default for a run: its own data)", SCORED), ("input", (*INPUT, "tta")), ("machine", MACHINE)):
         add_options(parser.add_argument_group(title), names)
 
 
@@ -82,6 +82,8 @@ def _predict(parser: ArgumentParser) -> None:
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: 5)")
     parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table in place of printing: a row per image with its "
+                        "classes, probabilities, and label, if its folder has the name of a class")  # fmt: skip
     add_options(parser.add_argument_group("how images are read (default for a run: as in its training)"), READING)
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import ImageMode
 from timm.data import Mixup, create_transform, resolve_input_data_config
 from torch import Tensor, nn
+from torchvision.transforms import CenterCrop, Compose, FiveCrop
 
 from timm_sfr.config import AugConfig, ModelConfig
 from timm_sfr.utils.errors import UserError
@@ -38,20 +39,21 @@ class Preprocessing:
         )
         return (images.float() - mean) / std
 
-    def eval_transform(self) -> Callable:
-        """Returns timm's validation transform, which outputs uint8.
+    def eval_transform(self, views: int = 1) -> Callable:
+        """Returns timm's validation transform, which outputs uint8: an image (C, H, W), or `views` of it (V, C, H, W).
 
         Raises:
-            UserError: if timm cannot make the transform.
+            UserError: if timm cannot make the transform, or it does not fit `Views`.
         """
         try:
-            return create_transform(
+            made = create_transform(
                 self.input_size,
                 interpolation=self.interpolation,
                 crop_pct=self.crop_pct,
                 crop_mode=self.crop_mode,
                 use_prefetcher=True,
             )
+            return made if views == 1 else Views(made, views)
         except (AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
             raise UserError(f"interpolation and crop-pct: timm cannot make the validation transform of {self.interpolation!r} "
                             f"and {self.crop_pct}: {error!r}; give an interpolation such as bicubic") from error  # fmt: skip
@@ -86,6 +88,45 @@ class Preprocessing:
             std=self.std,
             use_prefetcher=True,
         )
+
+
+class Views:
+    """timm's validation transform with several views of an image, stacked: uint8 (V, C, H, W).
+
+    Two views are the image and its mirror image. Five are the crops of torchvision's `FiveCrop` in place of the centre crop;
+    ten are those and their mirror images. `plain_view` says which of them timm's transform makes.
+
+    Args:
+        transform: timm's transform: resizing, cropping, conversion to a tensor.
+        views: 2, 5 or 10.
+
+    Raises:
+        UserError: for crops of an image that timm does not crop at its centre.
+    """
+
+    def __init__(self, transform: Compose, views: int) -> None:
+        self.transform, self.mirrors = transform, views % 2 == 0
+        self.crops: FiveCrop | None = None
+        if views >= 5:
+            *self.resize, crop, self.convert = transform.transforms
+            if not isinstance(crop, CenterCrop):
+                raise UserError(f"tta: {views} views are crops, and this model's images are not cropped; --tta 2 mirrors them")
+            self.crops = FiveCrop(crop.size)
+
+    def __call__(self, image: Any) -> Tensor:
+        """Returns the views of a PIL image."""
+        if self.crops is None:
+            views = self.transform(image)[None]
+        else:
+            for step in self.resize:
+                image = step(image)
+            views = torch.stack([self.convert(crop) for crop in self.crops(image)])
+        return torch.cat([views, views.flip(-1)]) if self.mirrors else views
+
+
+def plain_view(views: int) -> int:
+    """Returns which of the `Views` timm's transform makes: the centre crop is the fifth of torchvision's five."""
+    return 4 if views >= 5 else 0
 
 
 def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:

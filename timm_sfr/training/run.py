@@ -116,6 +116,9 @@ def prepare(
     Raises:
         UserError: as in `fit`.
     """
+    if config.engine.tta > 1:
+        raise UserError("tta: training validates every image as it is; leave the option out, and score the finished run with: "
+                        f"timm-sfr validate RUN --tta {config.engine.tta}")  # fmt: skip
     show_log(config.engine.json_logs)
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
