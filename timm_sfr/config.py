@@ -37,7 +37,8 @@ class DataConfig(Checked):
     )
     dataset: str | None = option(
         None,
-        "timm dataset type and name, such as torch/cifar10, hfds/NAME, wds/NAME; "
+        "timm dataset type and name, such as torch/cifar10, hfds/NAME, wds/NAME; csv/FILE is a CSV or Parquet file of image "
+        "paths and labels; "
         "'digits' is built in and the default when no data is given",
     )
     train_split: str = option("train", "name of the training split")
@@ -66,9 +67,13 @@ class DataConfig(Checked):
         "floats in that range, otherwise each image's smallest and largest value)",
     )
     input_key: str | None = option(
-        None, "key of the image in hfds/ and wds/ datasets; endings of images in folders, such as '.png;.jpg'"
+        None,
+        "key of the image in hfds/ and wds/ datasets; column of the paths in csv/ (default: image, path, file or file_name); "
+        "endings of images in folders, such as '.png;.jpg'",
     )
-    target_key: str | None = option(None, "key of the label in hfds/ and wds/ datasets")
+    target_key: str | None = option(
+        None, "key of the label in hfds/ and wds/ datasets; column of it in csv/ (default: label, class or target)"
+    )
     batch_size: int | None = option(
         None,
         "training batch size per process (default: 128, or for a smaller set the largest power of two that fits)",

@@ -31,7 +31,7 @@ def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
     own, chosen = recorded(args.model, (*SCORED, *INPUT)), given(args, (*SCORED, *INPUT, *MACHINE, "tta"))
     listed: Path | None = Path(args.model) / SPLIT_FILE
-    if chosen.keys() & {"data_dir", "dataset"}:  # other data than the run's, or the same in another place
+    if chosen.keys() & {"data_dir", "dataset", "val_split"}:  # other data than the run's, or the same in another place
         own.pop("val_share", None)
         listed = listed if lists_all(listed, Path(chosen.get("data_dir", ""))) else None
     options = {**own, **chosen}

@@ -29,6 +29,7 @@ from timm_sfr.data.folders import (
     split_names,
 )
 from timm_sfr.data.images import image_endings
+from timm_sfr.data.tables import KNOWN_SPLITS, Table, find_table, is_table, read_table
 from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, first_line, near_matches, near_paths
 
@@ -144,12 +145,12 @@ def open_split(
     add_img_extensions([ending for ending in image_endings() if ending not in (".png", ".jpg", ".jpeg")])
     name = config.dataset or ""
     if "/" not in name and (config.data_dir is None) and name not in ("", "folder"):
-        kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/, or 'digits'"
+        kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/ or csv/FILE, or 'digits'"
         raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
+    parts = parts or _parts(config, seed, listed, part)
+    if parts is not None and part in parts.scans:
+        return _from_scan(config, parts.scans[part], part, classes, parts.chosen)
     if "/" not in name:
-        parts = parts or _parts(config, seed, listed, part)
-        if parts is not None and part in parts.scans:
-            return _from_scan(config, parts.scans[part], part, classes, parts.chosen)
         root = _split_root(config, part)
         if root.is_dir():
             return _from_scan(config, scan_folder(root, _endings(config)), part, classes)
@@ -255,6 +256,8 @@ def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "trai
         UserError: if a share is given and there is a validation split, or too little to split; or if files of the list
             `listed` are gone (to open another part than train, only those to validate on are needed).
     """
+    if is_table(config.dataset):
+        return _table_parts(config, seed, listed, part)
     if "/" in (config.dataset or "") or config.data_dir is None or not Path(config.data_dir).is_dir():
         return None
     root = Path(config.data_dir)
@@ -275,6 +278,11 @@ def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "trai
         raise UserError(f"data: expected two classes or more in {str(root)!r}; got {scan.classes[0]!r} alone; expected {LAYOUT}")
     if train is None and (not scan.images or misnamed):
         return None
+    return _chosen_parts(config, scan, seed, listed, part)
+
+
+def _chosen_parts(config: DataConfig, scan: FolderScan, seed: int, listed: Path | None, part: str) -> Parts:
+    """Returns the parts to train and to validate on of images without a validation split, as `_parts`."""
     if listed is not None and listed.is_file():
         both = read_split(listed, scan, ("train", "val") if part == "train" else ("val",))
         return Parts(dict(zip(("train", "val"), both, strict=True)))
@@ -285,6 +293,43 @@ def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "trai
         raise UserError(f"data: every class in {str(scan.root)!r} has a single image, so none is left to validate on; add "
                         "images, or make train/ and val/ of your own")  # fmt: skip
     return Parts(dict(zip(("train", "val"), both, strict=True)))
+
+
+def _table_parts(config: DataConfig, seed: int, listed: Path | None, part: str) -> Parts:
+    """Returns the parts of a table: by its column ``split``, or with a chosen validation part, as `_parts`.
+
+    Raises:
+        UserError: if the table cannot be read, a part that is needed has no rows, or some of its image files are missing.
+    """
+    table = read_table(find_table(config.dataset or "", config.data_dir), config.data_dir, config.input_key, config.target_key)
+    defaults, whole = DataConfig(), table.splits is None
+    names = {name: split_names(config.split(name)) for name in ("train", "val", "test") if config.split(name)}
+    used = {name for group in names.values() for name in group}
+    table.check_splits(used | KNOWN_SPLITS)
+    has_val = not set(table.splits or ()).isdisjoint(names["val"])
+    if has_val and config.val_share is not None:
+        raise UserError(f"val-share: {str(table.file)!r} has rows of a validation split; leave the option out")
+    chosen = not has_val and (config.val_share is not None or (whole and config.val_split == defaults.val_split))
+    scans = {name: table.scan(group) for name, group in names.items()}
+    scans["train"] = table.scan(None if whole and config.train_split == defaults.train_split else names["train"], used)
+    needed = ("train", "val") if part == "train" else (part,)
+    for name in needed:
+        if not scans["train" if chosen and name == "val" else name].images:
+            raise _no_rows(table, config, name)
+    if chosen and part != "test":
+        scans |= _chosen_parts(config, scans["train"], seed, listed, part).scans
+    for name in needed:
+        table.check_files(scans[name])
+    return Parts(scans, chosen)
+
+
+def _no_rows(table: Table, config: DataConfig, part: str) -> UserError:
+    """Returns the error for a part of which a table has no rows."""
+    names = ", ".join(sorted(split_names(config.split(part))))
+    here = "no column 'split'" if table.splits is None else f"rows of {', '.join(table.splits)}"
+    share = "; --val-share 0.1 takes a part of the training images" if part == "val" else ""
+    return UserError(f"{part}-split: expected rows of split {config.split(part)!r} (any of {names}) in {str(table.file)!r}; "
+                     f"it has {here}{share}")  # fmt: skip
 
 
 def _split_root(config: DataConfig, part: str) -> Path:
@@ -300,7 +345,7 @@ def _split_root(config: DataConfig, part: str) -> Path:
         raise UserError(f"data-dir: no such file or directory: {config.data_dir!r}{hint}; expected {LAYOUT}")
     if root.is_file():
         raise UserError(f"data-dir: {config.data_dir!r} is a file; give the folder and name its splits with --train-split and "
-                        "--val-split (for example train.tar)")  # fmt: skip
+                        "--val-split (for example train.tar); a table of image paths is --dataset csv/FILE")  # fmt: skip
     found = find_split(root, split)
     if found is None:
         names = sorted(split_names(split))
@@ -321,8 +366,8 @@ def _check_known(names: tuple[str, ...], class_to_idx: dict[str, int], split: st
     if unknown:
         hint = near_matches(unknown[0], [name for name in class_to_idx if name not in names] or class_to_idx)
         raise UserError(
-            f"data: {split} has {counted(len(unknown), 'class')} that training does not have: {unknown[:3]}{hint}; rename the "
-            "folders, or give --class-map"
+            f"data: {split} has {counted(len(unknown), 'class')} that training does not have: {unknown[:3]}{hint}; rename "
+            "them, or give --class-map"
         )
 
 
