@@ -10,6 +10,7 @@ import dataclasses
 import re
 import typing
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -111,6 +112,13 @@ class DataConfig(Checked):
     def split(self, part: str) -> str:
         """Returns the name of the split for a part of the data: train, val or test."""
         return {"train": self.train_split, "val": self.val_split, "test": self.test_split or ""}[part]
+
+    def public_name(self) -> str | None:
+        """Returns the dataset's type and name, or the folder's name; without the local path to a file or folder."""
+        kind, _, name = (self.dataset or "").partition("/")
+        if self.dataset is None:
+            return self.data_dir and (PurePath(self.data_dir).name or self.data_dir)
+        return f"{kind}/{PurePath(name).name}" if name.startswith(("/", "..", "~")) else self.dataset
 
     def num_samples(self, part: str) -> int | None:
         """Returns the given number of samples of a part of the data: train, val or test."""

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_sfr.config import HubConfig, check_branch, check_repo_id
+from timm_sfr.config import DataConfig, HubConfig, check_branch, check_repo_id
 from timm_sfr.hub.card import Facts, card_head, imports, render
 from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS
@@ -174,6 +174,8 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in LOCAL_OPTIONS}
     if options.get("data_dir"):
         options["data_dir"] = PurePath(options["data_dir"]).name  # local paths stay private
+    if options.get("dataset"):
+        options["dataset"] = DataConfig(dataset=options["dataset"]).public_name()
     with _reading(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
         weights.keys()
     with _reading(run, CONFIG):

@@ -41,9 +41,9 @@ def exported(model: nn.Module, folder: Path, accelerator: Any) -> nn.Module:
     return chosen
 
 
-def test_scores(
+def score_split(
     model: nn.Module, loader: DataLoader, prep: Preprocessing, accelerator: Any
 ) -> tuple[dict[str, float], int]:
-    """Returns the scores of `model` on the test split, and for how many images its outputs are not finite."""
+    """Returns the scores of `model` on a split, and for how many images its outputs are not finite."""
     scores = evaluate(model, loader, prep, accelerator, watch=partial(watched, name="test"))
     return {name: scores[name] for name in ("images", "top1", "top5", "loss", "ece")}, int(scores["nonfinite"])

@@ -264,8 +264,8 @@ def _restore(trainer: Trainer) -> None:
             raise
         raise UserError(str(error).replace("these options: ", f"these options: with {options}: ", 1)) from error
     state, done = trainer.state, trainer.done
+    state.test = on_main(trainer.accelerator, lambda: trainer.recorder.recorded_test(state))
     if done:
-        state.test = on_main(trainer.accelerator, lambda: trainer.recorder.recorded_test(state))
         options = _changed_options(run / "args.yaml", trainer.config, ("test_split", "test_num_samples"))
     if trainer.workspace.main:
         set_aside(run / "checkpoints", saved)
@@ -427,7 +427,7 @@ def _facts(config: RunConfig, accelerator: Any, built: _Built) -> dict[str, Any]
     images = summary.facts(*built.data.splits)
     return {
         "model": name,
-        "dataset": config.data.dataset or config.data.data_dir,
+        "dataset": config.data.public_name(),
         "sfr": config.sfr.enabled,
         "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),

@@ -23,7 +23,7 @@ from timm_sfr.runs.folder import Workspace
 from timm_sfr.runs.predictions import Predictions
 from timm_sfr.runs.records import epoch_row
 from timm_sfr.training.evaluate import evaluate
-from timm_sfr.training.final_test import exported, test_scores
+from timm_sfr.training.final_test import exported, score_split
 from timm_sfr.training.guards import ADVICE, Signals, interrupted, stopped, write_event
 from timm_sfr.training.progress import Progress, length_of
 from timm_sfr.training.recorder import Recorder
@@ -215,7 +215,7 @@ class Trainer(Learner):
         if self.test_loader is None or not state.best or state.test:
             return False
         model = exported(self.exported_model(), self.workspace.run / "model", self.accelerator)
-        scores, nonfinite = test_scores(model, self.test_loader(), self.prep, self.accelerator)
+        scores, nonfinite = score_split(model, self.test_loader(), self.prep, self.accelerator)
         if nonfinite:
             self.workspace.say(f"warning: non-finite outputs for {nonfinite} images of the test split; they count as wrong")
         state.test = {"split": self.config.data.test_split, "epoch": state.best["epoch"], **scores}
@@ -304,7 +304,7 @@ class Trainer(Learner):
         best = self.state.best
         if best and sign * scores[metric] <= sign * best[metric]:
             return False
-        self.state.best = scores
+        self.state.best, self.state.test = scores, {}
         return True
 
     def _between_updates(self, epoch: int, step: int, total: Tensor) -> None:
