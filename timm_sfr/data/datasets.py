@@ -318,8 +318,7 @@ def _table_parts(config: DataConfig, seed: int, listed: Path | None, part: str) 
             raise _no_rows(table, config, name)
     if chosen and part != "test":
         scans |= _chosen_parts(config, scans["train"], seed, listed, part).scans
-    for name in needed:
-        table.check_files(scans[name])
+    table.check_files(scans[name] for name in needed)
     return Parts(scans, chosen)
 
 

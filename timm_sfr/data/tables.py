@@ -78,10 +78,10 @@ class Table:
                 what = f"unknown split {row.split!r}{near_matches(row.split, known)}" if row.split else "empty split"
                 raise UserError(f"dataset: {self.place(row.number)}: {what}; expected one of {', '.join(sorted(known))}")
 
-    def check_files(self, scan: FolderScan) -> None:
-        """Raises UserError if image files of `scan` are missing: their number and the first few, with their rows."""
+    def check_files(self, scans: Iterable[FolderScan]) -> None:
+        """Raises UserError if image files of the scans are missing: their number and the first few, with their rows."""
         folders: dict[str, set[str]] = {}
-        missing = {path for path, _ in scan.images if not _is_there(path, folders)}
+        missing = {path for scan in scans for path, _ in scan.images if not _is_there(path, folders)}
         if not missing:
             return
         unit = "line" if _reader(self.file) is _read_csv else "row"

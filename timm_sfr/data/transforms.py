@@ -10,7 +10,7 @@ import torch
 from PIL import ImageMode
 from timm.data import Mixup, create_transform, resolve_input_data_config
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, FiveCrop
+from torchvision.transforms import CenterCrop, Compose, FiveCrop, TenCrop
 
 from timm_sfr.config import AugConfig, ModelConfig
 from timm_sfr.utils.errors import UserError
@@ -93,8 +93,8 @@ class Preprocessing:
 class Views:
     """timm's validation transform with several views of an image, stacked: uint8 (V, C, H, W).
 
-    Two views are the image and its mirror image. Five are the crops of torchvision's `FiveCrop` in place of the centre crop;
-    ten are those and their mirror images. `plain_view` says which of them timm's transform makes.
+    Two views are the image and its mirror image. Five or ten are the crops of torchvision's `FiveCrop` or `TenCrop` in place of
+    the centre crop. `plain_view` says which of them timm's transform makes.
 
     Args:
         transform: timm's transform: resizing, cropping, conversion to a tensor.
@@ -105,23 +105,21 @@ class Views:
     """
 
     def __init__(self, transform: Compose, views: int) -> None:
-        self.transform, self.mirrors = transform, views % 2 == 0
-        self.crops: FiveCrop | None = None
+        self.transform, self.crops = transform, None
         if views >= 5:
             *self.resize, crop, self.convert = transform.transforms
             if not isinstance(crop, CenterCrop):
                 raise UserError(f"tta: {views} views are crops, and this model's images are not cropped; --tta 2 mirrors them")
-            self.crops = FiveCrop(crop.size)
+            self.crops = {5: FiveCrop, 10: TenCrop}[views](crop.size)
 
     def __call__(self, image: Any) -> Tensor:
         """Returns the views of a PIL image."""
         if self.crops is None:
-            views = self.transform(image)[None]
-        else:
-            for step in self.resize:
-                image = step(image)
-            views = torch.stack([self.convert(crop) for crop in self.crops(image)])
-        return torch.cat([views, views.flip(-1)]) if self.mirrors else views
+            plain = self.transform(image)
+            return torch.stack([plain, plain.flip(-1)])
+        for step in self.resize:
+            image = step(image)
+        return torch.stack([self.convert(crop) for crop in self.crops(image)])
 
 
 def plain_view(views: int) -> int:
