@@ -197,6 +197,24 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def table(tmp_path_factory):
+    """A CSV file of digits, with a column ``split``: of every class 20 to train, 5 to validate and 4 to test on."""
+    root = tmp_path_factory.mktemp("table")
+    digits = Digits(train=True, mode="RGB")
+    (root / "images").mkdir()
+    with (root / "digits.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "label", "split"))
+        for name in map(str, range(10)):
+            chosen = [i for i in range(len(digits)) if str(digits[i][1]) == name][:29]
+            for place, i in enumerate(chosen):
+                digits[i][0].save(root / "images" / f"{i}.png")
+                split = "train" if place < 20 else "val" if place < 25 else "test"
+                writer.writerow((f"images/{i}.png", name, split))
+    return root / "digits.csv"
+
+
 assert timm_sfr.__version__
 
 

@@ -110,7 +110,7 @@ class Shell:
         self.hub.close()
 
     def make_data(self) -> None:
-        """DIR, TARS, SHARDS and NAME, of the digits in four forms; pictures to predict on."""
+        """DIR, images.csv, TARS, SHARDS and NAME, of the digits in five forms; pictures to predict on."""
         import datasets
 
         files = {}
@@ -127,6 +127,9 @@ class Shell:
             if index < 40:
                 path.write_bytes(data)
         shutil.copytree(self.given / "DIR" / "val", self.given / "DIR" / "test")
+        images = sorted((self.given / "DIR").glob("*/*/*.png"))
+        rows = [f"{path.relative_to(self.given)},{path.parent.name},{path.parent.parent.name}" for path in images]
+        (self.given / "images.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
         for name in ("TARS", "SHARDS", "NAME"):
             (self.given / name).mkdir()
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[*"0123456789"])})

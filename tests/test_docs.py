@@ -29,6 +29,7 @@ SHOWN = {
     ("docs/train.md", "DIR/"): "the layout of a folder; the block behind it trains on such a one",
     ("docs/hub.md", "error: push-to-hub: USER/NAME is not published: REASON; nothing is lost; to try again: timm-sfr push RUN "
      "USER/NAME"): "the form of a message; tests/test_push_faults.py has its instances",
+    ("docs/data.md", "path,label,split"): "the form of a table; docs/train.md trains on such a one",
     ("docs/logs.md", "1408 images an epoch, 44 updates in 2 epochs"): "of another run than the blocks train; "
     "tests/test_forecast.py checks the line's form",
 }  # fmt: skip

@@ -164,7 +164,7 @@ def test_a_run_keeps_its_list_of_files(tmp_path):
     done = train("--resume", run, "--epochs", 2)
     assert "63/7 train/val images" in done.stdout and "20 that are not in the run's split.csv" in done.stdout
     config = DataConfig(data_dir=str(root))
-    assert {path for path, _ in open_split(config, False, "RGB", 42, listed=run / SPLIT_FILE).scan.images} == val
+    assert {path for path, _ in open_split(config, "val", "RGB", 42, listed=run / SPLIT_FILE).scan.images} == val
     trained = next(path for path, name in parts[0].images if name == "dog")
     Path(trained).unlink()
     assert main(["validate", str(run), "--device", "cpu", "-j", "0"]) == 0, "it needs the images to validate on alone"

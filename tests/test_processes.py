@@ -7,6 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, run
 
+from timm_sfr.cli.main import main
 from timm_sfr.data.datasets import Digits
 from timm_sfr.runs.predictions import read_predictions
 
@@ -25,7 +26,7 @@ def updates(tmp_path, processes, **options):
     return json.loads(out.read_text())
 
 
-def test_one_process_and_two_agree(tmp_path):
+def test_one_process_and_two_agree(tmp_path, capsys):
     one, two = (updates(tmp_path, processes) for processes in (1, 2))
     assert (one["processes"], two["processes"]) == (1, 2) and two["identical"]
     # The same images in the same order, summed in another order: rounding alone, which ten updates amplify a little.
@@ -35,6 +36,10 @@ def test_one_process_and_two_agree(tmp_path):
     # 360 images do not divide by 2 x 64: each is counted once all the same.
     assert two["val"]["images"] == one["val"]["images"] == 360
     assert two["val"]["loss"] == pytest.approx(one["val"]["loss"], rel=1e-2)
+    # The test split is scored with the main process's weights, and as one process scores it.
+    assert main(["validate", two["model"], "--dataset", "digits", "--img-size", "64", "--json", "--device", "cpu"]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    assert two["test"] == pytest.approx({name: alone[name] for name in two["test"]}, abs=1e-6) and two["test"]["images"] == 360
     # The class table over two processes is that of one on the joined batches: exactly on the same predictions, and
     # closely after an epoch of training, whose rounding differs.
     assert two["table_error"] < 1e-6

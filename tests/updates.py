@@ -8,8 +8,11 @@ import torch
 from accelerate.utils import gather_object
 
 from timm_sfr import DynamicLabelSmoothing, RunConfig
+from timm_sfr.data.datasets import open_splits
+from timm_sfr.hub.card import Facts
 from timm_sfr.method.smoothing import right_predictions, soft_targets, update_table
-from timm_sfr.training.run import prepare
+from timm_sfr.training.final_test import exported, score_split
+from timm_sfr.training.run import Data, prepare
 
 
 def table_error(process: int, processes: int) -> float:
@@ -27,7 +30,9 @@ def table_error(process: int, processes: int) -> float:
 
 def main() -> None:
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    trainer = prepare(RunConfig.from_flat(options))
+    config = RunConfig.from_flat(options)
+    train, val = open_splits(config.data, "RGB", 0)
+    trainer = prepare(config, data=Data(train, val, test=val))
     watched, losses, smoothing = trainer.guard.terms.send, [], trainer.task.smoothing
     trainer.guard.terms.send = lambda terms: (
         losses.append(trainer.accelerator.reduce(terms, "mean")[0].item()),
@@ -38,9 +43,17 @@ def main() -> None:
     flat = torch.cat([value.double().flatten() for value in state.values()])
     everyone = gather_object([flat.tolist()])
     val = trainer.validate()
+    folder, main = trainer.workspace.run / "model", trainer.accelerator.is_main_process
+    if main:
+        trainer.recorder.exporter.write(folder, state, Facts())
+    else:
+        torch.nn.init.zeros_(trainer.exported_model().get_classifier().weight)  # the main process's weights count
+    chosen = exported(trainer.exported_model(), folder, trainer.accelerator)
+    test, _ = score_split(chosen, trainer.test_loader(), trainer.prep, trainer.accelerator)
     error = table_error(trainer.accelerator.process_index, len(everyone))
-    if trainer.accelerator.is_main_process:
+    if main:
         result = {"losses": losses, "identical": all(other == everyone[0] for other in everyone), "val": val,
+                  "test": test, "model": str(folder),
                   "processes": len(everyone), "updates": trainer.state.updates, "lr": trainer.optimizer.param_groups[0]["lr"],
                   "table": smoothing.table.tolist(),
                   "table_error": error}  # fmt: skip

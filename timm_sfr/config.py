@@ -10,6 +10,7 @@ import dataclasses
 import re
 import typing
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, ClassVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -23,6 +24,7 @@ DEFAULT_BATCH = 128
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+VIEWS = (2, 5, 10)  # numbers of views in test-time augmentation
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,15 @@ class DataConfig(Checked):
     )
     dataset: str | None = option(
         None,
-        "timm dataset type and name, such as torch/cifar10, hfds/NAME, wds/NAME; "
+        "timm dataset type and name, such as torch/cifar10, hfds/NAME, wds/NAME; csv/FILE is a CSV or Parquet file of image "
+        "paths and labels; "
         "'digits' is built in and the default when no data is given",
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split")
+    test_split: str | None = option(
+        None, "name of a third split, scored once at the end with the exported weights: the honest score (default: none)"
+    )
     val_share: float | None = option(
         None,
         "share of each class's training images to validate on, if the folder has no validation split (default: 0.1 for a "
@@ -50,6 +56,7 @@ class DataConfig(Checked):
     )
     train_num_samples: int | None = option(None, "number of training samples, for streamed datasets", low=1)
     val_num_samples: int | None = option(None, "number of validation samples, for streamed datasets", low=1)
+    test_num_samples: int | None = option(None, "number of test samples, for streamed datasets", low=1)
     dataset_download: bool = option(False, "let torch/ datasets download themselves")
     class_map: str | None = option(None, "path to a class-to-index mapping file")
     input_img_mode: str | None = option(None, "image mode to convert to (default: RGB, or L for one channel)")
@@ -61,9 +68,13 @@ class DataConfig(Checked):
         "floats in that range, otherwise each image's smallest and largest value)",
     )
     input_key: str | None = option(
-        None, "key of the image in hfds/ and wds/ datasets; endings of images in folders, such as '.png;.jpg'"
+        None,
+        "key of the image in hfds/ and wds/ datasets; column of the paths in csv/ (default: image, path, file or file_name); "
+        "endings of images in folders, such as '.png;.jpg'",
     )
-    target_key: str | None = option(None, "key of the label in hfds/ and wds/ datasets")
+    target_key: str | None = option(
+        None, "key of the label in hfds/ and wds/ datasets; column of it in csv/ (default: label, class or target)"
+    )
     batch_size: int | None = option(
         None,
         "training batch size per process (default: 128, or for a smaller set the largest power of two that fits)",
@@ -95,12 +106,32 @@ class DataConfig(Checked):
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
-        """Checks that the colour is one, that the range has a smaller and a larger value, and that no epoch is a part of one."""
+        """Checks that the colour and the range are valid, that no epoch is a part of one, and that the splits differ."""
         _check_repeats(self.epoch_repeats, "epoch_repeats")
         if len(self.image_background) != 3 or any(not 0 <= part <= 255 for part in self.image_background):
             raise UserError(f"image_background: expected three numbers from 0 to 255; got {self.image_background}")
         if self.image_range is not None and (len(self.image_range) != 2 or not self.image_range[0] < self.image_range[1]):
             raise UserError(f"image_range: expected two numbers, smaller first; got {self.image_range}")
+        if self.test_split is None and self.test_num_samples is not None:
+            raise UserError("test-num-samples: it is for a test split; give --test-split too")
+        for what, name in (("training", self.train_split), ("validation", self.val_split)):
+            if self.test_split == name:
+                raise UserError(f"test-split: {name!r} is the {what} split; expected another, whose images are only tested on")
+
+    def split(self, part: str) -> str:
+        """Returns the name of the split for a part of the data: train, val or test."""
+        return {"train": self.train_split, "val": self.val_split, "test": self.test_split or ""}[part]
+
+    def public_name(self) -> str | None:
+        """Returns the dataset's type and name, or the folder's name; without the local path to a file or folder."""
+        kind, _, name = (self.dataset or "").partition("/")
+        if self.dataset is None:
+            return self.data_dir and (PurePath(self.data_dir).name or self.data_dir)
+        return f"{kind}/{PurePath(name).name}" if name.startswith(("/", "..", "~")) else self.dataset
+
+    def num_samples(self, part: str) -> int | None:
+        """Returns the given number of samples of a part of the data: train, val or test."""
+        return {"train": self.train_num_samples, "val": self.val_num_samples, "test": self.test_num_samples}[part]
 
 
 @dataclass(frozen=True)
@@ -264,7 +295,13 @@ class OptimConfig(Checked):
     decay_epochs: float = option(90, "epochs between decays of the step schedule")
     decay_milestones: tuple[int, ...] = option((90, 180, 270), "epochs of the multistep schedule's decays")
     decay_rate: float = option(0.1, "decay rate of step, multistep and poly")
-    patience_epochs: int = option(10, "patience of the plateau schedule")
+    patience_epochs: int = option(10, "patience of the plateau schedule; --patience is what stops a run")
+    patience: int | None = option(
+        None,
+        "stop early: end the run at the first validation that is this many epochs after the best one by --eval-metric; "
+        "--patience-epochs is another thing, the plateau schedule's (default: train all epochs)",
+        low=1,
+    )
     model_ema: bool = option(False, "keep an exponential moving average of the weights, and evaluate and export it")
     model_ema_decay: float = option(0.9998, "decay of that average", low=0, high=1)
     model_ema_warmup: bool = option(False, "warm that decay up")
@@ -319,9 +356,16 @@ class EngineConfig(Checked):
         "stop", "if a checkpoint does not fit on the disk: stop, or skip it and continue", choices=("stop", "skip")
     )
     eval_metric: str = option("top1", "what the best model is chosen by", choices=("top1", "top5", "loss"))
+    tta: int = option(
+        0,
+        "score with test-time augmentation too, the mean of the logits of N views: 2 (as it is and mirrored), 5 (corners and "
+        "centre) or 10 (those and mirrored); for timm-sfr validate alone",
+    )
 
     def check(self) -> None:
-        """Checks that the trackers are known."""
+        """Checks that the trackers are known, and the number of views."""
+        if self.tta not in (0, 1, *VIEWS):
+            raise UserError(f"tta: expected 0 (none), 2, 5 or 10 views of an image; got {self.tta}")
         for name in self.report_to:
             if name not in (*TRACKERS, "none"):
                 hint = near_matches(name, TRACKERS)

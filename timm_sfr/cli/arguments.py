@@ -14,7 +14,7 @@ from timm_sfr.config import SECTIONS, options
 
 TRAINING = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
 # The run's options that each command has too.
-FOLDER = ("train_split", "val_split", "val_share", "class_map", "input_key", "seed")
+FOLDER = ("data_dir", "train_split", "val_split", "test_split", "val_share", "class_map", "input_key", "target_key", "seed")
 TAPS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",
         "sfr_solver", "sfr_max_nodes")  # fmt: skip
 READING = ("input_img_mode", "exif", "image_background", "image_range")
@@ -64,7 +64,8 @@ def _train(parser: ArgumentParser) -> None:
 
 
 def _data(parser: ArgumentParser) -> None:
-    parser.add_argument("data_dir", metavar="DIR", help="a folder with train/CLASS and val/CLASS, or only CLASS")
+    parser.add_argument("source", metavar="DIR", help="a folder with train/CLASS and val/CLASS, or only CLASS; or csv/FILE, a "
+                        "table of image paths and labels, whose relative paths begin in --data-dir")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_options(parser, FOLDER)
 
@@ -72,7 +73,7 @@ def _data(parser: ArgumentParser) -> None:
 def _validate(parser: ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for title, names in (("data (default for a run: its own data)", SCORED), ("input", INPUT), ("machine", MACHINE)):
+    for title, names in (("data (default for a run: its own data)", SCORED), ("input", (*INPUT, "tta")), ("machine", MACHINE)):
         add_options(parser.add_argument_group(title), names)
 
 
@@ -82,6 +83,8 @@ def _predict(parser: ArgumentParser) -> None:
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: 5)")
     parser.add_argument("-b", "--batch-size", type=int, default=32, metavar="N", help="images per batch (default: 32)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object per line")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table in place of printing: a row per image with its "
+                        "classes, probabilities, and label, if its folder has the name of a class")  # fmt: skip
     add_options(parser.add_argument_group("how images are read (default for a run: as in its training)"), READING)
 
 
@@ -128,7 +131,7 @@ def _list(parser: ArgumentParser) -> None:
 VERBS = {
     "train": Verb(TRAINING, _train, "train"),
     "data": Verb(
-        "Show a folder of images as training finds it: images a class, what is passed over, duplicates, modes and sizes.",
+        "Show a folder or a table of images as training finds it: images a class, what is passed over, duplicates, sizes.",
         _data,
         "data",
     ),

@@ -19,7 +19,7 @@ from timm_sfr.utils.errors import UserError
 # Options that do not make two runs different experiments.
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
               "hub_dataset", "workers", "log_interval", "report_interval", "report_to", "json_logs", "checkpoint_hist",
-              "checkpoint_interval")  # fmt: skip
+              "checkpoint_interval", "test_split", "test_num_samples")  # fmt: skip
 Row = tuple[str, ...]
 FEWEST = 3  # seeds for an interval: with two, it would be several times as wide as the difference between them
 
@@ -37,6 +37,11 @@ class Group:
     name: str
     options: dict[str, Any]
     runs: dict[int, Run]
+
+    @property
+    def tested(self) -> bool:
+        """Whether every run has test scores."""
+        return all(run.test is not None for run in self.runs.values())
 
     def values(self, score: str) -> list[float]:
         """Returns a score of every run, in the order of the seeds."""
@@ -96,8 +101,10 @@ def scores_table(groups: Sequence[Group]) -> str:
 
 def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
     """Returns the rows of the scores, notes on them, and the rows of the options that differ; each begins with a heading."""
-    base = groups[0]
+    base, tested = groups[0], [group.tested for group in groups]
     lines: list[Row] = [("", "seeds", "top-1", "top-5", "loss", "ECE", "best top-1", "minutes", f"top-1 - {base.name}")]
+    if any(tested):
+        lines[0] += ("test top-1", f"test - {base.name}")
     for group in groups:
         best = [float(run.metrics["best"]["val_top1"]) for run in group.runs.values()]
         minutes = [float(run.metrics["seconds"]) / 60 for run in group.runs.values()]
@@ -107,7 +114,12 @@ def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
                       spread(group.values("val_top5")), spread(group.values("val_loss"), 3),
                       spread(group.values("ece"), 3), spread(best), f"{mean(minutes):.1f}",
                       spread(gain, 2, "+") + unpaired))  # fmt: skip
+        if any(tested):
+            gain = difference(group, base, "test_top1") if group is not base and base.tested and group.tested else []
+            lines[-1] += (spread(group.values("test_top1")) if group.tested else "", spread(gain, 2, "+"))
     notes = ["at the last epoch, percent; ± half the 95 % interval over 3 or more seeds; the best epoch is chosen on val"]
+    if any(tested):
+        notes.append("test: scored once, at the end, with the best epoch's weights: the honest figure")
     notes += [f"{group.name}: {', '.join(_name(run) for _, run in sorted(group.runs.items()))}" for group in groups]
     options: list[Row] = [("", *(group.name for group in groups))]
     options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]
@@ -134,6 +146,8 @@ def run(args: Namespace) -> int:
         return 0
     for group in groups:
         scores = {name: group.values(name) for name in ("val_top1", "val_top5", "val_loss", "ece")}
+        if group.tested:
+            scores |= {name: group.values(name) for name in ("test_top1", "test_top5", "test_loss", "test_ece")}
         gain = difference(group, groups[0], "val_top1")
         print(
             json.dumps(

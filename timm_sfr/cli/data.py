@@ -6,34 +6,46 @@ import json
 import os
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from timm_sfr.cli.arguments import FOLDER
 from timm_sfr.cli.parser import given
 from timm_sfr.config import RunConfig
-from timm_sfr.data.datasets import Split, open_splits
-from timm_sfr.data.summary import duplicates, headers, unknown_ranges
+from timm_sfr.data.datasets import Split, open_splits, open_test
+from timm_sfr.data.summary import PAIRS, duplicates, headers, unknown_ranges
+from timm_sfr.data.tables import is_table
 from timm_sfr.utils.console import aligned, counted
 from timm_sfr.utils.errors import UserError
 
 
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
-    config = RunConfig.from_flat({**given(args, FOLDER), "data_dir": args.data_dir})
+    options = given(args, FOLDER)
+    if is_table(args.source):
+        options["dataset"] = args.source
+    elif "data_dir" in options:
+        raise UserError(f"data-dir: it is for the paths in csv/FILE; got the folder {args.source!r} too; leave the option out")
+    else:
+        options["data_dir"] = args.source
+    config = RunConfig.from_flat(options)
     train, val = open_splits(config.data, "RGB", config.engine.seed)
-    if train.scan is None or val.scan is None:
-        raise UserError(f"data: expected a folder of images; {args.data_dir!r} has its images in tars or shards")
-    found = describe(train, val)
+    test = open_test(config.data, "RGB", config.engine.seed, train.class_names)
+    splits = {"train": train, "val": val, **({} if test is None else {"test": test})}
+    if any(split.scan is None for split in splits.values()):
+        raise UserError(f"data: expected a folder of images; {args.source!r} has its images in tars or shards")
+    found = describe(splits)
     print(json.dumps(found) if args.json else table(found))
     return 0
 
 
-def describe(train: Split, val: Split) -> dict[str, Any]:
-    """Returns what lies in the folders of two splits, in JSON's types."""
+def describe(splits: Mapping[str, Split]) -> dict[str, Any]:
+    """Returns what lies in the folders of the splits train, val and perhaps test, in JSON's types."""
+    train = splits["train"]
     names = train.class_names or ()
-    found: dict[str, Any] = {"classes": {name: {} for name in names}, "chosen": train.chosen}
-    for split, part, scan in (("train", train, train.scan), ("val", val, val.scan)):
-        counts = Counter(target for _, target in part.dataset.reader.samples)
+    found: dict[str, Any] = {"splits": list(splits), "classes": {name: {} for name in names}, "chosen": train.chosen}
+    for split, part in splits.items():
+        scan, counts = part.scan, Counter(target for _, target in part.dataset.reader.samples)
         for index, name in enumerate(names):
             found["classes"][name][split] = counts[index]
         seen, unreadable = headers(scan)
@@ -43,25 +55,30 @@ def describe(train: Split, val: Split) -> dict[str, Any]:
         sides = sorted((size for _, _, size in seen), key=lambda size: size[0] * size[1])
         found[split] = {
             "images": len(scan.images), "passed_over": dict(scan.other.most_common()), "hidden": list(scan.hidden),
-            "loose": scan.loose, "left_out": scan.left_out, "empty": list(scan.empty), "sampled": dict(kinds),
-            "unreadable": [os.path.relpath(path, scan.root) for path in unreadable], "own_range": unknown_ranges(seen),
-            "smallest": list(sides[0]) if sides else None, "largest": list(sides[-1]) if sides else None,
+            "loose": scan.loose, "left_out": scan.left_out, "other_splits": dict(scan.other_splits), "empty": list(scan.empty),
+            "sampled": dict(kinds), "unreadable": [os.path.relpath(path, scan.root) for path in unreadable],
+            "own_range": unknown_ranges(seen), "smallest": list(sides[0]) if sides else None,
+            "largest": list(sides[-1]) if sides else None,
         }  # fmt: skip
-    root = os.path.commonpath([train.scan.root, val.scan.root])
-    pairs = duplicates(train.scan, val.scan)
-    found["duplicates"] = [[os.path.relpath(path, root) for path in pair] for pair in pairs]
+    root = os.path.commonpath([os.path.abspath(part.scan.root) for part in splits.values()])
+    found["duplicates"] = [
+        {split: os.path.relpath(path, root) for split, path in zip(pair, paths, strict=True)}
+        for pair in PAIRS if set(pair) <= splits.keys()
+        for paths in duplicates(splits[pair[1]].scan, splits[pair[0]].scan)
+    ]  # fmt: skip
     return found
 
 
 def table(found: dict[str, Any]) -> str:
     """Returns `describe`'s findings as text: a table of the classes, then what is worth a look in each split."""
-    rows = [("class", "train", "val")]
-    rows += [(name, str(counts["train"]), str(counts["val"])) for name, counts in found["classes"].items()]
-    rows.append(("all", str(found["train"]["images"]), str(found["val"]["images"])))
+    splits = found["splits"]
+    rows = [("class", *splits)]
+    rows += [(name, *(str(counts[split]) for split in splits)) for name, counts in found["classes"].items()]
+    rows.append(("all", *(str(found[split]["images"]) for split in splits)))
     lines = aligned(rows)
     if found["chosen"]:
         lines.append("val is taken from the training images by --seed and --val-share")
-    for split in ("train", "val"):
+    for split in splits:
         part = found[split]
         kinds = ", ".join(f"{count} {kind}" for kind, count in part["sampled"].items())
         small, large = ("x".join(map(str, part[name] or ())) for name in ("smallest", "largest"))
@@ -72,6 +89,7 @@ def table(found: dict[str, Any]) -> str:
             ("each image scaled by its own range (--image-range), mode", part["own_range"]),
             ("passed over", passed),
             ("hidden", part["hidden"]),
+            ("passed over, of other splits", [f"{count} of {name}" for name, count in part["other_splits"].items()]),
             ("folders without images", part["empty"]),
         ):
             if values:
@@ -80,5 +98,6 @@ def table(found: dict[str, Any]) -> str:
             lines.append(f"{split}: {counted(part['loose'], 'image')} outside of a class's folder")
         if part["left_out"]:
             lines.append(f"{split}: {counted(part['left_out'], 'image')} of classes that the class map leaves out")
-    lines += [f"in val and in train, which makes the scores too good: {val} = {train}" for val, train in found["duplicates"]]
+    for pair in found["duplicates"]:
+        lines.append(f"in {' and in '.join(pair)}, which makes the scores too good: {' = '.join(pair.values())}")
     return "\n".join(lines)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm_sfr.cli.arguments import READING
 from timm_sfr.cli.parser import fail, given
 from timm_sfr.config import DataConfig, RunConfig
-from timm_sfr.data.folders import is_hidden
+from timm_sfr.data.folders import TEXT, is_hidden
 from timm_sfr.data.images import image_endings, to_mode
 from timm_sfr.data.samples import image_reading
 from timm_sfr.data.transforms import check_mode, img_mode
 from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import recorded
+from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, near_paths
+from timm_sfr.utils.files import replace_atomically
 
 
 @dataclass(frozen=True)
@@ -113,19 +116,78 @@ def run(args: Namespace) -> int:
     if not getattr(model, "num_classes", 0):
         raise UserError(f"model: {args.model!r} has no classifier")
     config = RunConfig.from_flat({**recorded(args.model, READING), **given(args, READING)}).data
-    failed = 0
-    for found in predict(model, files, args.topk, args.batch_size, config):
-        failed += found.error is not None
-        if found.error is not None:
-            print(f"skipped: {found.file}: {found.error}", file=sys.stderr)
-        if args.json:
-            classes = [{"class": name, "probability": round(p, 6)} for name, p in found.classes]
-            print(json.dumps({"file": found.file, "classes": classes, "error": found.error}))
-        elif found.error is None:
-            print(found.file)
-            width = max(len(name) for name, _ in found.classes)
-            for name, p in found.classes:
-                print(f"  {name.ljust(width)}  {100 * p:6.2f} %")
+    found = _told(predict(model, files, args.topk, args.batch_size, config))
+    if args.csv is not None:
+        failed = write_csv(args.csv, found, class_names(model), min(args.topk, model.num_classes), args.json)
+        if not args.json:
+            print(f"{counted(len(files), 'image')} in {args.csv}")
+    else:
+        failed = sum(_show(one, args.json) for one in found)
     if failed:
         return fail(f"{failed} of {len(files)} images could not be read", 1)
     return 0
+
+
+def write_csv(
+    path: Path, predictions: Iterable[Prediction], names: Sequence[str] | None, topk: int, as_json: bool = False
+) -> int:
+    """Writes a row per image: file, label, class1, probability1, ... and the error of an image that could not be read.
+
+    The label is the name of the image's folder, if that is one of the classes `names`, else empty. The file is written whole
+    or not at all.
+
+    Args:
+        path: The file.
+        predictions: The predictions.
+        names: The model's classes; None if they have no names.
+        topk: Number of classes of each prediction.
+        as_json: Also print each prediction as JSON.
+
+    Returns:
+        The number of images that could not be read.
+
+    Raises:
+        UserError: if the file cannot be written.
+    """
+    known, failed = set(names or ()), 0
+
+    def write(fresh: Path) -> None:
+        nonlocal failed
+        with fresh.open("w", newline="", **TEXT) as file:
+            writer = csv.writer(file, lineterminator="\n")
+            pairs = [f"{what}{place}" for place in range(1, topk + 1) for what in ("class", "probability")]
+            writer.writerow(["file", "label", *pairs, "error"])
+            for one in predictions:
+                folder = Path(one.file).absolute().parent.name
+                cells = [cell for name, p in one.classes for cell in (name, f"{p:.6f}")] or [""] * 2 * topk
+                writer.writerow([one.file, folder if folder in known else "", *cells, one.error or ""])
+                failed += one.error is not None
+                if as_json:
+                    _show(one, True)
+
+    try:
+        replace_atomically(path, write)
+    except OSError as error:
+        raise UserError(f"csv: cannot write {str(path)!r}: {error.strerror or error}") from error
+    return failed
+
+
+def _told(predictions: Iterable[Prediction]) -> Iterator[Prediction]:
+    """Yields the predictions; says which images could not be read."""
+    for found in predictions:
+        if found.error is not None:
+            print(f"skipped: {found.file}: {found.error}", file=sys.stderr)
+        yield found
+
+
+def _show(found: Prediction, as_json: bool) -> bool:
+    """Prints a prediction; returns whether the image could not be read."""
+    if as_json:
+        classes = [{"class": name, "probability": round(p, 6)} for name, p in found.classes]
+        print(json.dumps({"file": found.file, "classes": classes, "error": found.error}))
+    elif found.error is None:
+        print(found.file)
+        width = max(len(name) for name, _ in found.classes)
+        for name, p in found.classes:
+            print(f"  {name.ljust(width)}  {100 * p:6.2f} %")
+    return found.error is not None

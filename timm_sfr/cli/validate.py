@@ -21,7 +21,7 @@ from timm_sfr.data.transforms import check_mode, preprocessing
 from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import hardware, recorded
 from timm_sfr.training.devices import make_accelerator
-from timm_sfr.training.evaluate import evaluate
+from timm_sfr.training.evaluate import evaluate, evaluate_views
 from timm_sfr.training.progress import watched
 from timm_sfr.utils.console import console_output
 from timm_sfr.utils.errors import UserError, near_paths
@@ -29,9 +29,9 @@ from timm_sfr.utils.errors import UserError, near_paths
 
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
-    own, chosen = recorded(args.model, (*SCORED, *INPUT)), given(args, (*SCORED, *INPUT, *MACHINE))
+    own, chosen = recorded(args.model, (*SCORED, *INPUT)), given(args, (*SCORED, *INPUT, *MACHINE, "tta"))
     listed: Path | None = Path(args.model) / SPLIT_FILE
-    if chosen.keys() & {"data_dir", "dataset"}:  # other data than the run's, or the same in another place
+    if chosen.keys() & {"data_dir", "dataset", "val_split"}:  # other data than the run's, or the same in another place
         own.pop("val_share", None)
         listed = listed if lists_all(listed, Path(chosen.get("data_dir", ""))) else None
     options = {**own, **chosen}
@@ -60,7 +60,8 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
 
     Returns:
         ``images``, ``top1`` and ``top5`` (percent), ``loss`` (mean cross-entropy), ``ece``, ``images_per_second``,
-        ``img_size``, ``hardware``, and ``main``, whether this is the process that prints.
+        ``img_size``, ``hardware``, and ``main``, whether this is the process that prints. With test-time augmentation also
+        ``tta``: its ``views``, ``top1``, ``top5``, ``loss`` and ``ece``.
 
     Raises:
         UserError: if the split cannot be opened, or its classes do not match the model's.
@@ -68,15 +69,24 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
     accelerator = make_accelerator(config)
     prep = preprocessing(config.model, model)
     check_mode(config.data.input_img_mode or prep.img_mode, prep.input_size[0])
+    if config.engine.tta >= 5 and prep.crop_pct >= 1 and accelerator.is_main_process:
+        print(f"warning: tta: with --crop-pct {prep.crop_pct:g} all crops of a square image are the same; --crop-pct 0.875 "
+              "leaves them room", file=sys.stderr)  # fmt: skip
     mode, own = config.data.input_img_mode or prep.img_mode, model.pretrained_cfg.get("label_names")
     split = open_validation(config.data, mode, config.engine.seed, own, listed)
     _check_classes(model, split.class_names)
-    loader = eval_loader(split, config.data, prep)
+    views = max(1, config.engine.tta)
+    loader = eval_loader(split, config.data, prep, views)
     if not split.streamed:
         loader = accelerator.prepare(loader)
     model = model.to(accelerator.device)
     started = time.perf_counter()
-    scores: dict[str, Any] = evaluate(model, loader, prep, accelerator, watch=watched)
+    scores: dict[str, Any]
+    if views == 1:
+        scores = evaluate(model, loader, prep, accelerator, watch=watched)
+    else:
+        scores, augmented = evaluate_views(model, loader, prep, accelerator, watched)
+        scores["tta"] = {"views": views, **{name: augmented[name] for name in ("top1", "top5", "loss", "ece")}}
     scores["images_per_second"] = scores["images"] / (time.perf_counter() - started)
     main = accelerator.is_main_process
     machine = hardware(accelerator.device, accelerator.num_processes)
@@ -103,10 +113,21 @@ def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
 def _table(model: str, scores: dict[str, Any], top5: bool) -> str:
     shown = {
         "images": f"{scores['images']} at {scores['img_size']} pixels",
+        **_shown(scores, top5),
+        "images/s": f"{scores['images_per_second']:.0f} on {scores['hardware']}",
+    }
+    lines = [model, *(f"  {name:<13}{value}" for name, value in shown.items())]
+    if "tta" in scores:
+        lines.append(f"  with test-time augmentation, the mean of the logits of {scores['tta']['views']} views:")
+        lines += [f"  {name:<13}{value}" for name, value in _shown(scores["tta"], top5).items()]
+    return "\n".join(lines)
+
+
+def _shown(scores: dict[str, Any], top5: bool) -> dict[str, str]:
+    """Returns the scores as text, by their names."""
+    return {
         "top-1": f"{scores['top1']:.3f} %",
         **({"top-5": f"{scores['top5']:.3f} %"} if top5 else {}),
         "loss (NLL)": f"{scores['loss']:.5f}",
         "ECE, 15 bins": f"{scores['ece']:.4f}",
-        "images/s": f"{scores['images_per_second']:.0f} on {scores['hardware']}",
     }
-    return "\n".join([model, *(f"  {name:<13}{value}" for name, value in shown.items())])

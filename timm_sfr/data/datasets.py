@@ -29,6 +29,7 @@ from timm_sfr.data.folders import (
     split_names,
 )
 from timm_sfr.data.images import image_endings
+from timm_sfr.data.tables import KNOWN_SPLITS, Table, find_table, is_table, read_table
 from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, first_line, near_matches, near_paths
 
@@ -75,6 +76,19 @@ class Digits(Dataset):
         return Image.fromarray(self.pixels[index]).convert(self.mode), int(self.labels[index])
 
 
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a dataset whose images are listed before they are opened.
+
+    Attributes:
+        scans: The images of each part: train, val or test.
+        chosen: Whether the validation images were chosen, because the dataset has no validation split.
+    """
+
+    scans: dict[str, FolderScan]
+    chosen: bool = True
+
+
 def open_splits(config: DataConfig, img_mode: str, seed: int, listed: Path | None = None) -> tuple[Split, Split]:
     """Opens the training and the validation split; both number the classes as the training split does.
 
@@ -87,50 +101,60 @@ def open_splits(config: DataConfig, img_mode: str, seed: int, listed: Path | Non
     Raises:
         UserError: if a split cannot be opened, or the validation split has classes that the training split lacks.
     """
-    scans = _scans(config, seed, listed)
-    train = open_split(config, True, img_mode, seed, scans=scans)
-    return train, open_split(config, False, img_mode, seed, train.class_names, scans=scans)
+    parts = _parts(config, seed, listed)
+    train = open_split(config, "train", img_mode, seed, parts=parts)
+    return train, open_split(config, "val", img_mode, seed, train.class_names, parts=parts)
+
+
+def open_test(config: DataConfig, img_mode: str, seed: int, classes: tuple[str, ...] | None) -> Split | None:
+    """Opens the test split, with the numbers of the training split's `classes`; None if the options name none.
+
+    Raises:
+        UserError: if it cannot be opened, or has classes that the training split lacks.
+    """
+    return None if config.test_split is None else open_split(config, "test", img_mode, seed, classes)
 
 
 def open_split(
     config: DataConfig,
-    training: bool,
+    part: str,
     img_mode: str,
     seed: int,
     classes: tuple[str, ...] | None = None,
     listed: Path | None = None,
-    scans: tuple[FolderScan, FolderScan] | None = None,
+    parts: Parts | None = None,
 ) -> Split:
-    """Opens the training or the validation split of the dataset in `config`.
+    """Opens a part of the dataset in `config`.
 
     Args:
         config: The data options.
-        training: Which of the two.
+        part: Which part: train, val or test.
         img_mode: The Pillow mode of the images.
         seed: Chooses the validation images of a folder without splits.
         classes: The classes in the order of their indices, of which the split may lack some; None: its own.
         listed: The file in which a run has listed the images of a folder without splits.
-        scans: The parts of such a folder, if they are already known.
+        parts: The images of the parts, if they are already known.
 
     Raises:
         UserError: if the split is missing or empty, timm cannot open it, or it has a class that is not among `classes`.
     """
     if config.dataset == "digits":
-        return Split(Digits(training, img_mode), tuple("0123456789"))
+        if part == "test":
+            raise UserError("test-split: the digits have no test split; leave the option out, or give --data-dir or --dataset")
+        return Split(Digits(part == "train", img_mode), tuple("0123456789"))
     add_img_extensions([ending for ending in image_endings() if ending not in (".png", ".jpg", ".jpeg")])
-    split = config.train_split if training else config.val_split
     name = config.dataset or ""
     if "/" not in name and (config.data_dir is None) and name not in ("", "folder"):
-        kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME or wds/, or 'digits'"
+        kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/ or csv/FILE, or 'digits'"
         raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
+    parts = parts or _parts(config, seed, listed, part)
+    if parts is not None and part in parts.scans:
+        return _from_scan(config, parts.scans[part], part, classes, parts.chosen)
     if "/" not in name:
-        scans = scans or _scans(config, seed, listed, training)
-        if scans is not None:
-            return _from_scan(config, scans[0 if training else 1], training, classes, chosen=True)
-        root = _split_root(config, split)
+        root = _split_root(config, part)
         if root.is_dir():
-            return _from_scan(config, scan_folder(root, _endings(config)), training, classes)
-    return _from_timm(config, training, img_mode, seed, classes)
+            return _from_scan(config, scan_folder(root, _endings(config)), part, classes)
+    return _from_timm(config, part, img_mode, seed, classes)
 
 
 def open_validation(
@@ -148,21 +172,20 @@ def open_validation(
     Raises:
         UserError: as in `open_split`.
     """
-    split = open_split(config, False, img_mode, seed, listed=listed)
+    split = open_split(config, "val", img_mode, seed, listed=listed)
     if names and split.class_names and set(split.class_names) < set(names):
-        split = open_split(config, False, img_mode, seed, tuple(names), listed)
+        split = open_split(config, "val", img_mode, seed, tuple(names), listed)
     return split
 
 
 def _from_scan(
-    config: DataConfig, scan: FolderScan, training: bool, classes: tuple[str, ...] | None, chosen: bool = False
+    config: DataConfig, scan: FolderScan, part: str, classes: tuple[str, ...] | None, chosen: bool = False
 ) -> Split:
     """Returns the split that a folder's images make."""
-    split = "train" if training else "val"
     if config.class_map is not None:
         class_to_idx = _class_map(config.class_map, scan.root)
         # Only the training split has to have images of every class in the map.
-        needed = class_to_idx if training else {name: 0 for name in scan.classes if name in class_to_idx}
+        needed = class_to_idx if part == "train" else {name: 0 for name in scan.classes if name in class_to_idx}
         scan = map_classes(scan, needed, config.class_map)
     elif classes is not None:
         class_to_idx = {name: index for index, name in enumerate(classes)}
@@ -172,24 +195,23 @@ def _from_scan(
         over = scan.passed_over()
         raise UserError(f"data: found no images in folders of classes in {str(scan.root)!r}{f'; found {over}' if over else ''}; "
                         f"expected {LAYOUT}")  # fmt: skip
-    _check_known(scan.classes, class_to_idx, split)
+    _check_known(scan.classes, class_to_idx, part)
     dataset = ImageDataset(str(scan.root), reader=FolderReader(scan.root, scan.images, class_to_idx))
     return Split(dataset, _names(class_to_idx), scan, chosen)
 
 
 def _from_timm(
-    config: DataConfig, training: bool, img_mode: str, seed: int, classes: tuple[str, ...] | None
+    config: DataConfig, part: str, img_mode: str, seed: int, classes: tuple[str, ...] | None
 ) -> Split:
     """Returns the split as timm opens it: a tar, torch/, hfds/, wds/, ...
 
     Raises:
         UserError: if timm cannot open it, or its classes are not `classes`; those of a tar may be fewer.
     """
-    split = config.train_split if training else config.val_split
+    split, samples = config.split(part), config.num_samples(part)
     name = config.dataset if config.dataset and "/" in config.dataset else ""
-    samples = config.train_num_samples if training else config.val_num_samples
     if name.startswith("wds/") and samples is None:
-        _check_shards(config.data_dir, "train" if training else "val")
+        _check_shards(config.data_dir, part)
     kind = name.split("/")[0]
     try:
         dataset = create_dataset(
@@ -197,7 +219,7 @@ def _from_timm(
             root=config.data_dir,
             split=split,
             class_map=config.class_map,
-            is_training=training,
+            is_training=part == "train",
             download=config.dataset_download,
             batch_size=config.batch_size or DEFAULT_BATCH,
             num_samples=samples,
@@ -220,23 +242,23 @@ def _from_timm(
     if names is None or classes is None or names == classes:
         return Split(dataset, names)
     numbers = {one: index for index, one in enumerate(classes)}
-    _check_known(names, numbers, "train" if training else "val")
+    _check_known(names, numbers, part)
     if name or not hasattr(reader, "targets"):
-        raise UserError(f"data: val has {counted(len(names), 'class')} and train has {len(classes)}, expected the same ones in "
-                        "the same order; give --class-map")  # fmt: skip
+        raise UserError(f"data: {part} has {counted(len(names), 'class')} and train has {len(classes)}, expected the same ones "
+                        "in the same order; give --class-map")  # fmt: skip
     reader.targets = [numbers[names[target]] for target in reader.targets]  # a tar that lacks some of the classes
     return Split(dataset, classes)
 
 
-def _scans(
-    config: DataConfig, seed: int, listed: Path | None, training: bool = True
-) -> tuple[FolderScan, FolderScan] | None:
+def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "train") -> Parts | None:
     """Returns the two parts of a folder that has no validation split; None if it has one, or is no folder of classes.
 
     Raises:
         UserError: if a share is given and there is a validation split, or too little to split; or if files of the list
-            `listed` are gone (without `training`, only those to validate on are needed).
+            `listed` are gone (to open another part than train, only those to validate on are needed).
     """
+    if is_table(config.dataset):
+        return _table_parts(config, seed, listed, part)
     if "/" in (config.dataset or "") or config.data_dir is None or not Path(config.data_dir).is_dir():
         return None
     root = Path(config.data_dir)
@@ -257,37 +279,84 @@ def _scans(
         raise UserError(f"data: expected two classes or more in {str(root)!r}; got {scan.classes[0]!r} alone; expected {LAYOUT}")
     if train is None and (not scan.images or misnamed):
         return None
+    return _chosen_parts(config, scan, seed, listed, part)
+
+
+def _chosen_parts(config: DataConfig, scan: FolderScan, seed: int, listed: Path | None, part: str) -> Parts:
+    """Returns the parts to train and to validate on of images without a validation split, as `_parts`."""
     if listed is not None and listed.is_file():
-        return read_split(listed, scan, ("train", "val") if training else ("val",))
+        both = read_split(listed, scan, ("train", "val") if part == "train" else ("val",))
+        return Parts(dict(zip(("train", "val"), both, strict=True)))
     if config.class_map is not None:
         scan = map_classes(scan, _class_map(config.class_map, scan.root), config.class_map)
-    parts = choose_split(scan, VAL_SHARE if config.val_share is None else config.val_share, seed)
-    if not parts[1].images:
+    both = choose_split(scan, VAL_SHARE if config.val_share is None else config.val_share, seed)
+    if not both[1].images:
         raise UserError(f"data: every class in {str(scan.root)!r} has a single image, so none is left to validate on; add "
                         "images, or make train/ and val/ of your own")  # fmt: skip
-    return parts
+    return Parts(dict(zip(("train", "val"), both, strict=True)))
 
 
-def _split_root(config: DataConfig, split: str) -> Path:
+def _table_parts(config: DataConfig, seed: int, listed: Path | None, part: str) -> Parts:
+    """Returns the parts of a table: by its column ``split``, or with a chosen validation part, as `_parts`.
+
+    Raises:
+        UserError: if the table cannot be read, a part that is needed has no rows, or some of its image files are missing.
+    """
+    table = read_table(find_table(config.dataset or "", config.data_dir), config.data_dir, config.input_key, config.target_key)
+    defaults, whole = DataConfig(), table.splits is None
+    names = {name: split_names(config.split(name)) for name in ("train", "val", "test") if config.split(name)}
+    used = {name for group in names.values() for name in group}
+    table.check_splits(used | KNOWN_SPLITS)
+    has_val = not set(table.splits or ()).isdisjoint(names["val"])
+    if has_val and config.val_share is not None:
+        raise UserError(f"val-share: {str(table.file)!r} has rows of a validation split; leave the option out")
+    chosen = not has_val and (config.val_share is not None or (whole and config.val_split == defaults.val_split))
+    scans = {name: table.scan(group) for name, group in names.items()}
+    scans["train"] = table.scan(None if whole and config.train_split == defaults.train_split else names["train"], used)
+    needed = ("train", "val") if part == "train" else (part,)
+    for name in needed:
+        if not scans["train" if chosen and name == "val" else name].images:
+            raise _no_rows(table, config, name)
+    if chosen and part != "test":
+        scans |= _chosen_parts(config, scans["train"], seed, listed, part).scans
+    table.check_files(scans[name] for name in needed)
+    return Parts(scans, chosen)
+
+
+def _no_rows(table: Table, config: DataConfig, part: str) -> UserError:
+    """Returns the error for a part of which a table has no rows."""
+    names = ", ".join(sorted(split_names(config.split(part))))
+    here = "no column 'split'" if table.splits is None else f"rows of {', '.join(table.splits)}"
+    share = "; --val-share 0.1 takes a part of the training images" if part == "val" else ""
+    return UserError(f"{part}-split: expected rows of split {config.split(part)!r} (any of {names}) in {str(table.file)!r}; "
+                     f"it has {here}{share}")  # fmt: skip
+
+
+def _split_root(config: DataConfig, part: str) -> Path:
     """Returns the folder or file of a split; timm would fall back to the whole folder.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or the test split is one of the others.
     """
+    split, option = config.split(part), "test-split" if part == "test" else "data-dir"
     root = Path(config.data_dir or "")
     if config.data_dir is None or not root.exists():
         hint = "" if config.data_dir is None else near_paths(root)
         raise UserError(f"data-dir: no such file or directory: {config.data_dir!r}{hint}; expected {LAYOUT}")
     if root.is_file():
         raise UserError(f"data-dir: {config.data_dir!r} is a file; give the folder and name its splits with --train-split and "
-                        "--val-split (for example train.tar)")  # fmt: skip
+                        "--val-split (for example train.tar); a table of image paths is --dataset csv/FILE")  # fmt: skip
     found = find_split(root, split)
     if found is None:
         names = sorted(split_names(split))
         here = ", ".join(sorted(entry.name for entry in root.iterdir())[:6]) or "nothing"
-        share = "" if find_split(root, config.train_split) is None else "; --val-share 0.1 takes a part of the training split"
-        raise UserError(f"data-dir: {config.data_dir!r} has no {split!r} part (any of {', '.join(names)}); found {here}; "
+        trains = part == "val" and find_split(root, config.train_split) is not None
+        share = "; --val-share 0.1 takes a part of the training split" if trains else ""
+        raise UserError(f"{option}: {config.data_dir!r} has no {split!r} part (any of {', '.join(names)}); found {here}; "
                         f"expected {LAYOUT}{share}")  # fmt: skip
+    for other in ("train", "val") if part == "test" else ():
+        if found == find_split(root, config.split(other)):
+            raise UserError(f"test-split: {str(found)!r} is the {other} split too; expected images that are only tested on")
     return found
 
 
@@ -297,8 +366,8 @@ def _check_known(names: tuple[str, ...], class_to_idx: dict[str, int], split: st
     if unknown:
         hint = near_matches(unknown[0], [name for name in class_to_idx if name not in names] or class_to_idx)
         raise UserError(
-            f"data: {split} has {counted(len(unknown), 'class')} that training does not have: {unknown[:3]}{hint}; rename the "
-            "folders, or give --class-map"
+            f"data: {split} has {counted(len(unknown), 'class')} that training does not have: {unknown[:3]}{hint}; rename "
+            "them, or give --class-map"
         )
 
 

@@ -43,6 +43,7 @@ class FolderScan:
         empty: Folders without an image in them or below.
         left_out: Number of images of classes that a class map does not name.
         unlisted: Number of images that a run's list of files does not name.
+        other_splits: Number of images in a table's rows of splits that are not in use, by split.
     """
 
     root: Path
@@ -53,6 +54,7 @@ class FolderScan:
     empty: tuple[str, ...] = ()
     left_out: int = 0
     unlisted: int = 0
+    other_splits: Counter[str] = field(default_factory=Counter)
 
     @property
     def counts(self) -> Counter[str]:
@@ -75,6 +77,7 @@ class FolderScan:
             parts.append(f"{counted(self.left_out, 'image')} of classes that the class map leaves out")
         if self.unlisted:
             parts.append(f"{self.unlisted} that are not in the run's {SPLIT_FILE}")
+        parts += [f"{counted(count, 'image')} of split {name!r}" for name, count in self.other_splits.most_common()]
         return ", ".join(parts)
 
 
@@ -204,7 +207,7 @@ def read_split(
         raise UserError(f"data: {len(gone)} of the {len(rows)} files in {str(path)!r} are gone from {str(scan.root)!r}, such as "
                         f"{gone[0]!r}; put them back, or start a new run")  # fmt: skip
     train, val = ([here[file] for split, file in rows if split == part and file in here] for part in ("train", "val"))
-    unlisted = len(here) - len(train) - len(val)
+    unlisted = max(0, len(here) - len(train) - len(val))  # a table may name an image twice
     return dataclasses.replace(scan, images=train, unlisted=unlisted), FolderScan(scan.root, val)
 
 
@@ -228,8 +231,8 @@ def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> 
         unnamed = [name for name in scan.classes if name not in class_map]
         hint = "".join(near_matches(str(name), unnamed or scan.classes) for name in without[:1])
         nothing, other = (some([repr(name) for name in names]) for names in (without, unnamed))
-        raise UserError(f"class-map: expected a folder with images in {str(scan.root)!r} for every name in {source}; got none "
-                        f"for {nothing}{hint}; folders that the map does not name: {other}")  # fmt: skip
+        raise UserError(f"class-map: expected images in {str(scan.root)!r} for every name in {source}; got none for "
+                        f"{nothing}{hint}; classes that the map does not name: {other}")  # fmt: skip
     images = [image for image in scan.images if image[1] in class_map]
     return dataclasses.replace(scan, images=images, left_out=scan.left_out + len(scan.images) - len(images))
 

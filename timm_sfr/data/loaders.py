@@ -154,10 +154,13 @@ class TrainBatches:
         return [file_name(self.split.dataset, key % self.sampler.count) for key in keys]
 
 
-def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:
-    """Returns a loader of validation batches, in order: uint8 images (B, C, H, W) and class indices (B,)."""
+def eval_loader(split: Split, config: DataConfig, prep: Preprocessing, views: int = 1) -> DataLoader:
+    """Returns a loader of validation batches, in order: uint8 images (B, C, H, W) and class indices (B,).
+
+    With several `views` of each image (2, 5 or 10, see `TestViews`) images are (B, V, C, H, W).
+    """
     batch = config.validation_batch_size or config.batch_size or DEFAULT_BATCH
-    transform = prep.eval_transform()
+    transform = prep.eval_transform(views)
     if split.streamed:
         return DataLoader(_prepare_stream(split.dataset, transform, config, prep.img_mode), batch, **_options(config))
     dataset = make_samples(split, transform, config, prep.img_mode, None)

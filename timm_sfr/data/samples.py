@@ -167,7 +167,7 @@ class Samples(Dataset):
 
     Args:
         images: A map-style dataset of (image, class index).
-        transform: Maps an image to uint8, or to a tuple of views (`Views`); None if the images are already transformed.
+        transform: Maps an image to uint8, or to a tuple of views (`AugSplits`); None if the images are already transformed.
         seed: None if the transform draws no random numbers.
         batch_transform: The batch version of `transform`, if there is one; `images` are then `Cached`.
     """

@@ -19,17 +19,19 @@ from timm_sfr.utils.console import counted, some
 
 SAMPLE = 64  # images whose headers are read, spread over a split
 Header = tuple[str, str, tuple[int, int]]  # format, mode, (width, height)
+PAIRS = (("val", "train"), ("test", "train"), ("test", "val"))  # splits that must not share images
 CHEAP = 20_000  # images of both splits, up to which a run looks for duplicates before it trains
 
 
-def lines(train: Split, val: Split) -> list[str]:
+def lines(train: Split, val: Split, test: Split | None = None) -> list[str]:
     """Returns what a run says of its folders before it trains; an empty list for other datasets."""
     if train.scan is None or val.scan is None:
         return []
-    found = [f"data: train has {per_class(train.scan)}; val has {per_class(val.scan)}"]
+    scans = {"train": train.scan, "val": val.scan, **({"test": test.scan} if test and test.scan else {})}
+    found = [f"data: {'; '.join(f'{name} has {per_class(scan)}' for name, scan in scans.items())}"]
     if train.chosen:
-        found[0] += ", taken from the training images by --seed"
-    for name, scan in (("train", train.scan), ("val", val.scan)):
+        found[0] += ("; val is" if len(scans) > 2 else ",") + " taken from the training images by --seed"
+    for name, scan in scans.items():
         if scan.passed_over():
             found.append(f"data: {name} passes over {scan.passed_over()}")
         if scan.empty:
@@ -41,18 +43,21 @@ def lines(train: Split, val: Split) -> list[str]:
     lacking = missing_in_val(train, val)
     if lacking:
         found.append(f"data: val has no images of {counted(len(lacking), 'class')}: {some(lacking)}")
-    if len(train.scan.images) + len(val.scan.images) <= CHEAP:
-        twice = duplicates(train.scan, val.scan)
+    for name, other in PAIRS:
+        if not {name, other} <= scans.keys() or len(scans[name].images) + len(scans[other].images) > CHEAP:
+            continue
+        twice = duplicates(scans[other], scans[name])
         if twice:
             pair = " = ".join(os.path.relpath(path, os.path.commonpath(twice[0])) for path in twice[0])
-            found.append(f"data: warning: {counted(len(twice), 'image')} of val also in train, such as {pair}: they make the "
-                         "scores too good")  # fmt: skip
+            found.append(f"data: warning: {counted(len(twice), 'image')} of {name} also in {other}, such as {pair}: they make "
+                         "the scores too good")  # fmt: skip
     return found
 
 
-def facts(train: Split, val: Split) -> dict[str, Any]:
+def facts(train: Split, val: Split, test: Split | None = None) -> dict[str, Any]:
     """Returns the numbers of images, and what was passed over, for metrics.json; empty for other datasets."""
-    scans = {name: split.scan for name, split in (("train", train), ("val", val)) if split.scan is not None}
+    splits = {"train": train, "val": val, "test": test}
+    scans = {name: split.scan for name, split in splits.items() if split is not None and split.scan is not None}
     return {name: {"images": len(scan.images), "passed_over": scan.passed_over()} for name, scan in scans.items()}
 
 

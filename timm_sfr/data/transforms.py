@@ -10,6 +10,7 @@ import torch
 from PIL import ImageMode
 from timm.data import Mixup, create_transform, resolve_input_data_config
 from torch import Tensor, nn
+from torchvision.transforms import CenterCrop, Compose, FiveCrop, TenCrop
 
 from timm_sfr.config import AugConfig, ModelConfig
 from timm_sfr.utils.errors import UserError
@@ -38,33 +39,34 @@ class Preprocessing:
         )
         return (images.float() - mean) / std
 
-    def eval_transform(self) -> Callable:
-        """Returns timm's validation transform, which outputs uint8.
+    def eval_transform(self, views: int = 1) -> Callable:
+        """Returns timm's validation transform, which outputs uint8: an image (C, H, W), or `views` of it (V, C, H, W).
 
         Raises:
-            UserError: if timm cannot make the transform.
+            UserError: if timm cannot make the transform, or it does not fit `TestViews`.
         """
         try:
-            return create_transform(
+            made = create_transform(
                 self.input_size,
                 interpolation=self.interpolation,
                 crop_pct=self.crop_pct,
                 crop_mode=self.crop_mode,
                 use_prefetcher=True,
             )
+            return made if views == 1 else TestViews(made, views)
         except (AssertionError, ValueError, KeyError, ZeroDivisionError) as error:
             raise UserError(f"interpolation and crop-pct: timm cannot make the validation transform of {self.interpolation!r} "
                             f"and {self.crop_pct}: {error!r}; give an interpolation such as bicubic") from error  # fmt: skip
 
     def train_transform(self, aug: AugConfig) -> Callable:
-        """Returns timm's training transform, which outputs uint8; with ``aug_splits``, it outputs `Views`.
+        """Returns timm's training transform, which outputs uint8; with ``aug_splits``, it outputs `AugSplits`.
 
         Raises:
             UserError: if timm cannot make the transform; most often it does not know the augmentation policy.
         """
         try:
             made = self._train_transform(aug)
-            return Views(*made, aug.aug_splits) if aug.aug_splits else made
+            return AugSplits(*made, aug.aug_splits) if aug.aug_splits else made
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise UserError(f"aa: timm cannot make the training transform: {error}; give a policy such as "
                             "rand-m9-mstd0.5-inc1, original or augmix-m5") from error  # fmt: skip
@@ -90,7 +92,7 @@ class Preprocessing:
         )
 
 
-class Views:
+class AugSplits:
     """Turns an image into a tuple of views, as timm's ``AugMixDataset`` does.
 
     The first view is cropped and flipped; the others have the same crop and are also augmented, each anew.
@@ -109,6 +111,43 @@ class Views:
         """Returns `count` uint8 tensors (C, H, W) of a PIL image."""
         clean = self.crop(image)
         return tuple(self.finish(self.augment(clean) if view else clean) for view in range(self.count))
+
+
+class TestViews:
+    """timm's validation transform with several views of an image, stacked: uint8 (V, C, H, W).
+
+    Two views are the image and its mirror image. Five or ten are the crops of torchvision's `FiveCrop` or `TenCrop` in place of
+    the centre crop. `plain_view` says which of them timm's transform makes.
+
+    Args:
+        transform: timm's transform: resizing, cropping, conversion to a tensor.
+        views: 2, 5 or 10.
+
+    Raises:
+        UserError: for crops of an image that timm does not crop at its centre.
+    """
+
+    def __init__(self, transform: Compose, views: int) -> None:
+        self.transform, self.crops = transform, None
+        if views >= 5:
+            *self.resize, crop, self.convert = transform.transforms
+            if not isinstance(crop, CenterCrop):
+                raise UserError(f"tta: {views} views are crops, and this model's images are not cropped; --tta 2 mirrors them")
+            self.crops = {5: FiveCrop, 10: TenCrop}[views](crop.size)
+
+    def __call__(self, image: Any) -> Tensor:
+        """Returns the views of a PIL image."""
+        if self.crops is None:
+            plain = self.transform(image)
+            return torch.stack([plain, plain.flip(-1)])
+        for step in self.resize:
+            image = step(image)
+        return torch.stack([self.convert(crop) for crop in self.crops(image)])
+
+
+def plain_view(views: int) -> int:
+    """Returns which of the `TestViews` timm's transform makes: the centre crop is the fifth of torchvision's five."""
+    return 4 if views >= 5 else 0
 
 
 def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:

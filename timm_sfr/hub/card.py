@@ -83,6 +83,8 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         name=name,
         config=_strict(config),
         metrics=metrics,
+        test=metrics.get("test"),
+        early=metrics.get("stopped_early"),
         options=options,
         teacher=metrics.get("teacher"),
         source=facts.source,
@@ -103,7 +105,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
 
 def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
     """Returns the card's metadata, with the scores as the Hub reads them: in percent, with the split they were measured on."""
-    best, options = facts.metrics.get("best"), facts.options
+    best, test, options = facts.metrics.get("best"), facts.metrics.get("test"), facts.options
     licence = config["pretrained_cfg"].get("license")
     named, results = licence in NOT_THE_HUBS, None
     if best:
@@ -111,10 +113,11 @@ def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
             "task_type": "image-classification",
             "dataset_type": dataset_id(options) or dataset_name(options),
             "dataset_name": dataset_name(options),
-            "dataset_split": _split(options),
+            "dataset_split": test["split"] if test else _split(options),
         }
         results = [
-            EvalResult(metric_type="accuracy", metric_name=f"Top {k} Accuracy", metric_value=round(best[f"val_top{k}"], 4),
+            EvalResult(metric_type="accuracy", metric_name=f"Top {k} Accuracy",
+                       metric_value=round(test[f"top{k}"] if test else best[f"val_top{k}"], 4),
                        **shared)
             for k in (1, 5)
         ]  # fmt: skip

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_sfr.config import HubConfig, check_branch, check_repo_id
+from timm_sfr.config import DataConfig, HubConfig, check_branch, check_repo_id
 from timm_sfr.hub.card import Facts, card_head, imports, render
 from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS
@@ -175,6 +175,8 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     for name in ("data_dir", "class_weights"):
         if options.get(name):
             options[name] = PurePath(options[name]).name  # local paths stay private
+    if options.get("dataset"):
+        options["dataset"] = DataConfig(dataset=options["dataset"]).public_name()
     with _reading(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
         weights.keys()
     with _reading(run, CONFIG):
@@ -192,7 +194,7 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         pictures = {name: run / name for name in CARD_PICTURES if (run / name).is_file()}
         card = render(config, Facts(metrics, options, rows, source, tuple(pictures)))
     done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
-    if done < asked:
+    if done < asked and not metrics.get("stopped_early"):
         raise UserError(
             f"run: {str(run)!r} stopped after {done} of {asked} epochs; finish it with --resume {run}, then publish it"
         )

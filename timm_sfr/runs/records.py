@@ -199,8 +199,15 @@ class Run:
         """The run's seed."""
         return int(self.options.get("seed", 0))
 
+    @property
+    def test(self) -> dict[str, Any] | None:
+        """The scores on the test split; None if it was not scored."""
+        return self.metrics.get("test")
+
     def score(self, name: str) -> float:
-        """Returns a score of the last epoch."""
+        """Returns a score of the last epoch, or one that begins with ``test_``."""
+        if name.startswith("test_"):
+            return float(self.metrics["test"][name.removeprefix("test_")])
         return float(self.metrics["last"][name])
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
@@ -243,6 +250,8 @@ def _check(run: Run) -> None:
             float(run.metrics[when][name])
     for name in ("epochs", "parameters", "seconds", "seed"):
         float(run.metrics[name])
+    for name in ("epoch", "images", "top1", "top5", "loss", "ece") if run.test is not None else ():
+        float(run.test[name])
     for name in ("model", "dataset", "hardware", "mixed_precision", "eval_metric"):
         str(run.metrics[name])
     run.metrics["versions"].items()

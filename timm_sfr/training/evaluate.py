@@ -1,11 +1,11 @@
 """Validation: exact sums over the images, each counted once, and the scores computed from them.
 
-Shape suffixes: B batch, K classes.
+Shape suffixes: B batch, V views of an image, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.data.transforms import Preprocessing, plain_view
 from timm_sfr.runs.predictions import ECE_BINS, Predictions
 
 
@@ -43,6 +43,12 @@ class Scores:
         rows = torch.stack([torch.ones_like(confidence), confidence, hits[:, 0].float()])
         self.bins.index_add_(1, bins, rows.to(self.bins.dtype))
         return order[:, 0], confidence
+
+    def shared(self, accelerator: Any, loader: DataLoader) -> Scores:
+        """Adds up the sums of all processes, if each has read its own part of a stream; returns itself."""
+        if _streamed(loader):
+            self.sums, self.bins = accelerator.reduce((self.sums, self.bins), reduction="sum")
+        return self
 
     def result(self) -> dict[str, float]:
         """Returns ``images``, ``loss``, ``top1`` and ``top5`` (percent), ``ece``, and ``nonfinite``: images with such logits.
@@ -84,18 +90,51 @@ def evaluate(
         seen: Collects the prediction for every image; for a stream, only for the images of this process.
         watch: Wraps the loader, to count its batches.
     """
-    streamed = isinstance(loader.dataset, torch.utils.data.IterableDataset)
     scores = Scores(accelerator.device)
+    for logits, target in _outputs(model, loader, prep, accelerator, watch):
+        prediction, confidence = scores.add(logits[:, 0], target)
+        if seen is not None:
+            seen.add(target, prediction, confidence)
+    return scores.shared(accelerator, loader).result()
+
+
+@torch.inference_mode()
+def evaluate_views(
+    model: nn.Module,
+    loader: DataLoader,
+    prep: Preprocessing,
+    accelerator: Any,
+    watch: Callable[[Iterable], Iterable] = iter,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the scores on the plain view of every image, and those of test-time augmentation.
+
+    The logits of test-time augmentation are the mean of those of all views, as in timm. The arguments are those of
+    `evaluate`; the loader's images are (B, V, C, H, W).
+    """
+    plain, augmented = Scores(accelerator.device), Scores(accelerator.device)
+    for logits, target in _outputs(model, loader, prep, accelerator, watch):
+        plain.add(logits[:, plain_view(logits.shape[1])], target)
+        augmented.add(logits.float().mean(1), target)
+    both = (scores.shared(accelerator, loader).result() for scores in (plain, augmented))
+    return next(both), next(both)
+
+
+def _outputs(
+    model: nn.Module,
+    loader: DataLoader,
+    prep: Preprocessing,
+    accelerator: Any,
+    watch: Callable[[Iterable], Iterable],
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the logits (B, V, K) of the images' V views, and their classes (B,): of all processes, unless it is a stream."""
     model.eval()
     for images, target in watch(loader):
         images, target = images.to(accelerator.device), target.to(accelerator.device)
+        views = images.unbind(1) if images.dim() == 5 else (images,)
         with accelerator.autocast():
-            logits = model(prep.normalize(images))
-        if not streamed:
-            logits, target = accelerator.gather_for_metrics((logits, target))
-        prediction, confidence = scores.add(logits, target)
-        if seen is not None:
-            seen.add(target, prediction, confidence)
-    if streamed:
-        scores.sums, scores.bins = accelerator.reduce((scores.sums, scores.bins), reduction="sum")
-    return scores.result()
+            logits = torch.stack([model(prep.normalize(view)) for view in views], 1)
+        yield (logits, target) if _streamed(loader) else accelerator.gather_for_metrics((logits, target))
+
+
+def _streamed(loader: DataLoader) -> bool:
+    return isinstance(loader.dataset, torch.utils.data.IterableDataset)

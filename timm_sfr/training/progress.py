@@ -169,10 +169,10 @@ class Progress:
         logger.info(f"epoch {self.epoch + 1}/{self.epochs}: {text}; {clock(left)} left of the run", extra=extra)
 
 
-def watched(loader: Iterable[Item]) -> Iterator[Item]:
-    """Yields the batches of a loader, with a bar in a terminal."""
+def watched(loader: Iterable[Item], name: str = "validation") -> Iterator[Item]:
+    """Yields the batches of a loader, with a bar of that name in a terminal."""
     main = os.environ.get("RANK", "0") == "0"
-    yield from tqdm(loader, "validation", length_of(loader) or None, leave=False, disable=None if main else True)
+    yield from tqdm(loader, name, length_of(loader) or None, leave=False, disable=None if main else True)
 
 
 def length_of(loader: Any) -> int:

@@ -24,7 +24,7 @@ from timm_sfr.runs.records import write_args, write_summary
 from timm_sfr.training.run_state import RunState
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError, brief
-from timm_sfr.utils.files import write_json
+from timm_sfr.utils.files import read_json, read_yaml, write_json
 
 REPORT_SHARE = 0.02  # the default report interval spends at most this share of the time on reports
 
@@ -41,6 +41,7 @@ class Recorder:
         exporter: Writes the model's files; None on all processes but the main one.
         train: The training split.
         val: The validation split.
+        test: The test split, if there is one.
         ordered: Whether the predictions come in the split's order; false for several processes on a stream.
         bad: The list of training images that do not decode, or None.
     """
@@ -52,6 +53,7 @@ class Recorder:
     exporter: Exporter | None
     train: Split
     val: Split
+    test: Split | None = None
     ordered: bool = True
     bad: BadImages | None = None
     _bad_before: int = 0
@@ -70,9 +72,13 @@ class Recorder:
 
     def metrics(self, state: RunState) -> dict[str, Any]:
         """Returns the content of metrics.json."""
+        patience = self.config.optim.patience
+        early = state.epoch < self.epochs and state.out_of_patience(patience)
         return {
             "best": state.best,
             "last": state.last,
+            **({"test": state.test} if state.test else {}),
+            **({"stopped_early": {"epochs": state.epoch, "patience": patience}} if early else {}),
             "eval_metric": self.config.engine.eval_metric,
             "epochs": self.epochs,
             "seconds": round(state.seconds, 1),
@@ -102,6 +108,29 @@ class Recorder:
                 self._write_predictions(seen)
             elif self.exporter is not None and (run / "model").is_dir():
                 self.exporter.describe(run / "model", facts)
+            write_json(run / "metrics.json", metrics)
+
+    def recorded_test(self, state: RunState) -> dict[str, Any]:
+        """Returns the test scores in metrics.json; empty if there are none for this split and the best epoch's weights."""
+        path = self.workspace.run / "metrics.json"
+        if self.test is None or not path.is_file():
+            return {}
+        found = read_json(path).get("test") or {}
+        wanted = self.config.data.test_split, state.best.get("epoch")
+        return found if (found.get("split"), found.get("epoch")) == wanted else {}
+
+    def write_test(self, state: RunState) -> None:
+        """Writes the test scores of a finished run: metrics, model card, and the split's name in args.yaml."""
+        if not self.workspace.main:
+            return
+        run, options = self.workspace.run, self.config.flat()
+        with self.disk("the test scores"):
+            metrics = self.metrics(state)
+            if (run / "model").is_dir():
+                self.exporter.describe(run / "model", Facts(metrics, options, state.rows))
+            # A run that had finished before keeps its other options.
+            names = ("test_split", "test_num_samples")
+            write_args(run / "args.yaml", {**read_yaml(run / "args.yaml"), **{name: options[name] for name in names}})
             write_json(run / "metrics.json", metrics)
 
     def _write_predictions(self, seen: Predictions) -> None:

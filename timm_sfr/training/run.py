@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from timm_sfr.config import DEFAULT_BATCH, DEFAULT_MODEL, RunConfig
 from timm_sfr.data import summary
 from timm_sfr.data.class_weights import resolve_class_weights
-from timm_sfr.data.datasets import Split, open_splits
+from timm_sfr.data.datasets import Split, open_splits, open_test
 from timm_sfr.data.folders import SPLIT_FILE
 from timm_sfr.data.loaders import TrainBatches, eval_loader
 from timm_sfr.data.samples import BadImages, bad_images
@@ -51,6 +51,7 @@ from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import cores, on_main, one_at_a_time
 
+PART_NAMES = ("train", "val", "test")
 JUMP = 2.0  # a rate that grows by more than this factor at a resume is said
 
 
@@ -61,14 +62,21 @@ class Data:
     Attributes:
         train: The training split.
         val: The validation split.
+        test: The test split, if there is one.
         batches: Makes the training batches; has the arguments of `TrainBatches`.
-        val_loader: Makes the validation batches; has the arguments of `eval_loader`.
+        val_loader: Makes the batches of validation and test; has the arguments of `eval_loader`.
     """
 
     train: Split
     val: Split
+    test: Split | None = field(default=None, kw_only=True)
     batches: Callable[..., Any] = TrainBatches
     val_loader: Callable[..., DataLoader] = eval_loader
+
+    @property
+    def splits(self) -> tuple[Split, Split, Split | None]:
+        """The splits: train, val and test."""
+        return self.train, self.val, self.test
 
 
 # Makes a task from (model, input size (C, H, W), device).
@@ -111,6 +119,9 @@ def prepare(
     Raises:
         UserError: as in `fit`.
     """
+    if config.engine.tta > 1:
+        raise UserError("tta: training validates every image as it is; leave the option out, and score the finished run with: "
+                        f"timm-sfr validate RUN --tta {config.engine.tta}")  # fmt: skip
     show_log(config.engine.json_logs)
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
@@ -120,15 +131,12 @@ def prepare(
     mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
     if data is None:
         listed = None if resume is None else resume / SPLIT_FILE
-        splits = one_at_a_time(accelerator, lambda: open_splits(config.data, mode, config.engine.seed, listed))
-        data = Data(*splits)
+        data = one_at_a_time(accelerator, lambda: _open(config, mode, listed))
     config, fitted = _fitted_batch(config, data.train, accelerator.num_processes)
     built = _build(config, accelerator, reachable, task, data, mode)
     batches = built.data.batches(built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator)
     optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches))
-    loader = built.data.val_loader(built.data.val, config.data, built.prep)
-    if not built.data.val.streamed:
-        loader = accelerator.prepare(loader)
+    loader = _loader(built, built.data.val, config, accelerator)
     # Not the schedule: Accelerate would step it once per process.
     built.task.trainable_module, optimizer = accelerator.prepare(built.task.trainable_module, optimizer)
     engine = config.engine
@@ -151,15 +159,20 @@ def prepare(
             accelerator, engine.on_nonfinite, term_names(built.teacher is not None, config.loss.jsd_loss)
         ),
         workspace=workspace,
-        recorder=Recorder(
-            workspace, resolved, facts, schedule.epochs, built.exporter, built.data.train, built.data.val, ordered, bad
-        ),
+        recorder=Recorder(workspace, resolved, facts, schedule.epochs, built.exporter, *built.data.splits, ordered, bad),
         trackers=Trackers(accelerator, workspace.run),
         signals=Signals(accelerator),
         val_loader=loader,
         prep=built.prep,
         mixup=create_mixup(config.aug, built.num_classes),
+        test_loader=None if built.data.test is None else lambda: _test_loader(built, resolved, accelerator, workspace),
     )
+
+
+def _open(config: RunConfig, mode: str, listed: Path | None) -> Data:
+    """Opens the splits that the options name."""
+    train, val = open_splits(config.data, mode, config.engine.seed, listed)
+    return Data(train, val, test=open_test(config.data, mode, config.engine.seed, train.class_names))
 
 
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
@@ -201,14 +214,16 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
         if resume is not None:
             _restore(trainer)
         state = trainer.state
-        if state.epoch < trainer.schedule.epochs:
+        if not trainer.done:
             trainer.recorder.start()
             options, resumed = trainer.config.flat(), resume is not None
             on_main(trainer.accelerator, lambda: trainer.trackers.start(options, state.epoch, resumed))
             _forecast(trainer)
         else:
             done = f"{counted(state.epoch, 'epoch')} of {trainer.schedule.epochs} done"
-            say(f"nothing is left to train: {done}; to train longer, raise --epochs")
+            early = state.epoch < trainer.schedule.epochs
+            done += f", stopped early by --patience {trainer.config.optim.patience}" if early else ""
+            say(f"nothing is left to train: {done}; to train longer, raise --{'patience' if early else 'epochs'}")
         # Loading processes are forks: without this, each looks through all objects when it ends, and copies their pages.
         gc.collect()
         gc.freeze()
@@ -225,6 +240,8 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
         raise UserError(f"epochs: all {state.epoch} epochs of {run} are done, but {why}")
     say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}", "best",
         best=best, last=last)  # fmt: skip
+    if state.test:
+        say(_test_line(state.test, trainer.config.model.num_classes), "test", test=state.test)
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
         raise UserError(
             f"resume: the model/ of {str(run)!r} is gone, and only a new best epoch writes it; raise --epochs"
@@ -251,7 +268,10 @@ def _restore(trainer: Trainer) -> None:
         if not options:
             raise
         raise UserError(str(error).replace("these options: ", f"these options: with {options}: ", 1)) from error
-    state, done = trainer.state, trainer.state.epoch >= trainer.schedule.epochs
+    state, done = trainer.state, trainer.done
+    state.test = on_main(trainer.accelerator, lambda: trainer.recorder.recorded_test(state))
+    if done:
+        options = _changed_options(run / "args.yaml", trainer.config, ("test_split", "test_num_samples"))
     if trainer.workspace.main:
         set_aside(run / "checkpoints", saved)
     state.rows = read_summary(run / "summary.csv", state.epoch)
@@ -268,10 +288,10 @@ def _restore(trainer: Trainer) -> None:
         say(other)
 
 
-def _changed_options(path: Path, config: RunConfig) -> str:
-    """Returns the options that differ from those in a run's args.yaml, with both values; empty if there are none."""
-    before, now = read_yaml(path), config.flat()
-    differ = [name for name in now if name in before and before[name] != now[name] and name != "experiment"]
+def _changed_options(path: Path, config: RunConfig, but: Sequence[str] = ()) -> str:
+    """Returns the options that differ from those in a run's args.yaml, without those in `but`, with both values."""
+    before, now, but = read_yaml(path), config.flat(), ("experiment", *but)
+    differ = [name for name in now if name in before and before[name] != now[name] and name not in but]
     return ", ".join(f"{name.replace('_', '-')} {now[name]} (was {before[name]})" for name in differ)
 
 
@@ -336,6 +356,26 @@ def _build(
     return _Built(data, model, prep, num_classes, teacher, exporter, made, loss)
 
 
+def _loader(built: _Built, split: Split, config: RunConfig, accelerator: Any) -> DataLoader:
+    """Returns the batches of the validation or the test split; each process reads its part of an indexed one."""
+    loader = built.data.val_loader(split, config.data, built.prep)
+    return loader if split.streamed else accelerator.prepare(loader)
+
+
+def _test_loader(built: _Built, config: RunConfig, accelerator: Any, workspace: Workspace) -> DataLoader:
+    """Returns the batches of the test split, made only when they are needed."""
+    loader = _loader(built, built.data.test, config, accelerator)
+    _bad_images(None, loader, workspace)
+    return loader
+
+
+def _test_line(test: dict[str, Any], num_classes: int | None) -> str:
+    """Returns the line with the test scores, which ends a run."""
+    top5 = f", top5 {test['top5']:.2f}" if (num_classes or 1000) > 5 else ""
+    return (f"test top1 {test['top1']:.2f}{top5}, loss {test['loss']:.4f}, ECE {test['ece']:.4f} on {test['images']} images of "
+            f"split {test['split']!r}, scored once with the weights of epoch {test['epoch'] + 1}")  # fmt: skip
+
+
 def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadImages | None:
     """Sets the file for the lists of images that do not decode; returns the training images' list, or None."""
     found = [bad_images(getattr(batches, "samples", None)), bad_images(getattr(loader, "dataset", None))]
@@ -381,7 +421,7 @@ def _announce(
         workspace.say(built.teacher.warning)
     workspace.say(f"the run is written to {workspace.run}")
     train = built.data.train
-    for line in summary.lines(train, built.data.val) if workspace.main else ():
+    for line in summary.lines(*built.data.splits) if workspace.main else ():
         workspace.say(line)
     if fitted:
         workspace.say(fitted)
@@ -401,10 +441,10 @@ def _announce(
 def _facts(config: RunConfig, accelerator: Any, built: _Built) -> dict[str, Any]:
     """Returns the content of metrics.json other than the scores."""
     name, model, teacher = config.model.model or DEFAULT_MODEL, built.model, built.teacher
-    images = summary.facts(built.data.train, built.data.val)
+    images = summary.facts(*built.data.splits)
     return {
         "model": name,
-        "dataset": config.data.dataset or config.data.data_dir,
+        "dataset": config.data.public_name(),
         "sfr": config.sfr.enabled,
         "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),
@@ -478,9 +518,11 @@ def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: in
         method = f"plain training (smoothing {config.sfr.plain_smoothing:g})"
     method += f", {built.loss.describe()}" if built.loss.describe() else ""
     method += f", {headline(teacher)}" if teacher is not None else ""
-    counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (built.data.train, built.data.val))
+    splits = [split for split in built.data.splits if split is not None]
+    counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in splits)
+    counts += f" {'/'.join(PART_NAMES[: len(splits)])} images"
     return (
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
-        f"{config.model.img_size} px; {counts} train/val images; {method}; {counted(config.optim.epochs, 'epoch')} on "
+        f"{config.model.img_size} px; {counts}; {method}; {counted(config.optim.epochs, 'epoch')} on "
         f"{hardware(accelerator.device, accelerator.num_processes)}, {accelerator.mixed_precision} mixed precision"
     )

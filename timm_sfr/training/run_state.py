@@ -43,6 +43,7 @@ class RunState:
         best: Scores of the best epoch.
         last: Scores of the last validated epoch.
         rows: The rows of summary.csv.
+        test: Scores of the best epoch's weights on the test split; empty until they are scored. Not in checkpoints.
     """
 
     epoch: int = 0
@@ -54,6 +55,13 @@ class RunState:
     best: dict[str, Any] = field(default_factory=dict)
     last: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    test: dict[str, Any] = field(default_factory=dict)
+
+    def out_of_patience(self, patience: int | None) -> bool:
+        """Returns whether the last validated epoch is `patience` epochs or more after the best one; never for None."""
+        if patience is None or not self.last:
+            return False
+        return self.last["epoch"] - self.best.get("epoch", -1) >= patience
 
 
 @dataclass

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +23,14 @@ from timm_sfr.runs.folder import Workspace
 from timm_sfr.runs.predictions import Predictions
 from timm_sfr.runs.records import epoch_row
 from timm_sfr.training.evaluate import evaluate
+from timm_sfr.training.final_test import exported, score_split
 from timm_sfr.training.guards import ADVICE, Signals, interrupted, stopped, write_event
 from timm_sfr.training.progress import Progress, length_of
 from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run_state import Learner, collect
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.processes import on_main
 from timm_sfr.utils.seeding import reseed
 
 
@@ -43,6 +46,7 @@ class Trainer(Learner):
         val_loader: The validation batches.
         prep: Image size and normalisation.
         mixup: timm's mixup and CutMix; None if both are off.
+        test_loader: Makes the batches of the test split; None without one.
         seen: Predictions of the last validation.
         progress: Shows the progress.
     """
@@ -54,6 +58,7 @@ class Trainer(Learner):
     val_loader: DataLoader
     prep: Preprocessing
     mixup: Any
+    test_loader: Callable[[], DataLoader] | None = field(default=None, kw_only=True)
     seen: Predictions = field(default_factory=Predictions, kw_only=True)
     _started: float = field(default_factory=time.perf_counter, kw_only=True)
     progress: Progress = field(init=False)
@@ -159,11 +164,25 @@ class Trainer(Learner):
         with self.signals, self.progress:
             self._fit()
 
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to train: all epochs are done, or --patience is used up."""
+        return self.state.epoch >= self.schedule.epochs or self.stops_early
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether --patience is used up. The scores are the same on all processes, but the main one decides for all."""
+        patience = self.config.optim.patience
+        if patience is None:
+            return False
+        return on_main(self.accelerator, lambda: self.state.out_of_patience(patience))
+
     def _fit(self) -> None:
         engine, epochs, state = self.config.engine, self.schedule.epochs, self.state
-        self._started = time.perf_counter() - state.seconds
-        for epoch in range(state.epoch, epochs):
-            start, state.step = state.step, 0
+        self._started, done = time.perf_counter() - state.seconds, self.done
+        trains = not done
+        while not done:
+            epoch, start, state.step = state.epoch, state.step, 0
             if start == 0:
                 state.lr = self.optimizer.param_groups[0]["lr"]
             train = self.train_epoch(epoch, start)
@@ -173,14 +192,38 @@ class Trainer(Learner):
             state.epoch, state.seconds = epoch + 1, time.perf_counter() - self._started
             state.rows.append(epoch_row(epoch, state.lr, train, val))
             improved = val is not None and self._record(epoch, val)
-            self._write(improved)
+            done = self.done
+            self._write(improved, done)
             self.accelerator.wait_for_everyone()
             stop, _ = self.signals.asked(state.updates, now=True)
-            if stop is not None and epoch + 1 < epochs:
+            if stop is not None and not done:
                 raise interrupted(stop, state.updates, self.workspace, self.accelerator)
+        if trains and state.epoch < epochs:
+            self._say_early()
+        if self._test() or trains:
+            self.recorder.refresh_report(state, last=True)
 
-    def _write(self, improved: bool) -> None:
-        """Writes the files of the finished epoch."""
+    def _say_early(self) -> None:
+        state, metric, patience = self.state, self.config.engine.eval_metric, self.config.optim.patience
+        best = f"than {state.best[f'val_{metric}']:.4g} of epoch {state.best['epoch'] + 1}" if state.best else "at all"
+        self.workspace.say(f"stopped early after epoch {state.epoch}: no better val_{metric} {best} in {patience} epochs or more "
+                           f"(--patience {patience})", "stopped_early", epochs=state.epoch, patience=patience)  # fmt: skip
+
+    def _test(self) -> bool:
+        """Scores the exported weights on the test split, if there is one and it was not scored; returns whether it did."""
+        state = self.state
+        if self.test_loader is None or not state.best or state.test:
+            return False
+        model = exported(self.exported_model(), self.workspace.run / "model", self.accelerator)
+        scores, nonfinite = score_split(model, self.test_loader(), self.prep, self.accelerator)
+        if nonfinite:
+            self.workspace.say(f"warning: non-finite outputs for {nonfinite} images of the test split; they count as wrong")
+        state.test = {"split": self.config.data.test_split, "epoch": state.best["epoch"], **scores}
+        self.recorder.write_test(state)
+        return True
+
+    def _write(self, improved: bool, done: bool) -> None:
+        """Writes the files of the finished epoch; the report of the last one waits for the test scores."""
         state = self.state
         self.recorder.say_bad_images()
         if self.accelerator.is_main_process:
@@ -188,8 +231,9 @@ class Trainer(Learner):
             self.recorder.write_epoch(state, improved, self.exported_model(), self.seen)
             self.trackers.log(state.rows)
         self._keep(state.epoch, 0, None, improved)
-        # The training time does not include the report.
-        self._started += self.recorder.refresh_report(state, last=state.epoch == self.schedule.epochs)
+        if not done:
+            # The training time does not include the report.
+            self._started += self.recorder.refresh_report(state, last=False)
 
     def _keep(self, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
         """Saves a checkpoint; in mid-epoch every process has to call this, because each has its own sums."""
@@ -260,7 +304,7 @@ class Trainer(Learner):
         best = self.state.best
         if best and sign * scores[metric] <= sign * best[metric]:
             return False
-        self.state.best = scores
+        self.state.best, self.state.test = scores, {}
         return True
 
     def _between_updates(self, epoch: int, step: int, total: Tensor) -> None:

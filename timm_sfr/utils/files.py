@@ -43,6 +43,15 @@ def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one if the file cannot be read or holds something else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the options in a YAML file by name, with underscores for hyphens.
 
