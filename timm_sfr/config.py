@@ -103,6 +103,9 @@ class ModelConfig(Checked):
     initial_checkpoint: str | None = option(None, "load these weights into the model before training")
     num_classes: int | None = option(None, "number of classes (default: as in the dataset)", low=2)
     img_size: int | None = option(None, "image size in pixels (default: the model's)", low=1)
+    input_size: tuple[int, ...] | None = option(
+        None, "channels, height and width of the images, such as 3 192 256, in place of --img-size and --in-chans"
+    )
     in_chans: int | None = option(None, "image channels (default: 3)", low=1)
     mean: tuple[float, ...] | None = option(None, "channel means for normalisation (default: the model's)")
     std: tuple[float, ...] | None = option(None, "channel deviations for normalisation (default: the model's)")
@@ -113,6 +116,31 @@ class ModelConfig(Checked):
     model_kwargs: dict | None = option(None, "further model arguments as KEY=VALUE")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     channels_last: bool = option(False, "use the channels_last memory layout")
+
+    def check(self) -> None:
+        """Checks `input_size` against the options that it replaces, and sets those: a square one is kept as img_size alone."""
+        if self.input_size is None:
+            return
+        if len(self.input_size) != 3 or min(self.input_size) < 1:
+            raise UserError(f"input_size: expected channels, height and width, such as 3 192 256; got {self.input_size}")
+        channels, height, width = self.input_size
+        for name, same in (("in_chans", self.in_chans == channels), ("img_size", self.img_size == height == width)):
+            if getattr(self, name) is not None and not same:
+                raise UserError(
+                    f"input_size: expected a size that agrees with {name} {getattr(self, name)}; got {self.input_size}; give "
+                    "one of the two"
+                )
+        object.__setattr__(self, "in_chans", channels)
+        if height == width:
+            object.__setattr__(self, "img_size", height)
+            object.__setattr__(self, "input_size", None)
+
+    @property
+    def image_sides(self) -> tuple[int, int] | None:
+        """Height and width of the images, if they are given."""
+        if self.input_size is not None:
+            return self.input_size[1], self.input_size[2]
+        return None if self.img_size is None else (self.img_size, self.img_size)
 
 
 @dataclass(frozen=True)
@@ -416,7 +444,7 @@ class RunConfig:
             hints = "".join(near_matches(str(key).replace("-", "_"), known) for key in unknown)
             raise UserError(f"{where}: unknown option {', '.join(map(repr, unknown))}{hints}")
         if values.get("dataset") in (None, "digits") and not values.get("data_dir"):
-            values = {**DIGITS, **values}
+            values = merged(DIGITS, values)
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, item = known[key]
@@ -446,6 +474,16 @@ DIGITS: dict[str, Any] = {
     "hflip": 0.0,
     "color_jitter": 0.0,
 }
+
+
+def merged(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options `stored`, overridden by `given`; a given image size also replaces one under its other name."""
+    replaced = set()
+    if given.get("input_size") is not None:
+        replaced = {"img_size", "in_chans"}
+    elif given.get("img_size") is not None:
+        replaced = {"input_size"}
+    return {name: value for name, value in stored.items() if name not in replaced} | given
 
 
 def options() -> list[tuple[str, str, dataclasses.Field]]:

@@ -92,13 +92,15 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
     """Returns timm's data configuration of the model, overridden by the options in `config`.
 
     Raises:
-        UserError: if the means or standard deviations do not fit the model's channels.
+        UserError: if the size does not fit the model, or the means or standard deviations do not fit its channels.
     """
-    names = ("in_chans", "img_size", "mean", "std", "interpolation", "crop_pct")
+    names = ("in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     try:
         resolved = resolve_input_data_config(model, given)
     except (ValueError, AssertionError) as error:
+        if "Requested" in str(error):  # timm's words on a model of a fixed size, and on one of other channels
+            raise UserError(f"img_size: {error}") from error
         raise UserError(
             f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}"
         ) from error

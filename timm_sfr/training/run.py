@@ -43,7 +43,7 @@ from timm_sfr.training.run_state import restore
 from timm_sfr.training.tasks import create_task
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
-from timm_sfr.utils.console import console_output, counted, show_log
+from timm_sfr.utils.console import console_output, counted, show_log, sides
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import cores, on_main, one_at_a_time
@@ -167,8 +167,8 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
             config.model,
             model=config.model.model or DEFAULT_MODEL,
             num_classes=num_classes,
-            img_size=config.model.img_size
-            or (prep.input_size[1] if prep.input_size[1] == prep.input_size[2] else None),
+            img_size=None,
+            input_size=prep.input_size,  # of a square, the section sets img_size in its place
             in_chans=prep.input_size[0],
             mean=prep.mean,
             std=prep.std,
@@ -453,6 +453,6 @@ def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: in
     counts = "/".join("?" if split.streamed else str(len(split.dataset)) for split in (built.data.train, built.data.val))
     return (
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
-        f"{config.model.img_size} px; {counts} train/val images; {method}; {counted(config.optim.epochs, 'epoch')} on "
+        f"{sides(*built.prep.input_size[1:])} px; {counts} train/val images; {method}; {counted(config.optim.epochs, 'epoch')} on "
         f"{hardware(accelerator.device, accelerator.num_processes)}, {accelerator.mixed_precision} mixed precision"
     )
