@@ -186,6 +186,64 @@ class AugConfig(Checked):
 
 
 @dataclass(frozen=True)
+class SizeConfig(Checked):
+    """Training images whose size changes from batch to batch, by timm's schedule; validation keeps the model's size."""
+
+    train_img_sizes: tuple[int, ...] | None = option(None, "sizes of square training images; each batch has one of them")
+    train_batch_sizes: tuple[int, ...] | None = option(
+        None, "batch size per process for each of --train-img-sizes (default: --batch-size for all)"
+    )
+    train_size_probs: tuple[float, ...] | None = option(
+        None, "share of the batches for each of --train-img-sizes (default: equal)"
+    )
+    train_size_schedule: str = option(
+        "constant",
+        "how sizes are chosen: with constant shares, or progressive, from the first size to the last over the epochs",
+        choices=("constant", "progressive"),
+    )
+    train_size_schedule_spread: float = option(
+        0.65, "how many neighbouring sizes the progressive schedule mixes (a standard deviation); 0 for none", low=0
+    )
+    train_size_random_mix: float = option(
+        0.1, "share of the progressive schedule's batches whose size is any, with equal shares", low=0, high=1
+    )
+    train_batches_per_epoch: int | None = option(
+        None,
+        "batches an epoch with --train-img-sizes (default: as many as the images fill)",
+        short="--train-steps-per-epoch",
+        low=1,
+    )
+    variable_batch_loss_scale: str = option(
+        "none",
+        "how gradients scale with a batch's size relative to the mean size with --train-batch-sizes: not, with the root, or "
+        "linearly",
+        choices=("none", "sqrt", "linear"),
+    )
+
+    def check(self) -> None:
+        """Checks that the options agree with the number of sizes, and that there are sizes at all."""
+        sizes = self.train_img_sizes
+        if sizes is None:
+            changed = [item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+            if changed:
+                raise UserError(f"{changed[0]}: it is for images whose size changes; give --train-img-sizes too")
+            return
+        if not sizes or min(sizes) < 1:
+            raise UserError(f"train_img_sizes: expected sizes in pixels, such as 128 160 192; got {sizes}")
+        for name in ("train_batch_sizes", "train_size_probs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(sizes):
+                raise UserError(f"{name}: expected {len(sizes)} numbers, one for each of train_img_sizes; got {len(values)}")
+        if min(self.train_batch_sizes or (1,)) < 1:
+            raise UserError(f"train_batch_sizes: expected at least 1; got {self.train_batch_sizes}")
+        shares = self.train_size_probs or (1.0,)
+        if not (all(0 <= share < float("inf") for share in shares) and sum(shares) > 0):
+            raise UserError(f"train_size_probs: expected shares from 0 on, not all 0; got {self.train_size_probs}")
+        if self.train_size_schedule == "progressive" and len(sizes) < 2:
+            raise UserError(f"train_size_schedule: progressive needs two sizes or more; got {sizes}")
+
+
+@dataclass(frozen=True)
 class OptimConfig(Checked):
     """Optimizer, schedule, length and averaging, all by timm."""
 
@@ -409,6 +467,7 @@ class RunConfig:
         data: What is trained on.
         model: Which model, at which input.
         aug: Training augmentation.
+        sizes: Training image sizes that change.
         optim: Optimizer, schedule, length and averaging.
         sfr: Self-Feature Regularization.
         teacher: A teacher beside it.
@@ -419,6 +478,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     aug: AugConfig = field(default_factory=AugConfig)
+    sizes: SizeConfig = field(default_factory=SizeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sfr: SFRConfig = field(default_factory=SFRConfig)
     teacher: KDConfig = field(default_factory=KDConfig)
@@ -426,10 +486,11 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        if self.aug.mixes and (self.data.batch_size or DEFAULT_BATCH) % 2:
-            raise UserError(
-                f"batch-size: mixup and CutMix pair samples and need an even size; got {self.data.batch_size}"
-            )
+        batches = self.sizes.train_batch_sizes or (self.data.batch_size or DEFAULT_BATCH,)
+        odd = [batch for batch in batches if batch % 2]
+        if self.aug.mixes and odd:
+            name = "batch-size" if self.sizes.train_batch_sizes is None else "train-batch-sizes"
+            raise UserError(f"{name}: mixup and CutMix pair samples and need an even size; got {odd[0]}")
 
     @classmethod
     def from_flat(cls, values: dict[str, Any], where: str = "options") -> RunConfig:

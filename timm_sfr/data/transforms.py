@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Preprocessing:
             torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std)
         )
         return (images.float() - mean) / std
+
+    def at(self, size: int) -> Preprocessing:
+        """Returns the same preprocessing for square images of `size` pixels."""
+        return replace(self, input_size=(self.input_size[0], size, size))
 
     def eval_transform(self) -> Callable:
         """Returns timm's validation transform, which outputs uint8.

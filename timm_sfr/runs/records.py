@@ -62,12 +62,13 @@ def term_names(teacher: bool) -> tuple[str, ...]:
     return tuple(term.name for term in TERMS if teacher or not term.teacher)
 
 
-def columns(teacher: bool) -> tuple[str, ...]:
-    """Returns the columns of summary.csv."""
+def columns(teacher: bool, sized: bool = False) -> tuple[str, ...]:
+    """Returns the columns of summary.csv; with `sized`, for training images whose size changes, also their mean size."""
     distillation = [term.name for term in TERMS if term.teacher and teacher]
     terms = [term.name for term in TERMS if not term.teacher and term.name not in ("loss", "task_loss")]
     return (
-        "epoch", "lr", "train_loss", "task_loss", *distillation, *terms, "val_loss", "val_top1", "val_top5", "images_per_second"
+        "epoch", "lr", "train_loss", "task_loss", *distillation, *terms, "val_loss", "val_top1", "val_top5", "images_per_second",
+        *(["train_img_size"] if sized else []),
     )  # fmt: skip
 
 
@@ -84,7 +85,7 @@ def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, flo
     }
     for name in ("loss", "top1", "top5"):
         row[f"val_{name}"] = val[name] if val else ""
-    return {name: row[name] for name in columns("kd_loss" in row)}
+    return {name: row[name] for name in columns("kd_loss" in row, "train_img_size" in row)}
 
 
 def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
@@ -102,6 +103,8 @@ def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
         parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f}")
         if top5:
             parts.append(f"top5 {row['val_top5']:.2f}")
+    if row.get("train_img_size"):
+        parts.append(f"| {row['train_img_size']:.0f} px")
     return " ".join([*parts, f"| {row['images_per_second']:.0f} images/s"])
 
 
@@ -110,7 +113,7 @@ def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
 
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns(any("kd_loss" in row for row in rows)), restval="")
+            writer = csv.DictWriter(file, columns(*_extras(rows)), restval="")
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -133,11 +136,16 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
         raise UserError(
             f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to continue without it"
         ) from error
-    if any(set(row) not in (set(columns(False)), set(columns(True))) for row in rows):
+    if any(set(row) != set(columns(*_extras([row]))) for row in rows):
         raise UserError(
             f"resume: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to continue without it"
         )
     return rows
+
+
+def _extras(rows: list[dict[str, Any]]) -> tuple[bool, bool]:
+    """Returns whether any of the rows has the columns of a teacher, and that of sizes that change."""
+    return any("kd_loss" in row for row in rows), any("train_img_size" in row for row in rows)
 
 
 def write_args(path: Path, values: dict[str, Any]) -> None:
