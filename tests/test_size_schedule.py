@@ -107,7 +107,7 @@ def test_options_that_do_not_fit_are_one_line(options, said):
 
 
 def test_too_few_images_for_a_batch_are_one_line():
-    with pytest.raises(UserError, match="train_img_sizes: timm cannot make the schedule .* reduce the batch sizes"):
+    with pytest.raises(UserError, match=r"train_img_sizes: timm cannot make the schedule .* reduce the batch sizes"):
         schedule(count=30)
 
 
