@@ -48,7 +48,10 @@ def train(words: list[str]) -> int:
     config, _ = parse(words)
     if any(word in words for word in NETWORK):
         return 0
-    return main([*words, *(DIGITS if config.data.dataset == "digits" else IMAGES)])
+    shorter = DIGITS if config.data.dataset == "digits" else IMAGES
+    if config.model.input_size is not None:  # in the place of --img-size
+        shorter = [word for word in shorter if word not in ("--img-size", "8", "64")]
+    return main([*words, *shorter])
 
 
 def python(words: list[str]) -> int:

@@ -143,6 +143,9 @@ class ModelConfig(Checked):
     initial_checkpoint: str | None = option(None, "load these weights into the model before training")
     num_classes: int | None = option(None, "number of classes (default: as in the dataset)", low=2)
     img_size: int | None = option(None, "image size in pixels (default: the model's)", low=1)
+    input_size: tuple[int, ...] | None = option(
+        None, "channels, height and width of the images, such as 3 192 256, in place of --img-size and --in-chans"
+    )
     in_chans: int | None = option(None, "image channels (default: 3)", low=1)
     mean: tuple[float, ...] | None = option(None, "channel means for normalisation (default: the model's)")
     std: tuple[float, ...] | None = option(None, "channel deviations for normalisation (default: the model's)")
@@ -157,6 +160,31 @@ class ModelConfig(Checked):
         False,
         "in training, give each of the views of --aug-splits BatchNorm layers of its own; those of the first are exported",
     )
+
+    def check(self) -> None:
+        """Checks `input_size` against the options that it replaces, and sets those: a square one is kept as img_size alone."""
+        if self.input_size is None:
+            return
+        if len(self.input_size) != 3 or min(self.input_size) < 1:
+            raise UserError(f"input_size: expected channels, height and width, such as 3 192 256; got {self.input_size}")
+        channels, height, width = self.input_size
+        for name, same in (("in_chans", self.in_chans == channels), ("img_size", self.img_size == height == width)):
+            if getattr(self, name) is not None and not same:
+                raise UserError(
+                    f"input_size: expected a size that agrees with {name} {getattr(self, name)}; got {self.input_size}; give "
+                    "one of the two"
+                )
+        object.__setattr__(self, "in_chans", channels)
+        if height == width:
+            object.__setattr__(self, "img_size", height)
+            object.__setattr__(self, "input_size", None)
+
+    @property
+    def image_sides(self) -> tuple[int, int] | None:
+        """Height and width of the images, if they are given."""
+        if self.input_size is not None:
+            return self.input_size[1], self.input_size[2]
+        return None if self.img_size is None else (self.img_size, self.img_size)
 
 
 @dataclass(frozen=True)
@@ -258,6 +286,64 @@ class LossConfig(Checked):
         """Returns the form of the loss, for `splits` views of each image and a weight for each class, if given."""
         views = splits if self.jsd_loss else 0
         return LossForm(self.bce_loss, self.bce_sum, self.bce_target_thresh, self.bce_pos_weight, views, class_weights)
+
+
+@dataclass(frozen=True)
+class SizeConfig(Checked):
+    """Training images whose size changes from batch to batch, by timm's schedule; validation keeps the model's size."""
+
+    train_img_sizes: tuple[int, ...] | None = option(None, "sizes of square training images; each batch has one of them")
+    train_batch_sizes: tuple[int, ...] | None = option(
+        None, "batch size per process for each of --train-img-sizes (default: --batch-size for all)"
+    )
+    train_size_probs: tuple[float, ...] | None = option(
+        None, "share of the batches for each of --train-img-sizes (default: equal)"
+    )
+    train_size_schedule: str = option(
+        "constant",
+        "how sizes are chosen: with constant shares, or progressive, from the first size to the last over the epochs",
+        choices=("constant", "progressive"),
+    )
+    train_size_schedule_spread: float = option(
+        0.65, "how many neighbouring sizes the progressive schedule mixes (a standard deviation); 0 for none", low=0
+    )
+    train_size_random_mix: float = option(
+        0.1, "share of the progressive schedule's batches whose size is any, with equal shares", low=0, high=1
+    )
+    train_batches_per_epoch: int | None = option(
+        None,
+        "batches an epoch with --train-img-sizes (default: as many as the images fill)",
+        short="--train-steps-per-epoch",
+        low=1,
+    )
+    variable_batch_loss_scale: str = option(
+        "none",
+        "how gradients scale with a batch's size relative to the mean size with --train-batch-sizes: not, with the root, or "
+        "linearly",
+        choices=("none", "sqrt", "linear"),
+    )
+
+    def check(self) -> None:
+        """Checks that the options agree with the number of sizes, and that there are sizes at all."""
+        sizes = self.train_img_sizes
+        if sizes is None:
+            changed = [item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+            if changed:
+                raise UserError(f"{changed[0]}: it is for images whose size changes; give --train-img-sizes too")
+            return
+        if not sizes or min(sizes) < 1:
+            raise UserError(f"train_img_sizes: expected sizes in pixels, such as 128 160 192; got {sizes}")
+        for name in ("train_batch_sizes", "train_size_probs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(sizes):
+                raise UserError(f"{name}: expected {len(sizes)} numbers, one for each of train_img_sizes; got {len(values)}")
+        if min(self.train_batch_sizes or (1,)) < 1:
+            raise UserError(f"train_batch_sizes: expected at least 1; got {self.train_batch_sizes}")
+        shares = self.train_size_probs or (1.0,)
+        if not (all(0 <= share < float("inf") for share in shares) and sum(shares) > 0):
+            raise UserError(f"train_size_probs: expected shares from 0 on, not all 0; got {self.train_size_probs}")
+        if self.train_size_schedule == "progressive" and len(sizes) < 2:
+            raise UserError(f"train_size_schedule: progressive needs two sizes or more; got {sizes}")
 
 
 @dataclass(frozen=True)
@@ -498,6 +584,7 @@ class RunConfig:
         model: Which model, at which input.
         aug: Training augmentation.
         loss: The loss on the labels.
+        sizes: Training image sizes that change.
         optim: Optimizer, schedule, length and averaging.
         sfr: Self-Feature Regularization.
         teacher: A teacher beside it.
@@ -509,6 +596,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     aug: AugConfig = field(default_factory=AugConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    sizes: SizeConfig = field(default_factory=SizeConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sfr: SFRConfig = field(default_factory=SFRConfig)
     teacher: KDConfig = field(default_factory=KDConfig)
@@ -516,10 +604,11 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        if self.aug.mixes and (self.data.batch_size or DEFAULT_BATCH) % 2:
-            raise UserError(
-                f"batch-size: mixup and CutMix pair samples and need an even size; got {self.data.batch_size}"
-            )
+        batches = self.sizes.train_batch_sizes or (self.data.batch_size or DEFAULT_BATCH,)
+        odd = [batch for batch in batches if batch % 2]
+        if self.aug.mixes and odd:
+            name = "batch-size" if self.sizes.train_batch_sizes is None else "train-batch-sizes"
+            raise UserError(f"{name}: mixup and CutMix pair samples and need an even size; got {odd[0]}")
         self._check_views()
 
     def _check_views(self) -> None:
@@ -553,7 +642,7 @@ class RunConfig:
             hints = "".join(near_matches(str(key).replace("-", "_"), known) for key in unknown)
             raise UserError(f"{where}: unknown option {', '.join(map(repr, unknown))}{hints}")
         if values.get("dataset") in (None, "digits") and not values.get("data_dir"):
-            values = {**DIGITS, **values}
+            values = merged(DIGITS, values)
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, item = known[key]
@@ -583,6 +672,16 @@ DIGITS: dict[str, Any] = {
     "hflip": 0.0,
     "color_jitter": 0.0,
 }
+
+
+def merged(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options `stored`, overridden by `given`; a given image size also replaces one under its other name."""
+    replaced = set()
+    if given.get("input_size") is not None:
+        replaced = {"img_size", "in_chans"}
+    elif given.get("img_size") is not None:
+        replaced = {"input_size"}
+    return {name: value for name, value in stored.items() if name not in replaced} | given
 
 
 def options() -> list[tuple[str, str, dataclasses.Field]]:

@@ -15,13 +15,13 @@ from timm_sfr.config import SECTIONS, options
 TRAINING = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
 # The run's options that each command has too.
 FOLDER = ("data_dir", "train_split", "val_split", "test_split", "val_share", "class_map", "input_key", "target_key", "seed")
-TAPS = ("img_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching", "sfr_weights",
-        "sfr_solver", "sfr_max_nodes")  # fmt: skip
+TAPS = ("img_size", "input_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching",
+        "sfr_weights", "sfr_solver", "sfr_max_nodes")  # fmt: skip
 READING = ("input_img_mode", "exif", "image_background", "image_range")
 SCORED = ("data_dir", "dataset", "train_split", "val_split", "val_share", "seed", "val_num_samples", "dataset_download",
           "class_map", *READING, "input_key", "target_key", "batch_size", "validation_batch_size", "workers",
           "on_bad_image")  # fmt: skip
-INPUT = ("img_size", "mean", "std", "interpolation", "crop_pct")
+INPUT = ("img_size", "input_size", "mean", "std", "interpolation", "crop_pct")
 MACHINE = ("device", "mixed_precision")
 FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}  # file formats and their endings
 

@@ -24,7 +24,7 @@ from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.probe import Feature, probe
 from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.models.loading import new_model
-from timm_sfr.utils.console import aligned, counted
+from timm_sfr.utils.console import aligned, counted, sides
 from timm_sfr.utils.errors import UserError
 
 ROUNDS = 5  # timed runs of a loss, after one to warm up
@@ -127,7 +127,7 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
     axes.set(xlim=(-0.8, len(shown) - 0.2), ylim=(-1.4, 0.8 + 0.15 * len(shown)))
     axes.axis("off")
     axes.set_title(
-        f"{name} at {plan.input_size[1]} pixels: the deep tap (orange) teaches the shallow ones (blue)", fontsize=9
+        f"{name} at {sides(*plan.input_size[1:])} pixels: the deep tap (orange) teaches the shallow ones (blue)", fontsize=9
     )
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_sfr.cli.arguments import INPUT, MACHINE, SCORED
 from timm_sfr.cli.parser import given
-from timm_sfr.config import RunConfig
+from timm_sfr.config import RunConfig, merged
 from timm_sfr.data.datasets import open_validation
 from timm_sfr.data.folders import SPLIT_FILE, lists_all
 from timm_sfr.data.loaders import eval_loader
@@ -23,7 +23,7 @@ from timm_sfr.runs.records import hardware, recorded
 from timm_sfr.training.devices import make_accelerator
 from timm_sfr.training.evaluate import evaluate, evaluate_views
 from timm_sfr.training.progress import watched
-from timm_sfr.utils.console import console_output
+from timm_sfr.utils.console import console_output, sides
 from timm_sfr.utils.errors import UserError, near_paths
 
 
@@ -34,7 +34,7 @@ def run(args: Namespace) -> int:
     if chosen.keys() & {"data_dir", "dataset", "val_split"}:  # other data than the run's, or the same in another place
         own.pop("val_share", None)
         listed = listed if lists_all(listed, Path(chosen.get("data_dir", ""))) else None
-    options = {**own, **chosen}
+    options = merged(own, chosen)
     if not options.get("data_dir") and not options.get("dataset"):
         near = "" if Path(args.model).exists() else near_paths(args.model)
         raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data{near}")
@@ -60,7 +60,7 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
 
     Returns:
         ``images``, ``top1`` and ``top5`` (percent), ``loss`` (mean cross-entropy), ``ece``, ``images_per_second``,
-        ``img_size``, ``hardware``, and ``main``, whether this is the process that prints. With test-time augmentation also
+        ``img_size`` (the height), ``input_size`` (C, H, W), ``hardware``, and ``main``, whether this is the process that prints.
         ``tta``: its ``views``, ``top1``, ``top5``, ``loss`` and ``ece``.
 
     Raises:
@@ -91,7 +91,7 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
     main = accelerator.is_main_process
     machine = hardware(accelerator.device, accelerator.num_processes)
     accelerator.end_training()
-    return {**scores, "img_size": prep.input_size[1], "hardware": machine, "main": main}
+    return {**scores, "img_size": prep.input_size[1], "input_size": prep.input_size, "hardware": machine, "main": main}
 
 
 def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
@@ -112,7 +112,7 @@ def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
 
 def _table(model: str, scores: dict[str, Any], top5: bool) -> str:
     shown = {
-        "images": f"{scores['images']} at {scores['img_size']} pixels",
+        "images": f"{scores['images']} at {sides(*scores['input_size'][1:])} pixels",
         **_shown(scores, top5),
         "images/s": f"{scores['images_per_second']:.0f} on {scores['hardware']}",
     }

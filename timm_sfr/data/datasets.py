@@ -223,7 +223,7 @@ def _from_timm(
             download=config.dataset_download,
             batch_size=config.batch_size or DEFAULT_BATCH,
             num_samples=samples,
-            repeats=config.epoch_repeats if training else 0,  # of a stream; the sampler repeats other datasets
+            repeats=config.epoch_repeats if part == "train" else 0,  # of a stream; the sampler repeats other datasets
             seed=seed,
             # Streams give images as they are; their transform brings them to the mode (`timm_sfr.data.images`).
             input_img_mode="" if kind in ("wds", "hfids") else img_mode,

@@ -32,7 +32,8 @@ from timm_sfr.data.class_weights import class_targets
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.images import to_mode
 from timm_sfr.data.order import EpochOrder
-from timm_sfr.data.samples import file_name, image_reading, make_samples
+from timm_sfr.data.samples import file_name, image_reading, make_samples, resized
+from timm_sfr.data.sizes import SizedBatches, SizedSamples, SizeSchedule
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
@@ -86,6 +87,10 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         yield from self.keys(self.epoch)[self.start * self.batch_size :]
 
+    def indices(self, epoch: int, step: int) -> list[int]:
+        """Returns the indices of the images in batch `step` of an epoch."""
+        return [key % self.count for key in self.keys(epoch)[step * self.batch_size :][: self.batch_size]]
+
     def keys(self, epoch: int) -> list[int]:
         """Returns all keys of this process in an epoch, batch by batch."""
         keys = self.order.keys(epoch)[: len(self) * self.processes]
@@ -98,14 +103,23 @@ class TrainBatches:
     """Makes training batches on the device: normalised images (B, C, H, W) and class indices (B,).
 
     With views (``aug_splits``), a batch has the first views of all its images, then all second ones, and so on.
+    With `sizes`, H and W change from batch to batch, and B too if the schedule has several batch sizes.
     """
 
     def __init__(
-        self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
+        self,
+        split: Split,
+        config: DataConfig,
+        aug: AugConfig,
+        prep: Preprocessing,
+        seed: int,
+        accelerator: Any,
+        sizes: SizeSchedule | None = None,
     ) -> None:
         transform, batch = prep.train_transform(aug), config.batch_size or DEFAULT_BATCH
-        self.split = split
-        self.sampler: EpochSampler | None = None
+        self.split, self.sizes = split, sizes
+        self.sampler: EpochSampler | SizedBatches | None = None
+        form: dict[str, Any] = {"batch_size": batch, "drop_last": True}
         if split.streamed:
             _check_stream(config, aug)
             _check_shards(split.dataset, accelerator.num_processes * max(1, worker_count(config)))
@@ -114,12 +128,19 @@ class TrainBatches:
             place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
             if config.cache_dataset and accelerator.is_main_process:
                 logger.info("decoding the images once, into memory")
-            dataset = make_samples(split, transform, config, prep.img_mode, None if aug.no_aug else seed)
+            fixed = aug.no_aug and sizes is None  # else a cache keeps the images as they are decoded
+            dataset = make_samples(split, transform, config, prep.img_mode, None if fixed else seed)
             targets = class_targets(split.dataset) if config.sampler == "balanced" else None
             order = EpochOrder(len(dataset), seed, config.epoch_repeats, aug.aug_repeats, targets)
-            self.sampler = EpochSampler(len(dataset), batch, seed, **place, order=order)
+            if sizes is None:
+                self.sampler = EpochSampler(len(dataset), batch, seed, **place, order=order)
+                form["sampler"] = self.sampler
+            else:
+                views = [resized(dataset, prep.at(size).train_transform(aug)) for size in sizes.sizes]
+                self.sampler = SizedBatches(sizes, order, accelerator.process_index)
+                dataset, form = SizedSamples(views), {"batch_sampler": self.sampler}
         self.samples = dataset
-        self.loader = DataLoader(dataset, batch, sampler=self.sampler, drop_last=True, **_options(config))
+        self.loader = DataLoader(dataset, **form, **_options(config))
         self.batches = PrefetchLoader(
             self.loader,
             mean=prep.mean,
@@ -150,8 +171,7 @@ class TrainBatches:
         """Returns the file names of this process's batch `step` of epoch `epoch`; an empty list for a stream."""
         if self.sampler is None:
             return []
-        keys = self.sampler.keys(epoch)[step * self.sampler.batch_size :][: self.sampler.batch_size]
-        return [file_name(self.split.dataset, key % self.sampler.count) for key in keys]
+        return [file_name(self.split.dataset, index) for index in self.sampler.indices(epoch, step)]
 
 
 def eval_loader(split: Split, config: DataConfig, prep: Preprocessing, views: int = 1) -> DataLoader:

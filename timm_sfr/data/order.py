@@ -99,3 +99,10 @@ class EpochOrder:
             index, before = repeated(taken, self.repeats) if self.repeats > 1 else taken
             parts.append(((epoch * passes + number) * self._variants + before) * self.count + index)
         return torch.cat(parts)[: len(self)]
+
+    def part(self, keys: Tensor, process: int, processes: int) -> Tensor:
+        """Returns the keys of one process, (n / processes,), of a global batch's keys, (n,): the r-th part for process r.
+
+        If the order repeats images, it is every `processes`-th key instead, which spreads the repeats over the processes.
+        """
+        return keys[process::processes] if self.repeats > 1 else keys.chunk(processes)[process]

@@ -225,6 +225,13 @@ def make_samples(split: Split, transform: Callable, config: DataConfig, img_mode
     return Samples(cached, transform, seed, _batch_transform(transform, cached))
 
 
+def resized(samples: Samples, transform: Callable) -> Samples:
+    """Returns `samples` with another transform on the same images, which must not be transformed yet."""
+    images = samples.images
+    batched = _batch_transform(transform, images) if isinstance(images, Cached) else None
+    return Samples(images, transform, samples.seed, batched)
+
+
 def bad_images(samples: Any) -> BadImages | None:
     """Returns the list of bad images of `samples` or the dataset that they wrap; None if bad images are not replaced."""
     while samples is not None and not isinstance(samples, BadImageReplacer):

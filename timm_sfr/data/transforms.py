@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ class Preprocessing:
             torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std)
         )
         return (images.float() - mean) / std
+
+    def at(self, size: int) -> Preprocessing:
+        """Returns the same preprocessing for square images of `size` pixels."""
+        return replace(self, input_size=(self.input_size[0], size, size))
 
     def eval_transform(self, views: int = 1) -> Callable:
         """Returns timm's validation transform, which outputs uint8: an image (C, H, W), or `views` of it (V, C, H, W).
@@ -154,13 +158,15 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
     """Returns timm's data configuration of the model, overridden by the options in `config`.
 
     Raises:
-        UserError: if the means or standard deviations do not fit the model's channels.
+        UserError: if the size does not fit the model, or the means or standard deviations do not fit its channels.
     """
-    names = ("in_chans", "img_size", "mean", "std", "interpolation", "crop_pct")
+    names = ("in_chans", "img_size", "input_size", "mean", "std", "interpolation", "crop_pct")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     try:
         resolved = resolve_input_data_config(model, given)
     except (ValueError, AssertionError) as error:
+        if "Requested" in str(error):  # timm's words on a model of a fixed size, and on one of other channels
+            raise UserError(f"img_size: {error}") from error
         raise UserError(
             f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}"
         ) from error

@@ -195,6 +195,12 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
     return Probed(_features(names, maps, input_size), HOOKS, logits.shape[1])
 
 
+def check_input(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raises UserError unless the model returns logits for images of `input_size` (C, H, W); leaves it as it was."""
+    with _evaluating(model):
+        _logits(model, _images(model, input_size))
+
+
 def count_classes(model: nn.Module, input_size: tuple[int, int, int] | None) -> int:
     """Returns the width of the logits: ``model.num_classes``, or as measured on images of `input_size` (C, H, W).
 

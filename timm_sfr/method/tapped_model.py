@@ -10,8 +10,9 @@ from timm.models import group_parameters
 from timm.optim import auto_group_layers
 from torch import Tensor, nn
 
+from timm_sfr.method.config import SFRConfig
 from timm_sfr.method.probe import HOOKS, Hooks, forward_final, forward_taps, model_name
-from timm_sfr.method.taps import TapPlan
+from timm_sfr.method.taps import TapPlan, node_grids
 from timm_sfr.utils.errors import UserError
 
 
@@ -25,10 +26,13 @@ def to_nodes(x: Tensor, grid: tuple[int, int]) -> Tensor:
 class TappedModel(nn.Module):
     """The module that training runs and DDP wraps: images (B, C, H, W) to logits (B, K) and tapped nodes [(B, N_t, C_t)].
 
+    The images may have another size than the plan's: the grids of the nodes follow the maps of each batch (`node_grids`). If
+    the maps leave too few locations to match, each tap becomes one node, its mean.
+
     Args:
         model: The plain model; exports contain its state dict only.
         plan: Its taps; None for logits only.
-        grids: The grid that each tap is pooled to, see `TapPlan.node_grids`.
+        config: SFR's options, of which this module uses those of the node grids; by default `SFRConfig()`.
         projection: A `ChannelProjection` of the shallow taps, if channels are matched that way. Used in training only.
         to_teacher: Maps the features before the classifier, (B, D), to a teacher's, (B, D'). If given, its output is
             returned with the logits, as in timm's feature distillation. Used in training only.
@@ -38,7 +42,7 @@ class TappedModel(nn.Module):
         self,
         model: nn.Module,
         plan: TapPlan | None = None,
-        grids: list[tuple[int, int]] | None = None,
+        config: SFRConfig | None = None,
         projection: nn.Module | None = None,
         to_teacher: nn.Module | None = None,
     ) -> None:
@@ -47,14 +51,14 @@ class TappedModel(nn.Module):
         self.projection = projection
         self.to_teacher = to_teacher
         self.plan = plan
-        self.grids = grids or []
+        self.config = config or SFRConfig()
         self.hooks = Hooks(model, plan.modules) if plan is not None and plan.mechanism == HOOKS else None
 
     def forward(self, x: Tensor) -> tuple[Any, list[Tensor]]:
         """Returns the logits (B, K), and the nodes of the shallow taps followed by those of the deep tap.
 
         Raises:
-            UserError: if the features differ from the plan: the images are smaller, or training changes the maps.
+            UserError: if training changes the maps.
         """
         if self.plan is None:
             return self.model(x) if self.to_teacher is None else self._forward_with_teacher(x)[0], []
@@ -65,7 +69,11 @@ class TappedModel(nn.Module):
         else:
             logits, maps = self.hooks.forward(self.model, x)
         self._check(x, maps)
-        nodes = [to_nodes(tap, grid) for tap, grid in zip(maps, self.grids, strict=True)]
+        # Integers, so that a compiled module is compiled again for maps of another size.
+        grids = node_grids(
+            [(int(tap.shape[2]), int(tap.shape[3])) for tap in maps], self.config.max_nodes, self.config.common_grid
+        )
+        nodes = [to_nodes(tap, grid) for tap, grid in zip(maps, grids, strict=True)]
         if self.projection is not None:
             nodes = [*self.projection(nodes[:-1]), nodes[-1]]
         return logits, nodes
@@ -94,16 +102,11 @@ class TappedModel(nn.Module):
         return lambda name: layers.get(name.removeprefix("model."), last)
 
     def _check(self, images: Tensor, maps: list[Tensor]) -> None:
-        for tap, x, grid in zip(self.plan.taps, maps, self.grids, strict=True):
+        for tap, x in zip(self.plan.taps, maps, strict=True):
             if x.shape[:2] != (len(images), tap.channels):
                 raise UserError(
                     f"{model_name(self.model)}: {tap.module} returns {tuple(x.shape)} in training, expected ({len(images)}, "
                     f"{tap.channels}, H, W) as in evaluation; turn off options that drop or change features in training"
-                )
-            if x.shape[2] < grid[0] or x.shape[3] < grid[1]:
-                raise UserError(
-                    f"input_size: the images are {images.shape[2]}x{images.shape[3]}, but the taps were chosen for "
-                    f"{'x'.join(map(str, self.plan.input_size[1:]))}; pass input_size=(C, H, W) of the training images"
                 )
 
 

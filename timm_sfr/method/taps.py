@@ -14,6 +14,7 @@ from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError, near_matches
 
 MIN_NODES = 4  # transport needs at least this many locations to match anything
+UNMATCHED = (1, 1)  # the grid of every tap at a size that leaves too few locations
 ISOTROPIC_TAPS = 3  # shallow taps of a model whose features all have the same grid
 LISTED = 60  # most features that an error message lists
 Choice = tuple[tuple[Feature, ...], Feature, str]  # shallow, deep, why
@@ -55,20 +56,8 @@ class TapPlan:
         return [tap.index for tap in self.taps]
 
     def node_grids(self, max_nodes: int, common: bool = False) -> list[tuple[int, int]]:
-        """Returns the grid that each tap is pooled to before matching, shallow taps first.
-
-        A tap with at most `max_nodes` locations keeps its grid. A larger deep tap's grid is halved until it fits, with no
-        side below 2 (7 x 7 becomes 3 x 3, then 2 x 2). Larger shallow taps are pooled to the resulting deep grid.
-
-        Args:
-            max_nodes: The most locations of a tap; at least 4.
-            common: Whether all taps are pooled to the deep tap's grid.
-        """
-        deep = self.deep.grid
-        while deep[0] * deep[1] > max_nodes:
-            deep = (min(deep[0], max(2, deep[0] // 2)), min(deep[1], max(2, deep[1] // 2)))
-        keep = [not common and tap.nodes <= max_nodes for tap in self.shallow]
-        return [tap.grid if kept else deep for tap, kept in zip(self.shallow, keep, strict=True)] + [deep]
+        """Returns the grid that each tap is pooled to at `input_size`, shallow taps first (`node_grids`)."""
+        return node_grids([tap.grid for tap in self.taps], max_nodes, common)
 
     def __str__(self) -> str:
         rows = [("tap", "index", "module", "channels", "grid", "stride")]
@@ -77,6 +66,30 @@ class TapPlan:
             rows.append((role, str(tap.index), tap.module, str(tap.channels), grid, str(tap.stride)))
         how = "" if self.mechanism == INTERMEDIATES else f", taken by {self.mechanism}"
         return "\n".join([*aligned(rows), f"at {'x'.join(map(str, self.input_size))}: {self.why}{how}"])
+
+
+def node_grids(grids: Sequence[tuple[int, int]], max_nodes: int, common: bool = False) -> list[tuple[int, int]]:
+    """Returns the grid that each tap is pooled to before matching, shallow taps first.
+
+    A tap with at most `max_nodes` locations keeps its grid. A larger deep tap's grid is halved until it fits, with no side
+    below 2 (7 x 7 becomes 3 x 3, then 2 x 2). Larger shallow taps are pooled to the resulting deep grid. If a tap has fewer
+    than 4 locations, or a side shorter than the grid that it would be pooled to, nothing can be matched, and all grids are
+    1 x 1.
+
+    Args:
+        grids: The taps' own grids, (H, W), the deep one last.
+        max_nodes: The most locations of a tap; at least 4.
+        common: Whether all taps are pooled to the deep tap's grid.
+    """
+    deep = grids[-1]
+    while deep[0] * deep[1] > max_nodes:
+        deep = (min(deep[0], max(2, deep[0] // 2)), min(deep[1], max(2, deep[1] // 2)))
+    pooled = [grid if not common and grid[0] * grid[1] <= max_nodes else deep for grid in grids[:-1]] + [deep]
+    matchable = all(
+        own[0] * own[1] >= MIN_NODES and own[0] >= to[0] and own[1] >= to[1]
+        for own, to in zip(grids, pooled, strict=True)
+    )
+    return pooled if matchable else [UNMATCHED] * len(grids)
 
 
 def choose_taps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.probe import HOOKS, count_classes, model_name
 from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, default_warmup
 from timm_sfr.method.tapped_model import TappedModel
-from timm_sfr.method.taps import TapPlan, choose_taps
+from timm_sfr.method.taps import MIN_NODES, UNMATCHED, TapPlan, choose_taps
 from timm_sfr.utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -62,13 +63,17 @@ class SFRTask(EpochTask):
     `trainable_module` is one module from images to (logits, tapped nodes). DDP or Accelerate wraps it, and autocast covers
     it. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.
 
+    Images may have any size that the model takes, also another one in each batch. The taps are those of `input_size`; the
+    grids of their locations follow each batch. A size at which a tap has fewer than 4 locations trains without the feature
+    loss, and a line says so once.
+
     Call `set_epoch` before each epoch and `end_epoch` after it. Without these calls, lambda stays at its final value,
     automatic smoothing at no more than 0.1, and the class table uniform.
 
     Args:
         model: Any timm classifier, or any other module from images to logits (which needs `input_size`).
         config: SFR's options; by default `SFRConfig()`.
-        input_size: (C, H, W) of the training images; by default the model's own.
+        input_size: (C, H, W) that the taps are chosen for; by default the model's own.
         base: A timm task over the same model that computes the logits once per batch, such as `LogitDistillationTask` or
             `FeatureDistillationTask`. Its loss replaces L_cls, including the smoothing, which is dynamic if the task's
             criterion is a `SmoothedLoss`.
@@ -110,18 +115,21 @@ class SFRTask(EpochTask):
                 "base: a base task computes its own loss, and cannot have the JSD of views; leave out one of the two"
             )
         self.plan: TapPlan | None = None
-        grids: list[tuple[int, int]] = []
         projection: ChannelProjection | None = None
         if self.config.weight > 0:
             self.plan = choose_taps(model, input_size, self.config.taps)
-            grids = self.plan.node_grids(self.config.max_nodes, self.config.common_grid)
+            if UNMATCHED in self.plan.node_grids(self.config.max_nodes, self.config.common_grid):
+                raise UserError(
+                    f"sfr_taps: a shallow tap of {model_name(model)} is smaller than the grid that it would be pooled to; name "
+                    "others, or lower sfr_max_nodes"
+                )
             if self.config.channels == "projection":
                 shallow = tuple(tap.channels for tap in self.plan.shallow)
                 projection = ChannelProjection(shallow, self.plan.deep.channels)
             if verbose:
                 _logger.info("SFR taps:\n%s", self.plan)
         to_teacher = None if base is None else self._take_over(base, model)
-        self.trainable_module: nn.Module = TappedModel(model, self.plan, grids, projection, to_teacher).to(device)
+        self.trainable_module: nn.Module = TappedModel(model, self.plan, self.config, projection, to_teacher).to(device)
         self.feature_loss = FeatureLoss(self.config)
         classes = self.plan.num_classes if self.plan is not None else count_classes(model, input_size)
         criterion = getattr(base, "criterion", None)
@@ -134,6 +142,7 @@ class SFRTask(EpochTask):
         weight = torch.tensor(self.config.weight * self.balance, device=device)
         self.register_buffer("weight", weight, persistent=False)
         self.base = base
+        self._unmatched: set[tuple[int, int]] = set()  # image sizes without feature loss that were announced
 
     def _take_over(self, base: TrainingTask, model: nn.Module) -> nn.Module | None:
         """Makes `base` reuse our forward pass; returns its map from features to the teacher's, or None without one."""
@@ -198,7 +207,7 @@ class SFRTask(EpochTask):
             task_loss = extra["loss"]
             epsilon = self.weight.new_zeros(()) if self.smoothed is None else self.smoothed.epsilon
             extra = {f"base_{name}": value for name, value in extra.items() if name not in ("loss", "output")}
-        sfr_loss = self.feature_loss(nodes[:-1], nodes[-1]) if nodes else self.weight.new_zeros(())
+        sfr_loss = self._feature_loss(nodes, input) if nodes else self.weight.new_zeros(())
         return {
             "loss": task_loss + self.weight * sfr_loss,
             "output": logits,
@@ -217,6 +226,18 @@ class SFRTask(EpochTask):
         cls_loss, epsilon = self.smoothing(logits[:clean], target[:clean])
         terms = jsd_terms(cls_loss, logits, self.loss.splits)
         return terms["task_loss"], epsilon, terms
+
+    def _feature_loss(self, nodes: list[Tensor], images: Tensor) -> Tensor:
+        """Returns the feature loss of the taps' nodes, a scalar: 0 for images that leave too few locations to match."""
+        if nodes[-1].shape[1] > 1:
+            return self.feature_loss(nodes[:-1], nodes[-1])
+        height, width = images.shape[-2:]
+        if (height, width) not in self._unmatched and os.environ.get("RANK", "0") == "0":
+            _logger.warning(f"warning: images of {height}x{width} pixels leave fewer than {MIN_NODES} locations at the taps, "
+                            "chosen for larger ones: batches of them train without the feature loss")  # fmt: skip
+        self._unmatched.add((height, width))
+        # Not a constant: each parameter has to get a gradient, or DDP waits for that of the projection.
+        return sum(((0.0 * x.float()).sum() for x in nodes[:-1]), self.weight.new_zeros(()))
 
     def _single(self, logits: Any) -> Tensor:
         """Returns one tensor of logits (B, K): the mean of the two in timm's distilled training."""

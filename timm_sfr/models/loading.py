@@ -107,7 +107,7 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
         hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
         raise UserError(f"model: timm has no model {name!r}{hint}")
     arguments = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, **(config.model_kwargs or {})}
-    request = {"img_size": config.img_size, "in_chans": config.in_chans}
+    request = {name: getattr(config, name) for name in ("img_size", "input_size", "in_chans")}
     try:
         with quick_offline() if _downloads(source, {"pretrained": config.pretrained}) else nullcontext():
             model = timm.create_model(

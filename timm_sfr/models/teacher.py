@@ -88,10 +88,10 @@ class Teacher(DistillationTeacher):
         timm's tasks pass the statistics of the student's architecture. They are ignored, because the run may normalise
         with others: those are undone.
         """
-        if self.same:
+        channels, *size = self.input_size
+        if self.same and list(input.shape[2:]) == size:
             return input
         images = input.float() * self.student_std + self.student_mean
-        channels, *size = self.input_size
         if images.shape[1] == 3 and channels == 1:
             images = (images * self.luma).sum(1, keepdim=True)
         elif images.shape[1] == 1 and channels == 3:

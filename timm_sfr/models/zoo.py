@@ -113,11 +113,13 @@ class ZooEntry:
         given = {key: self.options.get(key) for key in ("mean", "std", "interpolation", "crop_pct")}
         changes = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items() if v is not None}
         size = self.options.get("img_size")
-        if size is not None:
-            changes |= {"input_size": (self.options.get("in_chans") or 3, size, size)}
+        square = None if size is None else (self.options.get("in_chans") or 3, size, size)
+        shape = self.options.get("input_size") or square
+        if shape is not None:
+            changes |= {"input_size": tuple(shape)}
             if known.get("pool_size") and known.get("input_size"):  # the last feature map's size; strides round up
-                pairs = zip(known["pool_size"], known["input_size"][1:], strict=True)
-                changes |= {"pool_size": tuple(-(-pool * size // full) for pool, full in pairs)}
+                sides = zip(known["pool_size"], shape[1:], known["input_size"][1:], strict=True)
+                changes |= {"pool_size": tuple(-(-pool * side // full) for pool, side, full in sides)}
         source = {"file": str(WEIGHTS_FOLDER / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
         source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # else timm may load a pickle
         changes |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,

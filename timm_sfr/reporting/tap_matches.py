@@ -66,7 +66,7 @@ def tap_matches(
         projection: The learned channel maps for ``channels="projection"``; without them, channels are matched by groups.
     """
     grids = taps.node_grids(config.max_nodes, config.common_grid)
-    _, nodes = TappedModel(model, taps, grids)(images)
+    _, nodes = TappedModel(model, taps, config)(images)
     deep, found = nodes[-1].float(), []
     for index, (tap, grid, shallow) in enumerate(zip(taps.shallow, grids, nodes, strict=False)):
         shallow = shallow.float()

@@ -66,12 +66,13 @@ def term_names(teacher: bool, jsd: bool = False) -> tuple[str, ...]:
     return tuple(term.name for term in TERMS if not term.parts or has & set(term.parts))
 
 
-def columns(teacher: bool, jsd: bool = False) -> tuple[str, ...]:
-    """Returns the columns of summary.csv."""
+def columns(teacher: bool, jsd: bool = False, sized: bool = False) -> tuple[str, ...]:
+    """Returns the columns of summary.csv; with `sized`, for training images whose size changes, also their mean size."""
     always = [term.name for term in TERMS if not term.parts]
     further = [name for name in term_names(teacher, jsd) if name not in always]
     return (
-        "epoch", "lr", "train_loss", "task_loss", *further, *always[2:], "val_loss", "val_top1", "val_top5", "images_per_second"
+        "epoch", "lr", "train_loss", "task_loss", *further, *always[2:], "val_loss", "val_top1", "val_top5", "images_per_second",
+        *(["train_img_size"] if sized else []),
     )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, flo
     }
     for name in ("loss", "top1", "top5"):
         row[f"val_{name}"] = val[name] if val else ""
-    return {name: row[name] for name in columns("kd_loss" in row, "jsd_loss" in row)}
+    return {name: row[name] for name in columns(*_parts([row]))}
 
 
 def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
@@ -109,17 +110,17 @@ def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
         parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f}")
         if top5:
             parts.append(f"top5 {row['val_top5']:.2f}")
+    if row.get("train_img_size"):
+        parts.append(f"| {row['train_img_size']:.0f} px")
     return " ".join([*parts, f"| {row['images_per_second']:.0f} images/s"])
 
 
 def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
     """Writes summary.csv atomically, numbers with 8 significant digits."""
 
-    names = columns(*(any(term in row for row in rows) for term in ("kd_loss", "jsd_loss")))
-
     def write(fresh: Path) -> None:
         with fresh.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, restval="")
+            writer = csv.DictWriter(file, columns(*_parts(rows)), restval="")
             writer.writeheader()
             for row in rows:
                 writer.writerow({k: f"{v:.8g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -142,12 +143,16 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
         raise UserError(
             f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to continue without it"
         ) from error
-    known = [set(columns(teacher, jsd)) for teacher in (False, True) for jsd in (False, True)]
-    if any(set(row) not in known for row in rows):
+    if any(set(row) != set(columns(*_parts([row]))) for row in rows):
         raise UserError(
             f"resume: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to continue without it"
         )
     return rows
+
+
+def _parts(rows: list[dict[str, Any]]) -> tuple[bool, ...]:
+    """Returns the arguments of `columns` for rows: whether any has the terms of a teacher, of views, or a size that changes."""
+    return tuple(any(name in row for row in rows) for name in ("kd_loss", "jsd_loss", "train_img_size"))
 
 
 def write_args(path: Path, values: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ def usual_rate(opt: str, batch: int, momentum: float = 0.9) -> tuple[float, floa
 
 def _size(config: RunConfig, run: Circumstances) -> str | None:
     """Pretrained weights expect objects at the scale of their training images."""
-    own, size = (getattr(run.model, "pretrained_cfg", None) or {}).get("input_size"), config.model.img_size
+    own, size = (getattr(run.model, "pretrained_cfg", None) or {}).get("input_size"), _shorter(config)
     if not config.model.pretrained or not own or size is None or own[-1] / FAR < size < own[-1] * FAR:
         return None
     return (f"img-size: {size} px is far from the {own[-1]} px that the pretrained weights of {config.model.model} were trained "
@@ -104,12 +104,18 @@ def _size(config: RunConfig, run: Circumstances) -> str | None:
 
 def _reduction(config: RunConfig, run: Circumstances) -> str | None:
     """Stems made for 224 pixels reduce small images to almost nothing."""
-    size, end = config.model.img_size, total_reduction(run.model)
+    size, end = _shorter(config), total_reduction(run.model)
     if size is None or end is None or size > SMALL_IMAGES or size // end[0] > (2 if end[1] else 1):
         return None
     grid = max(1, size // end[0])
     return (f"model: images of {size} px end as {grid}x{grid} in {config.model.model}, which divides them by {end[0]}: it is "
             f"made for larger images; for small ones use --model {_instead(config.model.model or '')}")  # fmt: skip
+
+
+def _shorter(config: RunConfig) -> int | None:
+    """Returns the images' shorter side in pixels."""
+    sides = config.model.image_sides
+    return None if sides is None else min(sides)
 
 
 def _instead(name: str) -> str:

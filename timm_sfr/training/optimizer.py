@@ -15,7 +15,7 @@ from timm_sfr.method.smoothing import default_warmup
 from timm_sfr.utils.errors import UserError, near_matches
 
 
-def learning_rate(config: OptimConfig, global_batch: int) -> float:
+def learning_rate(config: OptimConfig, global_batch: float) -> float:
     """Returns lr if it is set; else lr_base scaled with the global batch, as timm does.
 
     The scale is linear, or by default the square root for adaptive optimizers.

@@ -23,11 +23,13 @@ from timm_sfr.data.datasets import Split, open_splits, open_test
 from timm_sfr.data.folders import SPLIT_FILE
 from timm_sfr.data.loaders import TrainBatches, eval_loader
 from timm_sfr.data.samples import BadImages, bad_images
+from timm_sfr.data.sizes import SizeSchedule
 from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, img_mode, preprocessing
 from timm_sfr.hub.card import base_model
 from timm_sfr.hub.model_folder import Exporter, resolve_hub
 from timm_sfr.hub.push import check_card, check_push, loading_line, published, push_to_hub
 from timm_sfr.method.config import LossForm
+from timm_sfr.method.probe import check_input
 from timm_sfr.method.smoothing import default_warmup
 from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.files import CONFIG
@@ -46,7 +48,7 @@ from timm_sfr.training.run_state import restore
 from timm_sfr.training.tasks import create_task
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
-from timm_sfr.utils.console import console_output, counted, show_log
+from timm_sfr.utils.console import console_output, counted, show_log, sides
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import cores, on_main, one_at_a_time
@@ -134,8 +136,13 @@ def prepare(
         data = one_at_a_time(accelerator, lambda: _open(config, mode, listed))
     config, fitted = _fitted_batch(config, data.train, accelerator.num_processes)
     built = _build(config, accelerator, reachable, task, data, mode)
-    batches = built.data.batches(built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator)
-    optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches))
+    sizes = _sizes(config, accelerator, built)
+    changing = {} if sizes is None else {"sizes": sizes}
+    batches = built.data.batches(
+        built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator, **changing
+    )
+    mean_batch = config.data.batch_size if sizes is None else sizes.average_batch
+    optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches), mean_batch)
     loader = _loader(built, built.data.val, config, accelerator)
     # Not the schedule: Accelerate would step it once per process.
     built.task.trainable_module, optimizer = accelerator.prepare(built.task.trainable_module, optimizer)
@@ -146,7 +153,7 @@ def prepare(
     resolved = resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision)
     facts = _facts(config, accelerator, built)
     bad = _bad_images(batches, loader, workspace)
-    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs, fitted)
+    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs, fitted, sizes)
     ordered = not built.data.val.streamed or accelerator.num_processes == 1
     return Trainer(
         config=resolved,
@@ -185,8 +192,8 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
             config.model,
             model=config.model.model or DEFAULT_MODEL,
             num_classes=num_classes,
-            img_size=config.model.img_size
-            or (prep.input_size[1] if prep.input_size[1] == prep.input_size[2] else None),
+            img_size=None,
+            input_size=prep.input_size,  # of a square, the section sets img_size in its place
             in_chans=prep.input_size[0],
             mean=prep.mean,
             std=prep.std,
@@ -300,12 +307,13 @@ def _forecast(trainer: Trainer) -> None:
     config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.schedule.epochs, trainer.state
     model, processes = trainer.exported_model(), trainer.accelerator.num_processes
     images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
-    update = trainer.global_batch * config.optim.grad_accum_steps
+    mean_batch = trainer.global_batch if trainer.sizes is None else trainer.sizes.average_batch * processes
+    update = round(mean_batch * config.optim.grad_accum_steps)
     run = Circumstances(model, images, update, config.optim.lr or 0.0, epochs, cores(), processes)
     for line in advice(config, run):
         say(line)
     left, updates = epochs - state.epoch, trainer.updates_before(epochs, 0) - state.updates
-    seen = len(trainer.batches) * trainer.global_batch
+    seen = trainer.images_before(state.epoch, len(trainer.batches))
     say(f"{counted(seen, 'image')} an epoch, {counted(updates, 'update')} in {counted(left, 'epoch')}", "length", images=seen,
         updates=updates, epochs=left)  # fmt: skip
 
@@ -376,6 +384,26 @@ def _test_line(test: dict[str, Any], num_classes: int | None) -> str:
             f"split {test['split']!r}, scored once with the weights of epoch {test['epoch'] + 1}")  # fmt: skip
 
 
+def _sizes(config: RunConfig, accelerator: Any, built: _Built) -> SizeSchedule | None:
+    """Returns the schedule of image sizes, None for images of one size; raises UserError if the data or the model lack them."""
+    train, sizes = built.data.train, config.sizes.train_img_sizes
+    if sizes is None:
+        return None
+    if train.streamed:
+        raise UserError("train_img_sizes: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
+                        "stream, which does not say which images a batch has; leave the option out")  # fmt: skip
+    for size in sizes:
+        try:
+            check_input(built.model, built.prep.at(size).input_size)
+        except UserError as error:
+            fixed = getattr(built.model, "dynamic_img_size", True) is False
+            hint = "give --model-kwargs dynamic_img_size=True" if fixed else "use a model that takes images of any size"
+            raise UserError(f"train_img_sizes: {error}; {hint}") from error
+    count, batch = int(len(train.dataset) * max(1, config.data.epoch_repeats)), config.data.batch_size
+    epochs, seed, processes = config.optim.epochs, config.engine.seed, accelerator.num_processes
+    return SizeSchedule.of(config.sizes, batch, count, epochs, seed, processes)
+
+
 def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadImages | None:
     """Sets the file for the lists of images that do not decode; returns the training images' list, or None."""
     found = [bad_images(getattr(batches, "samples", None)), bad_images(getattr(loader, "dataset", None))]
@@ -385,10 +413,13 @@ def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadIm
     return found[0]
 
 
-def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batches: int) -> tuple[Any, Any, float]:
+def _optimisation(
+    config: RunConfig, accelerator: Any, task: TrainingTask, batches: int, batch: float
+) -> tuple[Any, Any, float]:
     """Returns the optimizer of the task's trainable module, its schedule over epochs of `batches` batches, and the rate.
 
-    First sets the module's memory layout, synchronised BatchNorm and moving average.
+    `batch` is the mean batch size of a process. First sets the module's memory layout, synchronised BatchNorm and moving
+    average.
     """
     optim, module = config.optim, task.trainable_module
     if config.model.channels_last:
@@ -398,7 +429,7 @@ def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batch
     task.trainable_module = module
     if optim.model_ema:
         task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
-    lr = learning_rate(optim, config.data.batch_size * accelerator.num_processes * optim.grad_accum_steps)
+    lr = learning_rate(optim, batch * accelerator.num_processes * optim.grad_accum_steps)
     optimizer = create_optimizer(optim, module, lr)
     updates = -(-batches // optim.grad_accum_steps)
     return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric), lr
@@ -412,8 +443,9 @@ def _announce(
     parameters: int,
     epochs: int,
     fitted: str,
+    sizes: SizeSchedule | None,
 ) -> None:
-    """Prints what the run trains, where it is written, and notes on the teacher, the batches and the taps."""
+    """Prints what the run trains, where it is written, and notes on the teacher, the batches, the sizes and the taps."""
     opening = _headline(config, built, accelerator, parameters, epochs)
     started = {"run": str(workspace.run), "model": config.model.model, "parameters": parameters, "epochs": epochs}
     workspace.say(opening, "start", **started)
@@ -429,7 +461,9 @@ def _announce(
         workspace.say(f"note: the model has {built.num_classes} classes, and the data has images of {len(train.class_names)}")
     images = 0 if train.streamed else int(len(train.dataset) * max(1, config.data.epoch_repeats))
     dropped = images % (config.data.batch_size * accelerator.num_processes)
-    if dropped > 0.1 * max(1, images):
+    if sizes is not None:
+        workspace.say(str(sizes))
+    elif dropped > 0.1 * max(1, images):
         workspace.say(f"note: each epoch drops {dropped} of {images} images, different ones each time, because they do not "
                       "fill a batch; a smaller --batch-size drops fewer")  # fmt: skip
     if built.loss.class_weights is not None:
@@ -523,6 +557,6 @@ def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: in
     counts += f" {'/'.join(PART_NAMES[: len(splits)])} images"
     return (
         f"{config.model.model}, {parameters / 1e6:.2f} M parameters, {config.model.num_classes} classes, "
-        f"{config.model.img_size} px; {counts}; {method}; {counted(config.optim.epochs, 'epoch')} on "
+        f"{sides(*built.prep.input_size[1:])} px; {counts}; {method}; {counted(config.optim.epochs, 'epoch')} on "
         f"{hardware(accelerator.device, accelerator.num_processes)}, {accelerator.mixed_precision} mixed precision"
     )

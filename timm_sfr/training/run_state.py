@@ -5,6 +5,7 @@ A checkpoint may be restored with another number of processes or another batch s
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from timm.utils import unwrap_model
 from torch import Tensor
 
 from timm_sfr.config import DEFAULT_BATCH, RunConfig
+from timm_sfr.data.sizes import SizeSchedule
 from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.optimizer import Schedule
 from timm_sfr.utils.errors import UserError, brief
@@ -98,6 +100,26 @@ class Learner:
         """Images in one batch over all processes."""
         return (self.config.data.batch_size or DEFAULT_BATCH) * self.accelerator.num_processes
 
+    @property
+    def sizes(self) -> SizeSchedule | None:
+        """The schedule of image sizes; None if they do not change."""
+        return getattr(self.batches, "sizes", None)
+
+    def share(self, batch: int) -> float:
+        """Returns a batch's size relative to the schedule's mean; 1 if sizes do not change."""
+        return 1.0 if self.sizes is None else batch / self.sizes.average_batch
+
+    def images_before(self, epoch: int, step: int) -> int:
+        """Returns the number of images in the first `step` batches of an epoch, over all processes."""
+        return step * self.global_batch if self.sizes is None else self.sizes.images(epoch, step)
+
+    def steps_of(self, epoch: int, images: int) -> int:
+        """Returns the number of whole batches of an epoch that `images` images fill."""
+        if self.sizes is None:
+            return images // self.global_batch
+        ends = itertools.accumulate(size * self.sizes.processes for _, size in self.sizes.batches(epoch))
+        return sum(end <= images for end in ends)
+
     def updates_before(self, epoch: int, step: int) -> int:
         """Returns the number of updates in `epoch` epochs and `step` batches."""
         accum = self.config.optim.grad_accum_steps
@@ -120,7 +142,7 @@ def collect(learner: Learner, epoch: int, step: int, total: Tensor | None) -> di
         "epoch": epoch,
         "step": step,
         "updates": learner.state.updates,
-        "images": step * learner.global_batch,
+        "images": learner.images_before(epoch, step),
         "lr": learner.state.lr,
         "seconds": learner.state.seconds,
         "best": learner.state.best,
@@ -171,9 +193,9 @@ def _load(learner: Learner, state: dict[str, Any]) -> None:
     if learner.accelerator.scaler is not None and state["scaler"] is not None:
         learner.accelerator.scaler.load_state_dict(state["scaler"])
     step = state["step"]
-    if state["images"] != step * learner.global_batch:
-        # Another global batch: continue after the last whole batch of the images seen.
-        step = state["images"] // learner.global_batch
+    if state["images"] != learner.images_before(state["epoch"], step):
+        # Other global batches: continue after the last whole batch of the images seen.
+        step = learner.steps_of(state["epoch"], state["images"])
     step -= step % learner.config.optim.grad_accum_steps
     kept = {name: state[name] for name in ("epoch", "seconds", "lr", "best", "last")}
     learner.state = RunState(step=step, updates=learner.updates_before(state["epoch"], step), **kept)

@@ -83,14 +83,15 @@ class Trainer(Learner):
             self.mixup.mixup_enabled = not (0 < self.config.aug.mixup_off_epoch <= epoch)
         dtype = torch.float32 if self.accelerator.device.type == "mps" else torch.float64
         names = self.guard.names
-        # The sums of the terms over the batches whose terms are finite, and last the number of these batches.
+        # The sums of the terms over the batches whose terms are finite, and last the number of these batches; a batch of
+        # another size than the mean counts by its share.
         total = torch.zeros(len(names) + 1, dtype=dtype, device=self.accelerator.device)
         if start > 0 and self.state.total is not None:
             total += self.state.total
         steps, images, done, started = len(self.batches), 0, start, time.perf_counter()
         self.progress.begin(epoch, start)
         for step, (image, target) in enumerate(self.batches.epoch(epoch, start), start):
-            images, done = images + len(target), step + 1
+            images, done, share = images + len(target), step + 1, self.share(len(target))
             # A batch's random numbers depend only on these values, so that a run can resume at any batch.
             reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
             if self.batches.erase is not None:
@@ -108,10 +109,10 @@ class Trainer(Learner):
                 result = self.task(image, target)
                 terms = torch.stack([_term(result, name) for name in names])
                 self.guard.terms.send(terms)
-                self.accelerator.backward(result["loss"] / group)
+                self.accelerator.backward(self._scaled(result["loss"], share) / group)
             if self.guard.check_terms():
-                total[:-1] += terms
-                total[-1] += 1
+                total[:-1] += share * terms
+                total[-1] += share
             elif not self.guard.scaled:
                 self._nonfinite(epoch, step)
             if updates_now:
@@ -130,7 +131,15 @@ class Trainer(Learner):
         self.task.end_epoch()
         self._share_batchnorm()
         rate = images * self.accelerator.num_processes / max(elapsed, 1e-9)
-        return {**dict(zip(names, means, strict=True)), "images_per_second": rate}
+        pixels = {} if self.sizes is None else {"train_img_size": self.sizes.mean_size(epoch)}
+        return {**dict(zip(names, means, strict=True)), "images_per_second": rate, **pixels}
+
+    def _scaled(self, loss: Tensor, share: float) -> Tensor:
+        """Returns the loss scaled by its batch's share of the mean batch size, as the options say, for the gradients only."""
+        mode = self.config.sizes.variable_batch_loss_scale
+        if mode == "none" or share == 1:
+            return loss
+        return loss * (share if mode == "linear" else share**0.5)
 
     def validate(self) -> dict[str, float]:
         """Returns the scores of the exported model: the moving average if there is one.

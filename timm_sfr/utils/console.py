@@ -31,6 +31,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' * noun.endswith('s') or 's'}"
 
 
+def sides(height: int, width: int) -> str:
+    """Returns an image size in pixels: ``224`` for a square, else such as ``192x256``."""
+    return str(height) if height == width else f"{height}x{width}"
+
+
 def some(names: Sequence[str], count: int = 3) -> str:
     """Returns the first few names, and how many more there are; ``none`` for no names."""
     return f"{', '.join(names[:count])}{f' and {len(names) - count} more' * (len(names) > count)}" or "none"
