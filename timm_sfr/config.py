@@ -20,6 +20,7 @@ from timm_sfr.utils.options import Checked, option, outside_name
 
 DEFAULT_MODEL = "resnet18"
 DEFAULT_BATCH = 128
+AUTO = "auto"
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -64,9 +65,10 @@ class DataConfig(Checked):
         None, "key of the image in hfds/ and wds/ datasets; endings of images in folders, such as '.png;.jpg'"
     )
     target_key: str | None = option(None, "key of the label in hfds/ and wds/ datasets")
-    batch_size: int | None = option(
+    batch_size: int | str | None = option(
         None,
-        "training batch size per process (default: 128, or for a smaller set the largest power of two that fits)",
+        "training batch size per process (default: 128, or for a smaller set the largest power of two that fits); auto: the "
+        "largest power of two that fits the GPU's memory",
         short="-b",
         low=1,
     )
@@ -87,11 +89,24 @@ class DataConfig(Checked):
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
-        """Checks that the colour is one, and that the range has a smaller and a larger value."""
+        """Checks the batch size's word, that the colour is one, and that the range has a smaller and a larger value."""
+        if isinstance(self.batch_size, str) and self.batch_size != AUTO:
+            raise UserError(f"batch_size: expected a number or {AUTO}; got {self.batch_size!r}")
         if len(self.image_background) != 3 or any(not 0 <= part <= 255 for part in self.image_background):
             raise UserError(f"image_background: expected three numbers from 0 to 255; got {self.image_background}")
         if self.image_range is not None and (len(self.image_range) != 2 or not self.image_range[0] < self.image_range[1]):
             raise UserError(f"image_range: expected two numbers, smaller first; got {self.image_range}")
+
+    @property
+    def batch(self) -> int:
+        """The batch size, or the default.
+
+        Raises:
+            UserError: if it is ``auto`` and has not been resolved: only training on data with an index can do that.
+        """
+        if isinstance(self.batch_size, str):
+            raise UserError(f"batch-size: {AUTO} is for training on data with an index; give a number here")
+        return self.batch_size or DEFAULT_BATCH
 
 
 @dataclass(frozen=True)
@@ -398,7 +413,7 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        if self.aug.mixes and (self.data.batch_size or DEFAULT_BATCH) % 2:
+        if self.aug.mixes and self.data.batch_size != AUTO and self.data.batch % 2:
             raise UserError(
                 f"batch-size: mixup and CutMix pair samples and need an even size; got {self.data.batch_size}"
             )

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import Compose
 
-from timm_sfr.config import DEFAULT_BATCH, AugConfig, DataConfig
+from timm_sfr.config import AugConfig, DataConfig
 from timm_sfr.data.batch_transform import collate
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.images import to_mode
@@ -77,7 +77,7 @@ class TrainBatches:
     def __init__(
         self, split: Split, config: DataConfig, aug: AugConfig, prep: Preprocessing, seed: int, accelerator: Any
     ) -> None:
-        transform, batch = prep.train_transform(aug), config.batch_size or DEFAULT_BATCH
+        transform, batch = prep.train_transform(aug), config.batch
         self.split = split
         self.sampler: EpochSampler | None = None
         if split.streamed:
@@ -126,7 +126,7 @@ class TrainBatches:
 
 def eval_loader(split: Split, config: DataConfig, prep: Preprocessing) -> DataLoader:
     """Returns a loader of validation batches, in order: uint8 images (B, C, H, W) and class indices (B,)."""
-    batch = config.validation_batch_size or config.batch_size or DEFAULT_BATCH
+    batch = config.validation_batch_size or config.batch
     transform = prep.eval_transform()
     if split.streamed:
         return DataLoader(_prepare_stream(split.dataset, transform, config, prep.img_mode), batch, **_options(config))

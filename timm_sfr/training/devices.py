@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -102,6 +103,20 @@ def check_environment(environment: Mapping[str, str], mixed_precision: str | Non
             "accelerate: its configuration asks for fp8, which replaces the model's layers, and the exported weights have to "
             "fit timm's; use --mixed-precision bf16"
         )
+
+
+@contextlib.contextmanager
+def explained_errors(kept: Callable[[], str]) -> Iterator[None]:
+    """A context that raises a one-line error for a failure that the machine or the options caused; `kept` as in `explained`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
+        explanation = explained(error, kept())
+        if explanation is None:
+            raise
+        raise explanation from error
 
 
 def make_accelerator(config: RunConfig) -> Accelerator:
