@@ -74,19 +74,16 @@ def diverged(losses: Sequence[float], count: int) -> bool:
 
 
 def steepest(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """Returns the rate at which the smoothed loss falls fastest per factor of the rate, before its minimum; None if nowhere."""
+    """Returns the rate at which the smoothed loss falls fastest per factor of the rate, before its minimum; None if nowhere.
+
+    docs/train.md has the check that it was chosen by, against a tenth of the rate at the minimum.
+    """
     end = min(range(len(smoothed)), key=smoothed.__getitem__)
     if end == 0:
         return None
     slopes = [(smoothed[i + 1] - smoothed[i]) / math.log(rates[i + 1] / rates[i]) for i in range(end)]
     i = min(range(end), key=slopes.__getitem__)
     return math.sqrt(rates[i] * rates[i + 1])
-
-
-def tenth_of_minimum(rates: Sequence[float], smoothed: Sequence[float]) -> float | None:
-    """Returns a tenth of the rate at which the smoothed loss is smallest; None if that is the first."""
-    end = min(range(len(smoothed)), key=smoothed.__getitem__)
-    return rates[end] / 10 if end > 0 else None
 
 
 def range_test(learner: Learner, mixup: Any, rates: Sequence[float]) -> list[float]:
