@@ -35,6 +35,7 @@ sys.exit(status[0] if status else 134)
 # Of an option given twice the last one counts: so these cut a training short, and nothing is edited.
 DIGITS = ("--epochs", "1", "--report-interval", "0", "-j", "0", "--img-size", "8", "--device", "cpu")
 IMAGES = ("--epochs", "1", "--report-interval", "0", "-j", "0", "--img-size", "64", "--device", "cpu", "-b", "32")
+SHORT_TEST = ("--lr-low", "1e-4", "--lr-high", "1", "--lr-updates", "20")
 NETWORK = ("--dataset-download",)
 
 
@@ -88,6 +89,8 @@ def timm_sfr(words: list[str]) -> int:
     """``timm-sfr VERB``."""
     from timm_sfr.cli.main import main
 
+    if words[0] == "lr-find":
+        return main([*words, *SHORT_TEST, *IMAGES])
     return train(words[1:]) if words[0] == "train" else main(words)
 
 
@@ -179,6 +182,20 @@ def scontrol(words: list[str]) -> int:
     return 0
 
 
+def docker(words: list[str]) -> int:
+    """``docker``: its file is there; what runs in the image are commands of ours with right options."""
+    if words[0] == "build":
+        assert words[words.index("-t") + 1] == "timm_sfr" and Path(words[words.index("-f") + 1]).is_file()
+        return 0
+    place = words.index("timm_sfr")
+    asked = words[place + 1 :]
+    if "--entrypoint" in words[:place]:
+        assert words[words.index("--entrypoint") + 1] == "accelerate"
+        return accelerate([word.replace("/opt/timm_sfr/train_sfr.py", "train_sfr.py") for word in asked])
+    assert words[0] == "run" and asked[0] == "train", words
+    return launched("train_sfr.py", asked[1:])
+
+
 def mkdocs(words: list[str]) -> int:
     """``mkdocs``: tests/test_site.py builds."""
     from mkdocs.__main__ import cli
@@ -207,7 +224,7 @@ def page(words: list[str]) -> int:
 
 RULES = {"python": python, "python3": python, "timm-sfr": timm_sfr, "train-sfr": train, "accelerate": accelerate,
          "torchrun": torchrun, "pip": pip, "pytest": pytest, "hf": hf, "git": git, "srun": srun, "scontrol": scontrol,
-         "mkdocs": mkdocs, "doc-page": page}  # fmt: skip
+         "mkdocs": mkdocs, "docker": docker, "doc-page": page}  # fmt: skip
 
 
 def install(folder: Path, address: str) -> None:

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCardData, SpaceCardData
 from huggingface_hub.repocard import RepoCard
 
 USERS = {"hf_writes_1234567890": ("user", "write"), "hf_reads_1234567890": ("user", "read")}
 WRITE, READ = USERS
 ORGANISATION = "team"  # of both
+SPACE = "space:"  # a Space's name among the repositories begins with this
 LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0", "gemma", "other", "unknown")  # some of the Hub's
 
 
@@ -151,7 +152,7 @@ class Handler(BaseHTTPRequestHandler):
         who = self.user()
         if who is None:
             self.error(401, None, "Invalid credentials in Authorization header")
-        elif who[1] == "read" or repo_id.split("/")[0] not in (who[0], ORGANISATION):
+        elif who[1] == "read" or repo_id.removeprefix(SPACE).split("/")[0] not in (who[0], ORGANISATION):
             self.error(
                 403, None, f"You don't have the rights to create a model under the namespace {repo_id.split('/')[0]!r}"
             )
@@ -174,8 +175,13 @@ class Handler(BaseHTTPRequestHandler):
             return None
         return repo, *tree
 
-    def do_POST(self) -> None:
+    def asked_path(self) -> str:
+        """The path, with a Space as the repository ``space:USER/NAME`` among the models."""
         path = unquote(urlsplit(self.path).path)
+        return path.replace("/api/spaces/", f"/api/models/{SPACE}").replace("/spaces/", f"/{SPACE}")
+
+    def do_POST(self) -> None:
+        path = self.asked_path()
         rules = (
             (r"/api/repos/create", self.create),
             (r"/api/validate-yaml", self.validate_yaml),
@@ -197,13 +203,15 @@ class Handler(BaseHTTPRequestHandler):
     def create(self) -> None:
         asked = json.loads(self.body())
         who = self.user()
-        name = f"{asked.get('organization') or (who[0] if who else '')}/{asked['name']}"
+        space = asked.get("type") == "space"
+        name = f"{SPACE * space}{asked.get('organization') or (who[0] if who else '')}/{asked['name']}"
+        if space and asked.get("sdk") not in ("gradio", "docker", "static"):
+            return self.error(400, None, "expected an sdk")
         if not self.may_write(name):
             return
-        url = f"{self.state.url}/{name}"
+        url = f"{self.state.url}/{name.replace(SPACE, 'spaces/')}"
         if name in self.state.repos:
-            self.reply(409, {"url": url, "error": "You already created this model repo"})
-            return
+            return self.reply(409, {"url": url, "error": "You already created this model repo"})
         repo = self.state.repos.setdefault(
             name, Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
         )
@@ -211,16 +219,18 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"url": url})
 
     def validate_yaml(self) -> None:
-        content = json.loads(self.body())["content"]
+        asked = json.loads(self.body())
+        content, space = asked["content"], asked["repoType"] == "space"
         try:
             data = RepoCard(content).data.to_dict()
             data.pop("model-index", None)
-            ModelCardData(**data)
+            (SpaceCardData if space else ModelCardData)(**data)
             known = data.get("license") in (None, *LICENSES)
             names = [*data.get("datasets", []), *([data["base_model"]] if "base_model" in data else [])]
             rules = {
                 "tags must be a list": isinstance(data.get("tags"), list),
-                '"library_name" is missing': bool(data.get("library_name")),
+                '"library_name" is missing': space or bool(data.get("library_name")),
+                '"sdk" is missing': not space or bool(data.get("sdk")),
                 f'"license" must be one of [{", ".join(LICENSES)}]': known,
                 # The Hub's documentation asks for it; whether its check does is not known.
                 '"license_name" is missing': data.get("license") != "other" or bool(data.get("license_name")),
@@ -299,7 +309,8 @@ class Handler(BaseHTTPRequestHandler):
         oid = found[0].commit(revision, title, files, deleted)
         if self.faulty("answer"):  # carried out, and not told
             return None
-        self.reply(200, {"commitUrl": f"{self.state.url}/{repo_id}/commit/{oid}", "commitOid": oid, "success": True})
+        place = f"{self.state.url}/{repo_id.replace(SPACE, 'spaces/')}"
+        self.reply(200, {"commitUrl": f"{place}/commit/{oid}", "commitOid": oid, "success": True})
 
     def branch(self, repo_id: str, name: str) -> None:
         self.body()
@@ -317,7 +328,7 @@ class Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = self.asked_path()
         if path == "/api/whoami-v2":
             if self.faulty("whoami"):
                 return
@@ -339,10 +350,9 @@ class Handler(BaseHTTPRequestHandler):
             found = self.found(match[1], match[2] or "main")
             if found is not None:
                 siblings = [{"rfilename": name} for name in found[2]]
-                self.reply(
-                    200,
-                    {"id": match[1], "sha": found[1], "siblings": siblings, "tags": [], "private": found[0].private},
-                )
+                about = {"id": match[1].removeprefix(SPACE), "sha": found[1], "siblings": siblings, "tags": []}
+                card = RepoCard(found[2].get("README.md", b"").decode(), ignore_metadata_errors=True).data.to_dict()
+                self.reply(200, {**about, "cardData": card, "private": found[0].private})
             return None
         return self.error(404, None, f"no such route: {path}")
 

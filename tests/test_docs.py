@@ -42,8 +42,9 @@ GIVEN = {
     """,
 }
 WARNING = re.compile(r"Warning: (?!`?torch\.jit)")  # PyTorch's, that TorchScript is on its way out; deploy.md says so
-# Of torchrun, pip, pytest, and the commands of trackers.
-OTHERS = {"--nproc-per-node", "--max-restarts", "--no-deps", "--durations", "--logdir", "--project"}
+# Of torchrun, pip, pytest, docker, and the commands of trackers.
+OTHERS = {"--rm", "--gpus", "--ipc", "--user", "--entrypoint", "--build-arg",
+          "--nproc-per-node", "--max-restarts", "--no-deps", "--durations", "--logdir", "--project"}  # fmt: skip
 NAMED = [page for page in PAGES if blocks(page)]
 
 

@@ -5,7 +5,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, train
 
 from timm_sfr.cli.main import main
 from timm_sfr.data.datasets import Digits
@@ -108,3 +108,44 @@ def test_two_processes_fail_to_publish_with_one_line(tmp_path, hub):
 def test_a_failed_launch_says_why_and_fails(tmp_path):
     done = run(*TORCHRUN, ROOT / "train_sfr.py", "--model", "resnet81", "--output", tmp_path)
     assert done.returncode != 0 and "did you mean 'resnet18'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name,value,said",
+    [
+        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "True", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "1", "asks for Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "asks for tensor, context"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4", "use --grad-accum-steps"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "use --mixed-precision bf16"),
+    ],
+)
+def test_what_accelerate_is_configured_for_and_a_run_cannot_do(name, value, said, tmp_path, monkeypatch):
+    """Refused in one line, before there is a folder; Accelerate itself trains without FSDP and with a quarter of the loss."""
+    monkeypatch.setenv(name, value)
+    done = train("--output", tmp_path / "out", ok=False)
+    assert done.stderr.count("\n") == 1 and f"({name})" * (value != "fp8") in done.stderr and said in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_accelerate_launch_sets_for_plain_processes_is_no_obstacle(tmp_path, monkeypatch):
+    """Its own defaults."""
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.setenv(name, "false")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    train("--epochs", 1, "--output", tmp_path)
+
+
+@pytest.mark.slow
+def test_fsdp_by_accelerate_launch_is_refused(tmp_path):
+    """As a user asks for it: by a configuration file of `accelerate config`."""
+    (tmp_path / "fsdp.yaml").write_text(
+        "distributed_type: FSDP\nnum_processes: 2\nuse_cpu: true\nmixed_precision: 'no'\n"
+        "fsdp_config:\n  fsdp_version: 2\n  fsdp_auto_wrap_policy: SIZE_BASED_WRAP\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml"]
+    done = run(*launch, ROOT / "train_sfr.py", "--output", tmp_path / "out", OMP_NUM_THREADS="1")
+    assert done.returncode != 0 and "asks for FSDP (ACCELERATE_USE_FSDP)" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()

@@ -21,6 +21,7 @@ from timm_sfr.utils.options import Checked, option, outside_name
 
 DEFAULT_MODEL = "resnet18"
 DEFAULT_BATCH = 128
+AUTO = "auto"
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -75,9 +76,10 @@ class DataConfig(Checked):
     target_key: str | None = option(
         None, "key of the label in hfds/ and wds/ datasets; column of it in csv/ (default: label, class or target)"
     )
-    batch_size: int | None = option(
+    batch_size: int | str | None = option(
         None,
-        "training batch size per process (default: 128, or for a smaller set the largest power of two that fits)",
+        "training batch size per process (default: 128, or for a smaller set the largest power of two that fits); auto: the "
+        "largest power of two that fits the GPU's memory",
         short="-b",
         low=1,
     )
@@ -106,7 +108,9 @@ class DataConfig(Checked):
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
-        """Checks that the colour and the range are valid, that no epoch is a part of one, and that the splits differ."""
+        """Checks the batch size's word, the colour and the range, that no epoch is a part of one, and that the splits differ."""
+        if isinstance(self.batch_size, str) and self.batch_size != AUTO:
+            raise UserError(f"batch_size: expected a number or {AUTO}; got {self.batch_size!r}")
         _check_repeats(self.epoch_repeats, "epoch_repeats")
         if len(self.image_background) != 3 or any(not 0 <= part <= 255 for part in self.image_background):
             raise UserError(f"image_background: expected three numbers from 0 to 255; got {self.image_background}")
@@ -132,6 +136,17 @@ class DataConfig(Checked):
     def num_samples(self, part: str) -> int | None:
         """Returns the given number of samples of a part of the data: train, val or test."""
         return {"train": self.train_num_samples, "val": self.val_num_samples, "test": self.test_num_samples}[part]
+
+    @property
+    def batch(self) -> int:
+        """The batch size, or the default.
+
+        Raises:
+            UserError: if it is ``auto`` and has not been resolved: only training on data with an index can do that.
+        """
+        if isinstance(self.batch_size, str):
+            raise UserError(f"batch-size: {AUTO} is for training on data with an index; give a number here")
+        return self.batch_size or DEFAULT_BATCH
 
 
 @dataclass(frozen=True)
@@ -604,7 +619,10 @@ class RunConfig:
     hub: HubConfig = field(default_factory=HubConfig)
 
     def __post_init__(self) -> None:
-        batches = self.sizes.train_batch_sizes or (self.data.batch_size or DEFAULT_BATCH,)
+        if self.data.batch_size == AUTO and self.sizes.train_batch_sizes is not None:
+            raise UserError(f"train_batch_sizes: they do not go with --batch-size {AUTO}; leave out one of the two")
+        # The automatic size is a power of two.
+        batches = self.sizes.train_batch_sizes or (DEFAULT_BATCH if self.data.batch_size == AUTO else self.data.batch,)
         odd = [batch for batch in batches if batch % 2]
         if self.aug.mixes and odd:
             name = "batch-size" if self.sizes.train_batch_sizes is None else "train-batch-sizes"
@@ -613,7 +631,7 @@ class RunConfig:
 
     def _check_views(self) -> None:
         """Checks that views and their BatchNorm go with the other options."""
-        splits, batch = self.aug.aug_splits, self.data.batch_size or DEFAULT_BATCH
+        splits, batch = self.aug.aug_splits, DEFAULT_BATCH if self.data.batch_size == AUTO else self.data.batch
         if self.loss.jsd_loss and not splits:
             raise UserError("jsd_loss: it compares views of an image, and there is one; give --aug-splits 3 too")
         if self.loss.jsd_loss and self.teacher.model_name is not None:

@@ -53,14 +53,29 @@ def training_parser() -> Parser:
 
 
 def _train(parser: ArgumentParser) -> None:
-    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
+    _training_options(parser)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; 'auto': continue the newest run "
                         "with these options or this --experiment, or start one")  # fmt: skip
+
+
+def _training_options(parser: ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
     groups = {
         name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
     }
     for section, name, item in options():
         add_option(groups[section], section, name, item)
+
+
+def _lr_find(parser: ArgumentParser) -> None:
+    own = parser.add_argument_group("range test", "all other options are those of the training")
+    own.add_argument("--lr-low", type=float, default=1e-5, metavar="RATE", help="first learning rate (default: 1e-5)")
+    own.add_argument("--lr-high", type=float, default=10.0, metavar="RATE", help="last learning rate (default: 10)")
+    own.add_argument("--lr-updates", type=int, default=100, metavar="N", help="updates between them (default: 100)")
+    own.add_argument("--picture", type=Path, default=Path("lr-find.png"), metavar="FILE",
+                     help="the curve, a .png, .svg or .pdf; its figures are a .csv beside it (default: lr-find.png)")  # fmt: skip
+    own.add_argument("--json", action="store_true", help="print one JSON object")
+    _training_options(parser)
 
 
 def _data(parser: ArgumentParser) -> None:
@@ -122,6 +137,8 @@ def _push(parser: ArgumentParser) -> None:
     parser.add_argument("--revision", "--hub-revision", help="branch to publish on (default: main)")
     parser.add_argument("--commit-message", help="title of the commit")
     parser.add_argument("--hub-license", help="licence of the weights (default: what the run recorded)")
+    parser.add_argument("--space", metavar="USER/SPACE", nargs="?", const="",
+                        help="also publish a Gradio Space to try the model in (alone: of the model's name)")  # fmt: skip
 
 
 def _list(parser: ArgumentParser) -> None:
@@ -130,6 +147,11 @@ def _list(parser: ArgumentParser) -> None:
 
 VERBS = {
     "train": Verb(TRAINING, _train, "train"),
+    "lr-find": Verb(
+        "Suggest a learning rate for a training: a range test, which raises the rate at every update and draws the loss.",
+        _lr_find,
+        "lr_find",
+    ),
     "data": Verb(
         "Show a folder or a table of images as training finds it: images a class, what is passed over, duplicates, sizes.",
         _data,

@@ -91,7 +91,7 @@ def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> 
     elif name == "torchcompile":
         extra |= {"nargs": "?", "const": "inductor"}
     else:
-        extra |= {"type": _number(kind)}
+        extra |= {"type": _number_or_word if str in typing.get_args(hint)[1:] else _number(kind)}
     group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **extra)
 
 
@@ -118,6 +118,13 @@ def fail(message: str, status: int = 2) -> int:
 
 def _number(kind: type) -> type:
     return kind if kind in (int, float) else str
+
+
+def _number_or_word(text: str) -> int | str:
+    try:
+        return int(text)
+    except ValueError:
+        return text
 
 
 class _Pairs(argparse.Action):

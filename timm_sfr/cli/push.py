@@ -22,6 +22,7 @@ def run(args: Namespace) -> int:
             revision=args.revision,
             commit_message=args.commit_message,
             license=args.hub_license,
+            space=args.repo_id if args.space == "" else args.space,
         )
     except HubError as error:
         return fail(str(error), PUSH_FAILED)

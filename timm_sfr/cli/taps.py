@@ -16,7 +16,7 @@ from torch import nn
 
 from timm_sfr.cli.arguments import TAPS
 from timm_sfr.cli.parser import given
-from timm_sfr.config import DEFAULT_BATCH, RunConfig
+from timm_sfr.config import RunConfig
 from timm_sfr.data.transforms import preprocessing
 from timm_sfr.method.channels import ChannelProjection
 from timm_sfr.method.config import SFRConfig
@@ -141,7 +141,7 @@ def run(args: Namespace) -> int:
     model: nn.Module = new_model(config.model, 10)
     size = preprocessing(config.model, model).input_size
     plan, features = choose_taps(model, size, config.sfr.taps), probe(model, size).features
-    batch = config.data.batch_size or DEFAULT_BATCH
+    batch = config.data.batch
     rows = describe(plan, features, config.sfr, batch)
     if args.picture is not None:
         picture(plan, features, rows, args.model, args.picture)

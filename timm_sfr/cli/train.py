@@ -11,7 +11,7 @@ from typing import Any
 
 from timm_sfr.cli.arguments import training_parser
 from timm_sfr.cli.parser import INTERRUPTED, PUSH_FAILED, fail
-from timm_sfr.config import DEFAULT_MODEL, RunConfig, merged
+from timm_sfr.config import AUTO, DEFAULT_MODEL, RunConfig, merged
 from timm_sfr.runs.folder import newest_run, read_run
 from timm_sfr.training.run import fit
 from timm_sfr.utils.console import logger, show_log
@@ -42,6 +42,7 @@ def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
         asked = merged(stored, given)
         wanted = RunConfig.from_flat(asked, where=config or "options")
         same = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
+        same = {name: value for name, value in same.items() if (name, value) != ("batch_size", AUTO)}
         model, launch = wanted.model.model or DEFAULT_MODEL, launch_id() if restarts() > 0 else None
         found = newest_run(wanted.engine.output, wanted.engine.experiment, model, same, launch)
         if found is None:
@@ -53,6 +54,8 @@ def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
     if resume is not None:
         if config is not None:
             raise UserError("resume: the run has its own args.yaml; leave out --config")
+        if given.get("batch_size") == AUTO:
+            del given["batch_size"]  # the run has recorded what fitted
         return RunConfig.from_flat(merged(read_run(Path(resume)), given), where=resume), Path(resume)
     stored = _stored(config)
     return RunConfig.from_flat(merged(stored, given), where=config or "options"), None

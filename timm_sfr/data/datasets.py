@@ -13,7 +13,7 @@ from timm.data import ImageDataset, add_img_extensions, create_dataset
 from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset, IterableDataset
 
-from timm_sfr.config import DEFAULT_BATCH, DataConfig
+from timm_sfr.config import DataConfig
 from timm_sfr.data.folders import (
     LAYOUT,
     SPLIT_SYNONYMS,
@@ -221,7 +221,7 @@ def _from_timm(
             class_map=config.class_map,
             is_training=part == "train",
             download=config.dataset_download,
-            batch_size=config.batch_size or DEFAULT_BATCH,
+            batch_size=config.batch,
             num_samples=samples,
             repeats=config.epoch_repeats if part == "train" else 0,  # of a stream; the sampler repeats other datasets
             seed=seed,

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.transforms import Compose
 
-from timm_sfr.config import DEFAULT_BATCH, AugConfig, DataConfig
+from timm_sfr.config import AugConfig, DataConfig
 from timm_sfr.data.batch_transform import collate
 from timm_sfr.data.class_weights import class_targets
 from timm_sfr.data.datasets import Split
@@ -116,7 +116,7 @@ class TrainBatches:
         accelerator: Any,
         sizes: SizeSchedule | None = None,
     ) -> None:
-        transform, batch = prep.train_transform(aug), config.batch_size or DEFAULT_BATCH
+        transform, batch = prep.train_transform(aug), config.batch
         self.split, self.sizes = split, sizes
         self.sampler: EpochSampler | SizedBatches | None = None
         form: dict[str, Any] = {"batch_size": batch, "drop_last": True}
@@ -179,7 +179,7 @@ def eval_loader(split: Split, config: DataConfig, prep: Preprocessing, views: in
 
     With several `views` of each image (2, 5 or 10, see `TestViews`) images are (B, V, C, H, W).
     """
-    batch = config.validation_batch_size or config.batch_size or DEFAULT_BATCH
+    batch = config.validation_batch_size or config.batch
     transform = prep.eval_transform(views)
     if split.streamed:
         return DataLoader(_prepare_stream(split.dataset, transform, config, prep.img_mode), batch, **_options(config))

@@ -13,7 +13,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    RepoCard,
+    SpaceCard,
+    constants,
+)
 from huggingface_hub.errors import RepositoryNotFoundError
 from jinja2 import UndefinedError
 from safetensors import SafetensorError, safe_open
@@ -23,6 +31,7 @@ from torch import nn
 from timm_sfr.config import DataConfig, HubConfig, check_branch, check_repo_id
 from timm_sfr.hub.card import Facts, card_head, imports, render
 from timm_sfr.hub.model_folder import Exporter
+from timm_sfr.hub.space import ARCHITECTURES, README, SDK, check_space, space_files
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import HubError, UserError
@@ -46,6 +55,7 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str | None = None,
     license: str | None = None,
+    space: str | None = None,
 ) -> str:
     """Publishes a finished run's best model, or a timm model, in one commit; returns the commit's address.
 
@@ -63,30 +73,46 @@ def push_to_hub(
         token: A token with write access; by default that of ``hf auth login`` or HF_TOKEN.
         commit_message: The commit's title.
         license: Licence of the weights; by default the one that the run recorded, and none for a model.
+        space: ``USER/SPACE``: also publishes a Gradio Space that classifies images with the model, in one commit of its own.
+            It is private if the model is.
 
     Raises:
-        UserError: if the run is unfinished or damaged, or the model is not timm's.
+        UserError: if the run is unfinished or damaged, the model is not timm's, or the Space is somebody's own work.
         HubError: if the Hub cannot be reached or refuses. The files on disk stay as they are, so call it again.
     """
     check_repo_id(repo_id, "repo_id")
     check_branch(revision, "revision")
+    if space is not None:
+        check_repo_id(space, "space")
     token, source = check_token(token), _at(repo_id, revision)
     with TemporaryDirectory(prefix="timm_sfr-push-") as place:
         if isinstance(run_or_model, (str, Path)):
             files = run_files(Path(run_or_model), source, Path(place), license)
-            again = _command(run_or_model, repo_id, private, revision, commit_message, license)
+            again = _command(run_or_model, repo_id, private, revision, commit_message, license, space)
         else:
             files, again = model_files(run_or_model, source, Path(place), license), "call push_to_hub again"
         api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
-        upload = _Upload(api, repo_id, revision, files, commit_message or f"Publish with timm_sfr {__version__}")
+        message = commit_message or f"Publish with timm_sfr {__version__}"
+        upload = _Upload(api, repo_id, revision, files, message)
+        demo = None
+        if space is not None:
+            config = json.loads(files[CONFIG].read_text(encoding="utf-8"))
+            texts = space_files(config, repo_id, revision, space.split("/")[1], Path(place) / "space")
+            demo = _Upload(api, space, None, texts, message, "space", frozenset({ARCHITECTURES}))
         with hub_errors(f"push-to-hub: {repo_id} is not published", again, token):
-            # Check the card before creating the repository, so that a refused push leaves none behind.
+            # Check everything before creating the repository, so that a refused push leaves none behind.
+            if demo is not None:
+                retried(lambda: demo.check(repo_id, private), logger.warning)
             retried(lambda: validate_card(files[CARD].read_text(encoding="utf-8")), logger.warning)
             retried(lambda: upload.create_repository(private), logger.warning)
             with bounded_xet():
                 # Upload separately from the commit, so that the commit has its own retries after a long upload.
                 retried(upload.send_files, logger.warning)
-            return retried(upload.commit, logger.warning)
+            url = retried(upload.commit, logger.warning)
+        if demo is not None:
+            with hub_errors(f"push-to-hub: {url} is published, and its Space {space} is not", again, token):
+                retried(lambda: demo.publish_beside(repo_id), logger.warning)
+        return url
 
 
 @dataclass(frozen=True)
@@ -99,6 +125,8 @@ class _Upload:
         revision: The branch; None for ``main``.
         files: Maps each file's name in the repository to its path.
         message: The commit's title.
+        kind: ``"model"`` or ``"space"``.
+        owned: Names of files that a push without them deletes, because they belong to other weights.
     """
 
     api: HfApi
@@ -106,13 +134,41 @@ class _Upload:
     revision: str | None
     files: dict[str, Path]
     message: str
+    kind: str = "model"
+    owned: frozenset[str] = frozenset({*RUN_FILES, *PICKLES, *CARD_PICTURES})
+
+    def check(self, model: str, private: bool) -> None:
+        """Checks, for a Space, that the token can write to it and to the `model`, and that it may be written.
+
+        Raises:
+            UserError: if not; ValueError if it is public and `private` is set, or the Hub refuses its README.md.
+        """
+        for repo_id in (model, self.repo_id):
+            check_owner(self.api, repo_id, f"push-to-hub: {repo_id} could not be published")
+        check_space(self.api, self.repo_id)
+        with contextlib.suppress(RepositoryNotFoundError):
+            private = private or bool(self.api.model_info(model).private)
+        if private:
+            with contextlib.suppress(RepositoryNotFoundError):
+                refuse_public(self.api, self.repo_id, self.kind)
+        validate_card(self.files[README].read_text(encoding="utf-8"), SpaceCard)
+
+    def publish_beside(self, model: str) -> None:
+        """Creates the Space and commits its files; it is private if the `model` is."""
+        hidden = bool(self.api.model_info(model).private)
+        self.create_repository(hidden)
+        self.commit()
+        logger.info(f"the Space is {constants.ENDPOINT}/spaces/{self.repo_id}")
+        if hidden:
+            logger.info(f"note: {model} is private; give the Space a secret HF_TOKEN, in its settings, that may read it")
 
     def create_repository(self, private: bool) -> None:
         """Creates the repository and the branch if missing; raises ValueError if it is public and `private` is set."""
         # None rather than False: False would create a public repository even if the organisation's default is private.
-        self.api.create_repo(self.repo_id, private=private or None, exist_ok=True)
+        sdk = SDK["sdk"] if self.kind == "space" else None
+        self.api.create_repo(self.repo_id, private=private or None, exist_ok=True, repo_type=self.kind, space_sdk=sdk)
         if private:
-            refuse_public(self.api, self.repo_id)
+            refuse_public(self.api, self.repo_id, self.kind)
         if self.revision is not None:
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
 
@@ -123,9 +179,9 @@ class _Upload:
     def commit(self) -> str:
         """Commits all files and deletes those of other weights; returns the commit's address."""
         # Ask again on every try: the commit may have succeeded although its answer was lost.
-        before = self.api.model_info(self.repo_id, revision=self.revision)
+        before = self.api.repo_info(self.repo_id, revision=self.revision, repo_type=self.kind)
         present = {file.rfilename for file in before.siblings or []}
-        stale = sorted({*RUN_FILES, *PICKLES, *CARD_PICTURES} & present - {*self.files})
+        stale = sorted(self.owned & present - {*self.files})
         source, listed = _at(self.repo_id, self.revision), ", ".join(stale)
         if stale:
             logger.info(f"deleting from {source}, because they belong to other weights: {listed}")
@@ -135,6 +191,7 @@ class _Upload:
             commit_message=self.message,
             commit_description=f"Deleted, because they belong to other weights: {listed}" if stale else None,
             revision=self.revision,
+            repo_type=self.kind,
         )
         if done.oid == before.sha:
             logger.info(f"{source} already has these files: nothing was sent")
@@ -257,9 +314,9 @@ def _at(repo_id: str, revision: str | None) -> str:
 
 
 def _command(run: str | Path, repo_id: str, private: bool, *values: str | None) -> str:
-    """Returns the command that repeats the push; `values` are revision, title and licence."""
+    """Returns the command that repeats the push; `values` are revision, title, licence and Space."""
     words = ["timm-sfr", "push", str(run), repo_id, *(["--private"] if private else [])]
-    for name, value in zip(("--revision", "--commit-message", "--hub-license"), values, strict=True):
+    for name, value in zip(("--revision", "--commit-message", "--hub-license", "--space"), values, strict=True):
         words += [name, value] if value else []
     return shlex.join(words)
 
@@ -279,14 +336,7 @@ def check_push(hub: HubConfig) -> bool:
     """
     api, repo_id = HfApi(), str(hub.push_to_hub)
     with _before_training(repo_id) as what:
-        who = api.whoami()
-        if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-            raise UserError(f"{what}: the token is read-only; create one with write access")
-        groups = [group for group in who.get("orgs") or [] if group.get("roleInOrg") != "read"]
-        names = [str(account["name"]) for account in (who, *groups) if account.get("name")]
-        owner = repo_id.split("/")[0]
-        if names and owner.casefold() not in map(str.casefold, names):
-            raise UserError(f"{what}: the token cannot write for {owner!r}; expected one of {', '.join(names)}")
+        check_owner(api, repo_id, what)
         if hub.private:
             with contextlib.suppress(RepositoryNotFoundError):
                 refuse_public(api, repo_id)
@@ -294,9 +344,21 @@ def check_push(hub: HubConfig) -> bool:
     return False
 
 
-def refuse_public(api: HfApi, repo_id: str) -> None:
-    """Raises ValueError if the existing repository is public."""
-    if api.model_info(repo_id).private is False:
+def check_owner(api: HfApi, repo_id: str, what: str) -> None:
+    """Raises UserError, which begins with `what`, if the token is read-only, or of neither the owner nor a member."""
+    who = api.whoami()
+    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise UserError(f"{what}: the token is read-only; create one with write access")
+    groups = [group for group in who.get("orgs") or [] if group.get("roleInOrg") != "read"]
+    names = [str(account["name"]) for account in (who, *groups) if account.get("name")]
+    owner = repo_id.split("/")[0]
+    if names and owner.casefold() not in map(str.casefold, names):
+        raise UserError(f"{what}: the token cannot write for {owner!r}; expected one of {', '.join(names)}")
+
+
+def refuse_public(api: HfApi, repo_id: str, kind: str = "model") -> None:
+    """Raises ValueError if the existing repository is public; `kind` is ``"model"`` or ``"space"``."""
+    if api.repo_info(repo_id, repo_type=kind).private is False:
         raise ValueError(
             "it exists and is public; make it private in its settings on the Hub, or publish without asking for private"
         )
@@ -318,14 +380,14 @@ def check_card(hub: HubConfig, options: dict[str, Any]) -> None:
         validate_card(f"---\n{head.to_yaml()}\n---\n")
 
 
-def validate_card(text: str) -> None:
-    """Checks that the Hub accepts a card's metadata.
+def validate_card(text: str, kind: type[RepoCard] = ModelCard) -> None:
+    """Checks that the Hub accepts the metadata of a card of this kind.
 
     Raises:
         ValueError: if the Hub refuses them, with its reasons.
     """
     try:
-        ModelCard(text).validate()
+        kind(text).validate()
     except ValueError as error:
         try:
             reasons = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,13 @@ from timm_sfr.utils.processes import join_restarted_cpu_processes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from <malloc.h>
 _MAX_INT = 2**31 - 1  # mallopt takes an int
+# What Accelerate's configuration may ask for by these variables, and does not go with whole weights on every process.
+SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "tensor, context or sequence parallelism",
+}
 
 
 def keep_freed_blocks() -> bool:
@@ -64,13 +73,61 @@ def explained(error: Exception, kept: str) -> UserError | None:
     return None
 
 
+def check_environment(environment: Mapping[str, str], mixed_precision: str | None = None) -> None:
+    """Checks what Accelerate's configuration asks for; ``accelerate launch`` passes it on in environment variables.
+
+    Accelerate itself leaves FSDP aside on CPUs, and divides the loss by its own number of accumulation steps.
+
+    Args:
+        environment: The environment variables.
+        mixed_precision: The precision that the options ask for; it overrides the configuration's.
+
+    Raises:
+        UserError: if it asks for something that a run cannot do.
+    """
+    for name, what in SHARDING.items():
+        if environment.get(name, "").lower() in ("1", "true", "yes", "y", "on"):
+            raise UserError(
+                f"accelerate: its configuration asks for {what} ({name}); validation, moving average and checkpoints need whole "
+                "weights on every process; use accelerate launch --multi_gpu or torchrun, and to save memory --mixed-precision "
+                "bf16, --grad-checkpointing, or a lower --batch-size with --grad-accum-steps"
+            )
+    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        raise UserError(
+            f"accelerate: its configuration asks for {steps} gradient accumulation steps "
+            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS); leave them out there, and use --grad-accum-steps"
+        )
+    if mixed_precision is None and environment.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+        raise UserError(
+            "accelerate: its configuration asks for fp8, which replaces the model's layers, and the exported weights have to "
+            "fit timm's; use --mixed-precision bf16"
+        )
+
+
+@contextlib.contextmanager
+def explained_errors(kept: Callable[[], str]) -> Iterator[None]:
+    """A context that raises a one-line error for a failure that the machine or the options caused; `kept` as in `explained`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
+        explanation = explained(error, kept())
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Returns Accelerate's object for devices, processes and precision.
 
     Raises:
-        UserError: if the device does not support the precision, or a tracker is not installed.
+        UserError: if the device does not support the precision, a tracker is not installed, or Accelerate's configuration
+            asks for what a run cannot do.
     """
     engine, trackers = config.engine, chosen(config.engine.report_to)
+    check_environment(os.environ, engine.mixed_precision)
     # Without `cpu`, Accelerate treats each of torchrun's processes on a machine without a GPU as the only one.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = engine.device == "cpu" or (several and not torch.accelerator.is_available())

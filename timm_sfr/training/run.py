@@ -16,7 +16,7 @@ from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
 
-from timm_sfr.config import DEFAULT_BATCH, DEFAULT_MODEL, RunConfig
+from timm_sfr.config import AUTO, DEFAULT_BATCH, DEFAULT_MODEL, RunConfig
 from timm_sfr.data import summary
 from timm_sfr.data.class_weights import resolve_class_weights
 from timm_sfr.data.datasets import Split, open_splits, open_test
@@ -39,12 +39,14 @@ from timm_sfr.models.teacher import Teacher, changed, headline, open_teacher
 from timm_sfr.runs.checkpoints import load_newest, set_aside
 from timm_sfr.runs.folder import Workspace, open_workspace
 from timm_sfr.runs.records import hardware, read_summary, term_names, versions
-from timm_sfr.training.devices import explained, keep_freed_blocks, make_accelerator
+from timm_sfr.training.batch_size import MOST, power_of_two, probe, probes
+from timm_sfr.training.devices import explained_errors, keep_freed_blocks, make_accelerator
 from timm_sfr.training.forecast import Circumstances, advice
 from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.recorder import Recorder
-from timm_sfr.training.run_state import restore
+from timm_sfr.training.run_state import Learner, restore
+from timm_sfr.training.step import augment
 from timm_sfr.training.tasks import create_task
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
@@ -100,17 +102,13 @@ def fit(
         UserError: if the options, the data or the model do not allow a run, or the loss is not finite.
     """
     trainer = None
-    with console_output(config.engine.json_logs):
-        try:
-            trainer = prepare(config, resume, task=task, data=data)
-            return _run(trainer, resume)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
-            explanation = explained(error, trainer.workspace.kept() if trainer is not None else "no run was started")
-            if explanation is None:
-                raise
-            raise explanation from error
+
+    def kept() -> str:
+        return trainer.workspace.kept() if trainer is not None else "no run was started"
+
+    with console_output(config.engine.json_logs), explained_errors(kept):
+        trainer = prepare(config, resume, task=task, data=data)
+        return _run(trainer, resume)
 
 
 def prepare(
@@ -124,47 +122,20 @@ def prepare(
     if config.engine.tta > 1:
         raise UserError("tta: training validates every image as it is; leave the option out, and score the finished run with: "
                         f"timm-sfr validate RUN --tta {config.engine.tta}")  # fmt: skip
-    show_log(config.engine.json_logs)
-    accelerator = make_accelerator(config)
-    if accelerator.device.type == "cpu":
-        keep_freed_blocks()
-    set_seed(config.engine.seed)
+    accelerator = start(config)
     reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
-    mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
-    if data is None:
-        listed = None if resume is None else resume / SPLIT_FILE
-        data = one_at_a_time(accelerator, lambda: _open(config, mode, listed))
-    config, fitted = _fitted_batch(config, data.train, accelerator.num_processes)
-    built = _build(config, accelerator, reachable, task, data, mode)
-    sizes = _sizes(config, accelerator, built)
-    changing = {} if sizes is None else {"sizes": sizes}
-    batches = built.data.batches(
-        built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator, **changing
-    )
-    mean_batch = config.data.batch_size if sizes is None else sizes.average_batch
-    optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches), mean_batch)
-    loader = _loader(built, built.data.val, config, accelerator)
-    # Not the schedule: Accelerate would step it once per process.
-    built.task.trainable_module, optimizer = accelerator.prepare(built.task.trainable_module, optimizer)
-    engine = config.engine
+    learner, built, fitted = assemble(config, accelerator, resume, task=task, data=data, reachable=reachable)
+    resolved, batches, schedule, engine = learner.config, learner.batches, learner.schedule, config.engine
+    loader = _loader(built, built.data.val, resolved, accelerator)
     workspace = open_workspace(
         engine.output, engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator
     )
-    resolved = resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision)
     facts = _facts(config, accelerator, built)
     bad = _bad_images(batches, loader, workspace)
-    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs, fitted, sizes)
+    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs, fitted, learner.sizes)
     ordered = not built.data.val.streamed or accelerator.num_processes == 1
     return Trainer(
-        config=resolved,
-        accelerator=accelerator,
-        task=built.task,
-        optimizer=optimizer,
-        schedule=schedule,
-        batches=batches,
-        guard=FiniteGuard(
-            accelerator, engine.on_nonfinite, term_names(built.teacher is not None, config.loss.jsd_loss)
-        ),
+        **vars(learner),
         workspace=workspace,
         recorder=Recorder(workspace, resolved, facts, schedule.epochs, built.exporter, *built.data.splits, ordered, bad),
         trackers=Trackers(accelerator, workspace.run),
@@ -180,6 +151,77 @@ def _open(config: RunConfig, mode: str, listed: Path | None) -> Data:
     """Opens the splits that the options name."""
     train, val = open_splits(config.data, mode, config.engine.seed, listed)
     return Data(train, val, test=open_test(config.data, mode, config.engine.seed, train.class_names))
+
+
+def start(config: RunConfig) -> Any:
+    """Starts the log, the device and the random numbers; returns Accelerate's object.
+
+    Raises:
+        UserError: as `make_accelerator`.
+    """
+    show_log(config.engine.json_logs)
+    accelerator = make_accelerator(config)
+    if accelerator.device.type == "cpu":
+        keep_freed_blocks()
+    set_seed(config.engine.seed)
+    return accelerator
+
+
+def assemble(
+    config: RunConfig,
+    accelerator: Any,
+    resume: Path | None = None,
+    *,
+    task: TaskMaker | None = None,
+    data: Data | None = None,
+    reachable: bool = False,
+) -> tuple[Learner, Built, str]:
+    """Makes everything that learns, on the device and wrapped by Accelerate, without a folder for the run.
+
+    Args:
+        config: The options.
+        accelerator: Accelerate's, from `start`.
+        resume: As in `fit`, as are `task` and `data`.
+        task: Makes the task.
+        data: The data.
+        reachable: Whether the run is to be published and the Hub could be reached: the card is then checked.
+
+    Returns:
+        What learns, with the resolved options; the parts that it is made of; and what to say of the batch size.
+
+    Raises:
+        UserError: as in `fit`.
+    """
+    mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
+    if data is None:
+        listed = None if resume is None else resume / SPLIT_FILE
+        data = one_at_a_time(accelerator, lambda: _open(config, mode, listed))
+    auto = config.data.batch_size == AUTO
+    config, fitted = _fitted_batch(config, data.train, accelerator.num_processes)
+    built = _build(config, accelerator, reachable, task, data, mode)
+    if auto:
+        config, fitted = _probed_batch(config, accelerator, built, fitted)
+    sizes = _sizes(config, accelerator, built)
+    changing = {} if sizes is None else {"sizes": sizes}
+    batches = built.data.batches(
+        built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator, **changing
+    )
+    mean_batch = config.data.batch_size if sizes is None else sizes.average_batch
+    optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches), mean_batch)
+    # Not the schedule: Accelerate would step it once per process.
+    built.task.trainable_module, optimizer = accelerator.prepare(built.task.trainable_module, optimizer)
+    learner = Learner(
+        config=resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision),
+        accelerator=accelerator,
+        task=built.task,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches,
+        guard=FiniteGuard(
+            accelerator, config.engine.on_nonfinite, term_names(built.teacher is not None, config.loss.jsd_loss)
+        ),
+    )
+    return learner, built, fitted
 
 
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
@@ -319,7 +361,7 @@ def _forecast(trainer: Trainer) -> None:
 
 
 @dataclass(frozen=True)
-class _Built:
+class Built:
     """The parts of a run before Accelerate wraps them."""
 
     data: Data
@@ -334,7 +376,7 @@ class _Built:
 
 def _build(
     config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data, mode: str
-) -> _Built:
+) -> Built:
     """Makes the model, its teacher and the task; checks early what could make a push fail."""
     num_classes = _num_classes(config, data.train)
     model = new_model(config.model, num_classes)
@@ -361,16 +403,16 @@ def _build(
         made.smoothing.passes = max(1.0, config.data.epoch_repeats)
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
-    return _Built(data, model, prep, num_classes, teacher, exporter, made, loss)
+    return Built(data, model, prep, num_classes, teacher, exporter, made, loss)
 
 
-def _loader(built: _Built, split: Split, config: RunConfig, accelerator: Any) -> DataLoader:
+def _loader(built: Built, split: Split, config: RunConfig, accelerator: Any) -> DataLoader:
     """Returns the batches of the validation or the test split; each process reads its part of an indexed one."""
     loader = built.data.val_loader(split, config.data, built.prep)
     return loader if split.streamed else accelerator.prepare(loader)
 
 
-def _test_loader(built: _Built, config: RunConfig, accelerator: Any, workspace: Workspace) -> DataLoader:
+def _test_loader(built: Built, config: RunConfig, accelerator: Any, workspace: Workspace) -> DataLoader:
     """Returns the batches of the test split, made only when they are needed."""
     loader = _loader(built, built.data.test, config, accelerator)
     _bad_images(None, loader, workspace)
@@ -384,7 +426,7 @@ def _test_line(test: dict[str, Any], num_classes: int | None) -> str:
             f"split {test['split']!r}, scored once with the weights of epoch {test['epoch'] + 1}")  # fmt: skip
 
 
-def _sizes(config: RunConfig, accelerator: Any, built: _Built) -> SizeSchedule | None:
+def _sizes(config: RunConfig, accelerator: Any, built: Built) -> SizeSchedule | None:
     """Returns the schedule of image sizes, None for images of one size; raises UserError if the data or the model lack them."""
     train, sizes = built.data.train, config.sizes.train_img_sizes
     if sizes is None:
@@ -438,7 +480,7 @@ def _optimisation(
 def _announce(
     workspace: Workspace,
     config: RunConfig,
-    built: _Built,
+    built: Built,
     accelerator: Any,
     parameters: int,
     epochs: int,
@@ -472,7 +514,7 @@ def _announce(
         workspace.say(str(built.task.plan))
 
 
-def _facts(config: RunConfig, accelerator: Any, built: _Built) -> dict[str, Any]:
+def _facts(config: RunConfig, accelerator: Any, built: Built) -> dict[str, Any]:
     """Returns the content of metrics.json other than the scores."""
     name, model, teacher = config.model.model or DEFAULT_MODEL, built.model, built.teacher
     images = summary.facts(*built.data.splits)
@@ -513,13 +555,38 @@ def _class_names(train: Split, num_classes: int) -> tuple[str, ...] | None:
 def _fitted_batch(config: RunConfig, train: Split, processes: int) -> tuple[RunConfig, str]:
     """Returns the configuration with a batch size, and what to say of it if the images are too few for the default."""
     batch, said = config.data.batch_size, ""
-    if batch is None:
+    if batch in (None, AUTO):
         batch = DEFAULT_BATCH
         if not train.streamed and 0 < len(train.dataset) < batch * processes:
-            batch = 1 << max(0, (len(train.dataset) // processes).bit_length() - 1)
+            batch = power_of_two(len(train.dataset) // processes)
             said = (f"batch size {batch}: the {len(train.dataset)} training images do not fill one of {DEFAULT_BATCH} on each "
                     "process; -b sets another")  # fmt: skip
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch)), said
+
+
+def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str) -> tuple[RunConfig, str]:
+    """Returns the configuration with the batch size that fits the device's memory, and what to say of it."""
+    if not probes(accelerator.device):
+        default = fitted or f"batch size {config.data.batch}, the default"
+        return config, f"{default}; --batch-size {AUTO} probes the memory of GPUs, not that of the CPU"
+    train, device, mixup = built.data.train, accelerator.device, create_mixup(config.aug, built.num_classes)
+
+    views, (channels, height, width) = max(1, config.aug.aug_splits), built.prep.input_size
+    if config.sizes.train_img_sizes is not None:
+        height = width = max(config.sizes.train_img_sizes)
+
+    def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images = torch.randn(size * views, channels, height, width, device=device)
+        target = torch.randint(built.num_classes, (size,), device=device).repeat(views)
+        return augment(images, target, None, mixup, config.model.channels_last)
+
+    most = power_of_two(MOST if train.streamed else min(MOST, len(train.dataset) // accelerator.num_processes))
+    size = probe(config, accelerator, built.task, batch, most)
+    why = "the largest power of two whose training step fits the device's memory"
+    if size == most:
+        why = f"more was not tried: at most {MOST}, and at most the training images; a training step fits the device's memory"
+    data = dataclasses.replace(config.data, batch_size=size)
+    return dataclasses.replace(config, data=data), f"batch size {size}: {why}"
 
 
 def _num_classes(config: RunConfig, train: Split) -> int:
@@ -539,7 +606,7 @@ def _num_classes(config: RunConfig, train: Split) -> int:
     return config.model.num_classes
 
 
-def _headline(config: RunConfig, built: _Built, accelerator: Any, parameters: int, epochs: int) -> str:
+def _headline(config: RunConfig, built: Built, accelerator: Any, parameters: int, epochs: int) -> str:
     """Returns one line that describes the run."""
     task, teacher = built.task, built.teacher
     if isinstance(task, SFRTask):

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from timm_sfr.config import DEFAULT_BATCH, RunConfig
+from timm_sfr.config import RunConfig
 from timm_sfr.data.sizes import SizeSchedule
 from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.optimizer import Schedule
@@ -98,7 +98,7 @@ class Learner:
     @property
     def global_batch(self) -> int:
         """Images in one batch over all processes."""
-        return (self.config.data.batch_size or DEFAULT_BATCH) * self.accelerator.num_processes
+        return self.config.data.batch * self.accelerator.num_processes
 
     @property
     def sizes(self) -> SizeSchedule | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
+from timm.utils import distribute_bn, unwrap_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -28,6 +28,7 @@ from timm_sfr.training.guards import ADVICE, Signals, interrupted, stopped, writ
 from timm_sfr.training.progress import Progress, length_of
 from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run_state import Learner, collect
+from timm_sfr.training.step import augment, clip_gradients
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.processes import on_main
@@ -94,12 +95,7 @@ class Trainer(Learner):
             images, done, share = images + len(target), step + 1, self.share(len(target))
             # A batch's random numbers depend only on these values, so that a run can resume at any batch.
             reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
-            if self.batches.erase is not None:
-                image = self.batches.erase(image)
-            if self.config.model.channels_last:
-                image = image.contiguous(memory_format=torch.channels_last)
-            if self.mixup is not None:
-                image, target = self.mixup(image, target)
+            image, target = augment(image, target, self.batches.erase, self.mixup, self.config.model.channels_last)
             # The last group of an epoch may be smaller; its mean is still a mean.
             group = min(accum, steps - step // accum * accum)
             if step % accum == 0:
@@ -254,10 +250,7 @@ class Trainer(Learner):
             self.recorder.keep_checkpoint(state, improved)
 
     def _update(self, optim: Any, epoch: int, step: int) -> None:
-        if optim.clip_grad is not None:
-            self.accelerator.unscale_gradients()
-            parameters = self.task.get_clip_parameters(exclude_head="agc" in optim.clip_mode)
-            dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
+        clip_gradients(optim, self.accelerator, self.task)
         seen = self.guard.bad
         made = self.guard.check_gradients(self.module, (epoch, step, self.state.updates + 1))
         if made:

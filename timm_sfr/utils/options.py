@@ -67,6 +67,8 @@ def _check_value(value: Any, name: str, choices: tuple[str, ...] | None, low: fl
         raise UserError(
             f"{name}: expected one of {', '.join(choices)}; got {value!r}{near_matches(str(value), choices)}"
         )
+    if isinstance(value, str):
+        return
     # `not low <= value` rather than `value < low`, so that NaN is out of bounds.
     if (low is not None and not low <= value) or (high is not None and not value <= high):
         bounds = f"at least {low}" if high is None else f"a value from {low} to {high}"
@@ -89,6 +91,8 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
+    if str in kinds[1:] and isinstance(value, str):
+        return value  # a number or a word: the section's `check` knows the words
     kind = next(entry for entry in kinds if entry is not type(None))
     if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple)):
         return tuple(coerce(entry, typing.get_args(kind)[0], name) for entry in value)

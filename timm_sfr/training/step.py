@@ -1,0 +1,43 @@
+"""The parts of a training step that the run and the learning-rate range test share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
+
+from timm_sfr.config import OptimConfig
+
+
+def augment(
+    image: Tensor, target: Tensor, erase: Callable[[Tensor], Tensor] | None, mixup: Any, channels_last: bool
+) -> tuple[Tensor, Tensor]:
+    """Returns a batch after random erasing and mixup, in its memory layout.
+
+    Args:
+        image: (B, C, H, W).
+        target: (B,) class indices.
+        erase: timm's random erasing, or None.
+        mixup: timm's mixup and CutMix, or None.
+        channels_last: Whether to use that layout.
+
+    Returns:
+        Images (B, C, H, W), and class indices (B,), or distributions (B, K) after mixup.
+    """
+    if erase is not None:
+        image = erase(image)
+    if channels_last:
+        image = image.contiguous(memory_format=torch.channels_last)
+    return (image, target) if mixup is None else mixup(image, target)
+
+
+def clip_gradients(optim: OptimConfig, accelerator: Any, task: Any) -> None:
+    """Clips the gradients of the task's parameters as the options say."""
+    if optim.clip_grad is None:
+        return
+    accelerator.unscale_gradients()
+    parameters = task.get_clip_parameters(exclude_head="agc" in optim.clip_mode)
+    dispatch_clip_grad(parameters, optim.clip_grad, mode=optim.clip_mode)
