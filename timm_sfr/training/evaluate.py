@@ -85,12 +85,12 @@ def evaluate(
         watch: Wraps the loader, to count its batches.
     """
     streamed = isinstance(loader.dataset, torch.utils.data.IterableDataset)
-    scores = Scores(accelerator.device)
+    scores, dtype = Scores(accelerator.device), next(model.parameters()).dtype
     model.eval()
     for images, target in watch(loader):
         images, target = images.to(accelerator.device), target.to(accelerator.device)
         with accelerator.autocast():
-            logits = model(prep.normalize(images))
+            logits = model(prep.normalize(images).to(dtype))
         if not streamed:
             logits, target = accelerator.gather_for_metrics((logits, target))
         prediction, confidence = scores.add(logits, target)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
@@ -113,6 +113,7 @@ def prepare(
     if accelerator.device.type == "cpu":
         keep_freed_blocks()
     set_seed(config.engine.seed)
+    set_fast_norm(config.model.fast_norm)
     reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
     mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
     if data is None:
@@ -195,15 +196,18 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     try:
         if resume is not None:
             _restore(trainer)
+        elif trainer.config.optim.start_epoch:
+            _start_late(trainer)
         state = trainer.state
-        if state.epoch < trainer.schedule.epochs:
+        if state.epoch < trainer.end:
             trainer.recorder.start()
             options, resumed = trainer.config.flat(), resume is not None
             on_main(trainer.accelerator, lambda: trainer.trackers.start(options, state.epoch, resumed))
             _forecast(trainer)
         else:
             done = f"{counted(state.epoch, 'epoch')} of {trainer.schedule.epochs} done"
-            say(f"nothing is left to train: {done}; to train longer, raise --epochs")
+            more = "--epochs" if trainer.end == trainer.schedule.epochs else "--stop-epoch"
+            say(f"nothing is left to train: {done}; to train longer, raise {more}")
         # Loading processes are forks: without this, each looks through all objects when it ends, and copies their pages.
         gc.collect()
         gc.freeze()
@@ -235,18 +239,27 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     return run
 
 
+def _start_late(trainer: Trainer) -> None:
+    """Makes a new run begin at ``--start-epoch``."""
+    start = trainer.config.optim.start_epoch or 0
+    if start >= trainer.end:
+        raise UserError(f"start-epoch: expected less than {trainer.end}, the epochs of this run; got {start}")
+    trainer.start_at(start)
+    trainer.workspace.say(f"starting at epoch {start + 1} of {trainer.schedule.epochs}")
+
+
 def _restore(trainer: Trainer) -> None:
     """Restores the newest intact checkpoint in the run's folder."""
     say, run = trainer.workspace.say, trainer.workspace.run
     saved = load_newest(run / "checkpoints", say)
     options = _changed_options(run / "args.yaml", trainer.config)
     try:
-        restore(trainer, saved, str(run / "args.yaml"))
+        restore(trainer, saved, str(run / "args.yaml"), trainer.config.engine.resume_opt)
     except UserError as error:
         if not options:
             raise
         raise UserError(str(error).replace("these options: ", f"these options: with {options}: ", 1)) from error
-    state, done = trainer.state, trainer.state.epoch >= trainer.schedule.epochs
+    state, done = trainer.state, trainer.state.epoch >= trainer.end
     if trainer.workspace.main:
         set_aside(run / "checkpoints", saved)
     state.rows = read_summary(run / "summary.csv", state.epoch)
@@ -272,7 +285,7 @@ def _changed_options(path: Path, config: RunConfig) -> str:
 
 def _forecast(trainer: Trainer) -> None:
     """Prints warnings about the options, and how much is left to train."""
-    config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.schedule.epochs, trainer.state
+    config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.end, trainer.state
     model, processes = trainer.exported_model(), trainer.accelerator.num_processes
     images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
     update = trainer.global_batch * config.optim.grad_accum_steps
@@ -340,13 +353,19 @@ def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batch
         module = module.to(memory_format=torch.channels_last)
     if config.engine.sync_bn and accelerator.num_processes > 1:
         module = convert_sync_batchnorm(module)
+    if config.model.low_precision:
+        module = module.to(getattr(torch, config.model.model_dtype or "float32"))
     task.trainable_module = module
     if optim.model_ema:
-        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+        if optim.model_ema_force_cpu and accelerator.num_processes > 1:
+            raise UserError("model-ema-force-cpu: expected one process, because several average over the GPUs; got "
+                            f"{accelerator.num_processes}; leave the option out")  # fmt: skip
+        device = "cpu" if optim.model_ema_force_cpu else None
+        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup, device=device)
     lr = learning_rate(optim, config.data.batch_size * accelerator.num_processes * optim.grad_accum_steps)
     optimizer = create_optimizer(optim, module, lr)
     updates = -(-batches // optim.grad_accum_steps)
-    return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric), lr
+    return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric, config.engine.seed), lr
 
 
 def _announce(

@@ -90,6 +90,11 @@ class Learner:
         """Images in one batch over all processes."""
         return (self.config.data.batch_size or DEFAULT_BATCH) * self.accelerator.num_processes
 
+    def start_at(self, epoch: int) -> None:
+        """Makes a new run begin at `epoch` in the schedule."""
+        self.state = RunState(epoch=epoch, updates=self.updates_before(epoch, 0))
+        self.schedule.resume(epoch, self.state.updates, None)
+
     def updates_before(self, epoch: int, step: int) -> int:
         """Returns the number of updates in `epoch` epochs and `step` batches."""
         accum = self.config.optim.grad_accum_steps
@@ -127,20 +132,21 @@ def collect(learner: Learner, epoch: int, step: int, total: Tensor | None) -> di
     }
 
 
-def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml") -> None:
+def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml", optimizer: bool = True) -> None:
     """Restores what `collect` returned, also from another number of processes or another batch size.
 
     Args:
         learner: What to restore into.
         state: A checkpoint's content.
         options: The file with the run's own options, for the error message.
+        optimizer: Whether to restore the optimizer's state too.
 
     Raises:
         UserError: if the checkpoint belongs to another model or optimizer.
     """
     try:
         _check(learner, state)
-        _load(learner, state)
+        _load(learner, state, optimizer)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
         raise UserError(
@@ -148,20 +154,15 @@ def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml")
         ) from error
 
 
-def _load(learner: Learner, state: dict[str, Any]) -> None:
+def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
     ema = learner.task.get_trainable_module(ema=True)
     unwrap_model(learner.module).load_state_dict(state["module"])
     if ema is not None:
         # A moving average that is turned on at resume starts from the current weights, not from random ones.
         ema.module.load_state_dict(state["ema"] or state["module"])
     learner.task.load_task_state(state["task"])
-    _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
-    options = [_options(learner, group) for group in learner.optimizer.param_groups]
-    learner.optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(learner.optimizer.param_groups, options, strict=True):
-        group.update(own)
-    if learner.accelerator.scaler is not None and state["scaler"] is not None:
-        learner.accelerator.scaler.load_state_dict(state["scaler"])
+    if optimizer:
+        _load_optimizer(learner, state)
     step = state["step"]
     if state["images"] != step * learner.global_batch:
         # Another global batch: continue after the last whole batch of the images seen.
@@ -173,6 +174,16 @@ def _load(learner: Learner, state: dict[str, Any]) -> None:
         # Sums over batches of another size are scaled to the number of batches of this size.
         _load_part(learner, state["parts"], step, step / max(1, state["step"]))
     learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"])
+
+
+def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
+    _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
+    options = [_options(learner, group) for group in learner.optimizer.param_groups]
+    learner.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(learner.optimizer.param_groups, options, strict=True):
+        group.update(own)
+    if learner.accelerator.scaler is not None and state["scaler"] is not None:
+        learner.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def _check(learner: Learner, state: dict[str, Any]) -> None:

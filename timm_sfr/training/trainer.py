@@ -7,6 +7,7 @@ schedule -> moving average. Accelerate handles devices, processes and precision;
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from dataclasses import dataclass, field
@@ -62,7 +63,17 @@ class Trainer(Learner):
         steps = len(self.batches), length_of(self.val_loader)
         engine, main = self.config.engine, self.accelerator.is_main_process
         top5 = (self.config.model.num_classes or 1000) > 5
-        self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main, top5)
+        self.progress = Progress(self.end, steps, engine.val_interval, engine.log_interval, main, top5)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the images that the model takes."""
+        return getattr(torch, self.config.model.model_dtype or "float32")
+
+    @property
+    def end(self) -> int:
+        """The number of epochs after which this run stops: all of the schedule, or ``--stop-epoch``."""
+        return min(self.schedule.epochs, self.config.optim.stop_epoch or self.schedule.epochs)
 
     def train_epoch(self, epoch: int, start: int = 0) -> dict[str, float]:
         """Trains one epoch from batch `start` on; returns the epoch's means of the loss's terms, and images per second.
@@ -94,6 +105,9 @@ class Trainer(Learner):
                 image = image.contiguous(memory_format=torch.channels_last)
             if self.mixup is not None:
                 image, target = self.mixup(image, target)
+            if self.config.engine.save_images and (step + 1) % self.config.engine.log_interval == 0:
+                self.recorder.save_images(image, step)
+            image = image.to(self.dtype)
             # The last group of an epoch may be smaller; its mean is still a mean.
             group = min(accum, steps - step // accum * accum)
             if step % accum == 0:
@@ -134,7 +148,10 @@ class Trainer(Learner):
             UserError: if some of its outputs are not finite, unless the policy is to go on.
         """
         self.seen, watch = Predictions(), self.progress.validating
-        scores = evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen, watch)
+        model = self.exported_model()
+        if self.config.optim.model_ema_force_cpu:
+            model = copy.deepcopy(model).to(self.accelerator.device)
+        scores = evaluate(model, self.val_loader, self.prep, self.accelerator, self.seen, watch)
         if scores["nonfinite"]:
             found = (
                 f"non-finite outputs in validation, after update {self.state.updates}: of {scores['nonfinite']} of "
@@ -160,7 +177,7 @@ class Trainer(Learner):
             self._fit()
 
     def _fit(self) -> None:
-        engine, epochs, state = self.config.engine, self.schedule.epochs, self.state
+        engine, epochs, state = self.config.engine, self.end, self.state
         self._started = time.perf_counter() - state.seconds
         for epoch in range(state.epoch, epochs):
             start, state.step = state.step, 0
@@ -189,7 +206,7 @@ class Trainer(Learner):
             self.trackers.log(state.rows)
         self._keep(state.epoch, 0, None, improved)
         # The training time does not include the report.
-        self._started += self.recorder.refresh_report(state, last=state.epoch == self.schedule.epochs)
+        self._started += self.recorder.refresh_report(state, last=state.epoch == self.end)
 
     def _keep(self, epoch: int, step: int, total: Tensor | None, improved: bool) -> None:
         """Saves a checkpoint; in mid-epoch every process has to call this, because each has its own sums."""
@@ -223,6 +240,8 @@ class Trainer(Learner):
         self.state.updates += 1
         if made:
             self.task.update_ema(step=self.state.updates)
+        if self.config.engine.synchronize_step and self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
         self.schedule.after_update(self.state.updates)
 
     def _nonfinite(self, epoch: int, step: int) -> None:
@@ -267,7 +286,7 @@ class Trainer(Learner):
         """After an update in mid-epoch: saves a checkpoint if one is due or requested, and stops on a signal."""
         stop, save = self.signals.asked(self.state.updates)
         interval = self.config.engine.checkpoint_interval
-        if save or stop is not None or (interval is not None and self.state.updates % interval == 0):
+        if save or stop is not None or (interval and self.state.updates % interval == 0):
             self._settle(epoch, step - 1)
             self._keep(epoch, step, total, False)
         if stop is not None:
