@@ -314,6 +314,7 @@ class EngineConfig(Checked):
         "what to do with BatchNorm statistics of several processes after an epoch",
         choices=("reduce", "broadcast", "none"),
     )
+    ddp_bb: bool = option(True, "before each step, give all processes the BatchNorm statistics of the first one")
     log_interval: int = option(
         50, "batches between checks whether a line on a long epoch is due, if there is no terminal for bars", low=1
     )
@@ -355,6 +356,9 @@ class EngineConfig(Checked):
         """Checks the device, that the trackers are known, and that options which need another have it."""
         if self.device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
             raise UserError(f"device: expected cpu, cuda, or cuda:NUMBER; got {self.device!r}")
+        if not self.ddp_bb and self.dist_bn == "none":
+            raise UserError("no-ddp-bb: each process then has BatchNorm statistics of its own, and --dist-bn reduce or broadcast "
+                            "has to bring them together after an epoch; got --dist-bn none")  # fmt: skip
         if self.torchcompile_mode is not None and self.torchcompile is None:
             raise UserError("torchcompile-mode: it is for --torchcompile; give that too")
         if "wandb" not in self.report_to and (self.wandb_project or self.wandb_tags or self.wandb_resume_id):
@@ -535,7 +539,8 @@ class RunConfig:
             hints = "".join(near_matches(str(key).replace("-", "_"), known) for key in unknown)
             raise UserError(f"{where}: unknown option {', '.join(map(repr, unknown))}{hints}")
         if values.get("dataset") in (None, "digits") and not values.get("data_dir"):
-            values = {**DIGITS, **values, "dataset": "digits"}
+            sized = "img_size" in (values.get("model_kwargs") or {})  # the model's own size
+            values = {**DIGITS, **({"img_size": None} if sized else {}), **values, "dataset": "digits"}
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, item = known[key]

@@ -8,7 +8,7 @@ import time
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, TorchDynamoPlugin
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, TorchDynamoPlugin
 
 from timm_sfr.config import RunConfig
 from timm_sfr.training.trackers import chosen
@@ -86,6 +86,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             if engine.torchcompile
             else None,
             log_with=trackers or None,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=engine.ddp_bb)],
             project_config=ProjectConfiguration(logging_dir="."),  # `Trackers` sets the run's folder later
         )
     except (ValueError, ImportError) as error:

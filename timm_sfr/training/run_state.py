@@ -18,7 +18,7 @@ from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.optimizer import Schedule
 from timm_sfr.utils.errors import UserError, brief
 
-# What one process alone knows in mid-epoch: kind ("total", "sums" or "ema"), then name, then tensor.
+# What one process alone knows in mid-epoch: kind ("total", "sums", "ema" or "module"), then name, then tensor.
 Part = dict[str, dict[str, Tensor]]
 # The types of a checkpoint's entries.
 KINDS = {"epoch": int, "step": int, "images": int, "updates": int, "lr": (int, float), "seconds": (int, float),
@@ -228,12 +228,13 @@ def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> Non
 def _own_part(learner: Learner, total: Tensor | None) -> Part:
     """Returns what only this process knows in mid-epoch: sums over its images, and the buffers of its moving average.
 
-    The buffers of the model itself are not needed: before every forward pass, DDP broadcasts those of the first process.
+    The buffers of the model itself are not needed where DDP broadcasts those of the first process before every forward pass.
     """
     sums = learner.task.get_sums()
     ema = learner.task.get_trainable_module(ema=True)
     buffers = {} if ema is None else dict(ema.module.named_buffers())
-    part = {"total": {} if total is None else {"total": total}, "sums": sums, "ema": buffers}
+    own = {} if learner.config.engine.ddp_bb else dict(unwrap_model(learner.module).named_buffers())
+    part = {"total": {} if total is None else {"total": total}, "sums": sums, "ema": buffers, "module": own}
     return {kind: {name: value.detach().cpu().clone() for name, value in one.items()} for kind, one in part.items()}
 
 
@@ -247,7 +248,7 @@ def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> 
         totals = {"total": torch.stack([part["total"]["total"] for part in parts]).sum(0) / count}
         share = 1.0 if rank == 0 else 0.0
         sums = {name: share * sum(part["sums"][name] for part in parts) for name in parts[0]["sums"]}
-        part = {"total": totals, "sums": sums, "ema": parts[0]["ema"]}
+        part = {"total": totals, "sums": sums, "ema": parts[0]["ema"], "module": parts[0].get("module", {})}
     total, terms = part["total"]["total"], len(learner.guard.names)
     if total.shape == (terms,):  # of an earlier version, which did not keep the number of batches
         total = torch.cat([total, total.new_tensor([step / scale])])
@@ -260,7 +261,8 @@ def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> 
     if part["sums"]:
         learner.task.add_sums(part["sums"])
     ema = learner.task.get_trainable_module(ema=True)
-    if ema is not None:
-        for name, buffer in ema.module.named_buffers():
-            if name in part["ema"]:
-                buffer.copy_(part["ema"][name])
+    modules = {"module": unwrap_model(learner.module), "ema": None if ema is None else ema.module}
+    for kind, module in modules.items():
+        for name, buffer in () if module is None else module.named_buffers():
+            if name in part.get(kind, {}):
+                buffer.copy_(part[kind][name])
