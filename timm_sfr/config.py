@@ -340,7 +340,7 @@ class EngineConfig(Checked):
     checkpoint_interval: int | None = option(
         None, "updates between checkpoints (default: none; one is kept after every epoch anyway)", low=0
     )
-    save_epochs: tuple[int, ...] = option((), "keep the checkpoints that follow so many epochs too")
+    save_epochs: tuple[int, ...] | None = option(None, "keep the checkpoints that follow so many epochs too")
     resume_opt: bool = option(
         True, "resume the optimizer's state with the weights (--no-resume-opt: the optimizer starts anew)"
     )

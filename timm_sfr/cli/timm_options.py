@@ -6,14 +6,14 @@ All other options of timm are fields in `timm_sfr.config` with the same name. do
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from timm_sfr.config import options
 from timm_sfr.utils.errors import UserError
 
-# timm's name -> ours, for options that mean the same. The last two are the forms in which timm's documentation writes them.
+# timm's name -> ours, for options that mean the same; the last one is short for --jsd-loss in timm's documentation.
 RENAMED = {
     "data": "data_dir",
     "recovery_interval": "checkpoint_interval",
@@ -23,20 +23,21 @@ RENAMED = {
     "jsd": "jsd_loss",
 }
 
-# Our default -> timm's, where they differ. Commands that rely on timm's have to say so.
-TIMM_DEFAULTS: dict[str, Any] = {
-    "model": "resnet50",
-    "epochs": 300,
-    "weight_decay": 2e-5,
-    "warmup_epochs": 5,
-    "sched_on_updates": False,
-    "smoothing": 0.1,
-    "workers": 4,
-    "device": "cuda",
-    "checkpoint_hist": 10,
-    "batch_size": 128,
-    "num_classes": "the model's",
+# Where defaults differ: option -> (timm's, ours in words). A command that relies on timm's has to give it.
+DEFAULTS: dict[str, tuple[Any, str]] = {
+    "model": ("resnet50", "`resnet18`; on the digits `resnet20_cifar`"),
+    "epochs": (300, "100; on the digits 20"),
+    "batch_size": (128, "128, or less if there are fewer images"),
+    "weight_decay": (2e-5, "0.0005"),
+    "sched_on_updates": (False, "on; `--no-sched-on-updates` steps the schedule every epoch, as timm does"),
+    "warmup_epochs": (5, "a fifth of the epochs, at most 5"),
+    "smoothing": (0.1, "chosen by SFR; with `--no-sfr` 0.1"),
+    "checkpoint_hist": (10, "2, and the best one"),
+    "workers": (4, "4, or as many as there are cores"),
+    "device": ("cuda", "the GPU if there is one"),
 }
+# Defaults that are written in another way and mean the same.
+SAME = ("decay_epochs", "drop", "checkpoint_interval", "output")
 
 
 @dataclass(frozen=True)
@@ -206,3 +207,29 @@ def _flag(name: str) -> str:
 def _words(value: Any) -> list[str]:
     """Returns a value as the words of a command line."""
     return [str(one) for one in value] if isinstance(value, Iterable) and not isinstance(value, str) else [str(value)]
+
+
+def tables() -> dict[str, str]:
+    """Returns the tables of docs/timm.md in Markdown by label."""
+    renamed = [(also(name), "--" + name.replace("_", "-")) for name in dict.fromkeys(RENAMED.values()) if also(name)]
+    same = [("`DIR`", "`--data-dir DIR`"), *((_code(flags), f"`{ours}`") for flags, ours in renamed if ours != "--amp")]
+    same += [(_code([flag, *also(flag[2:])]), text) for flag, (text, _) in TRANSLATED.items()]
+    return {
+        "same": _table(("timm", "here"), same),
+        "nothing": _table(("option", "why"), [(_code(one.flags), one.why) for one in MEANINGLESS]),
+        "refused": _table(
+            ("option", "why, and what takes its place"), [(_code(one.flags), one.why) for one in REFUSED]
+        ),
+        "defaults": _table(
+            ("option", "timm", "here"),
+            [(f"`{_flag(name)}`", f"`{theirs}`", ours) for name, (theirs, ours) in DEFAULTS.items()],
+        ),
+    }
+
+
+def _code(flags: Iterable[str]) -> str:
+    return ", ".join(f"`{flag}`" for flag in flags)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"

@@ -119,7 +119,7 @@ class Recorder:
         with self.disk("a checkpoint"):
             engine = self.config.engine
             save_checkpoint(
-                self.workspace.run / "checkpoints", state, engine.checkpoint_hist, improved, engine.save_epochs
+                self.workspace.run / "checkpoints", state, engine.checkpoint_hist, improved, engine.save_epochs or ()
             )
 
     def save_images(self, images: Tensor, batch: int) -> None:
