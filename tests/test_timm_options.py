@@ -51,9 +51,8 @@ def read_train(path):
     for call in sorted(calls, key=lambda call: call.lineno):
         if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
             given = {word.arg: word.value for word in call.keywords}
-            other = ast.Constant(False if "action" in given else None)
-            code = compile(ast.Expression(given.get("default", other)), "", "eval")
-            found.append(([flag.value for flag in call.args], eval(code)))
+            default = given.get("default", ast.Constant(False if "action" in given else None))
+            found.append(([flag.value for flag in call.args], eval(ast.unparse(default))))
     return found
 
 
