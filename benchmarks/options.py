@@ -1,4 +1,4 @@
-"""Writes docs/options.md, the list of all options: ``python -m benchmarks.options``."""
+"""Writes docs/options.md, the list of all options, and the tables of docs/timm.md: ``python -m benchmarks.options``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ import argparse
 import sys
 from pathlib import Path
 
+from benchmarks.pages import fill
+from timm_sfr.cli.timm_options import tables
 from timm_sfr.cli.train import training_parser
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "options.md"
+TIMM = DOCUMENT.with_name("timm.md")
 HEAD = """# All options
 
-Of `train_sfr.py` and `timm-sfr train`; names are those of timm's `train.py` where it has one. In a file of options
+Of `train_sfr.py` and `timm-sfr train`; names are those of timm's `train.py` where it has one ([timm.md](timm.md) has the few
+exceptions). In a file of options
 ([train.md](train.md#a-recipe-in-a-file)) `-` is `_`, `--no-sfr` is `sfr: false`, and so with the other `--no-` options. This page
 is made from what the command checks, by `python -m benchmarks.options`.
 """
@@ -34,7 +38,7 @@ def render() -> str:
     """Returns the text of the page."""
     parts = [HEAD]
     for group in training_parser()._action_groups[1:]:
-        rows = [action for action in group._group_actions if "-h" not in action.option_strings]
+        rows = [one for one in group._group_actions if "-h" not in one.option_strings and one.help != argparse.SUPPRESS]
         if rows:
             title = "the run" if group.title in ("options", "optional arguments") else str(group.title)
             about = (group.description or "").replace("docs/method.md", "[method.md](method.md)")
@@ -44,9 +48,18 @@ def render() -> str:
     return "\n".join(parts)
 
 
+def render_timm() -> str:
+    """Returns the text of docs/timm.md with its tables made anew."""
+    text = TIMM.read_text(encoding="utf-8")
+    for label, body in tables().items():
+        text = fill(text, label, body)
+    return text
+
+
 def main() -> int:
-    """Writes the page; returns 0."""
+    """Writes the pages; returns 0."""
     DOCUMENT.write_text(render(), encoding="utf-8")
+    TIMM.write_text(render_timm(), encoding="utf-8")
     return 0
 
 

@@ -151,3 +151,4 @@ def test_every_option_is_one(path):
 
 def test_the_page_of_options():
     assert option_page.DOCUMENT.read_text() == option_page.render(), "run python -m benchmarks.options"
+    assert option_page.TIMM.read_text() == option_page.render_timm(), "run python -m benchmarks.options"

@@ -17,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.utils.errors import UserError, near_matches
-from timm_sfr.utils.options import Checked, option, outside_name
+from timm_sfr.utils.options import Checked, option, outside_name, plain
 
 DEFAULT_MODEL = "resnet18"
 DEFAULT_BATCH = 128
@@ -76,6 +76,9 @@ class DataConfig(Checked):
     target_key: str | None = option(
         None, "key of the label in hfds/ and wds/ datasets; column of it in csv/ (default: label, class or target)"
     )
+    dataset_trust_remote_code: bool = option(
+        False, "let hfds/ and hfids/ datasets run code from their repository (older versions of datasets only)"
+    )
     batch_size: int | str | None = option(
         None,
         "training batch size per process (default: 128, or for a smaller set the largest power of two that fits); auto: the "
@@ -84,7 +87,7 @@ class DataConfig(Checked):
         low=1,
     )
     validation_batch_size: int | None = option(
-        None, "validation batch size per process (default: as in training)", low=1
+        None, "validation batch size per process (default: as in training)", short="-vb", low=1
     )
     workers: int | None = option(
         None, "data loading processes per process (default: 4, or as many as there are CPU cores)", short="-j", low=0
@@ -108,7 +111,10 @@ class DataConfig(Checked):
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
-        """Checks the batch size's word, the colour and the range, that no epoch is a part of one, and that the splits differ."""
+        """Checks the splits, the batch size's word, the colour and the range, and that no epoch is a part of one."""
+        if not self.val_split:
+            raise UserError("val-split: expected a name, because the best epoch is chosen there; got an empty word; "
+                            "--val-interval makes validation rarer")  # fmt: skip
         if isinstance(self.batch_size, str) and self.batch_size != AUTO:
             raise UserError(f"batch_size: expected a number or {AUTO}; got {self.batch_size!r}")
         _check_repeats(self.epoch_repeats, "epoch_repeats")
@@ -155,6 +161,10 @@ class ModelConfig(Checked):
 
     model: str | None = option(None, "name of any timm model (default: resnet18; resnet20_cifar on the digits)")
     pretrained: bool = option(False, "start from timm's pretrained weights")
+    pretrained_path: str | None = option(
+        None,
+        "with --pretrained: load this file of weights as if timm published it, with timm's adaptation to the model",
+    )
     initial_checkpoint: str | None = option(None, "load these weights into the model before training")
     num_classes: int | None = option(None, "number of classes (default: as in the dataset)", low=2)
     img_size: int | None = option(None, "image size in pixels (default: the model's)", low=1)
@@ -166,18 +176,50 @@ class ModelConfig(Checked):
     std: tuple[float, ...] | None = option(None, "channel deviations for normalisation (default: the model's)")
     interpolation: str | None = option(None, "resize interpolation for validation (default: the model's)")
     crop_pct: float | None = option(None, "centre crop share for validation (default: the model's)")
+    gp: str | None = option(None, "global pooling, such as avg, max or avgmax (default: the model's)")
     drop: float | None = option(None, "dropout rate", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
-    model_kwargs: dict | None = option(None, "further model arguments as KEY=VALUE")
+    drop_block: float | None = option(None, "DropBlock rate, for models that have it", low=0, high=1)
+    bn_momentum: float | None = option(
+        None, "momentum of BatchNorm, for EfficientNets and their kin (default: the model's)", low=0, high=1
+    )
+    bn_eps: float | None = option(
+        None, "epsilon of BatchNorm, for EfficientNets and their kin (default: the model's)", low=0
+    )
+    head_init_scale: float | None = option(None, "multiply the classifier's initial weights and biases by this")
+    head_init_bias: float | None = option(None, "initial value of the classifier's biases")
+    model_kwargs: dict | None = option(
+        None, "further model arguments as KEY=VALUE; values are Python's, such as img_size=(48,64), or else text"
+    )
+    fast_norm: bool = option(
+        False, "compute normalisation layers at the lower precision under mixed precision, as timm can"
+    )
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     channels_last: bool = option(False, "use the channels_last memory layout")
     split_bn: bool = option(
         False,
         "in training, give each of the views of --aug-splits BatchNorm layers of its own; those of the first are exported",
     )
+    model_dtype: str | None = option(
+        None,
+        "type of the model's weights, without mixed precision (default: float32)",
+        choices=("float32", "bfloat16", "float16"),
+    )
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether the weights themselves have 16 bits."""
+        return self.model_dtype not in (None, "float32")
 
     def check(self) -> None:
-        """Checks `input_size` against the options that it replaces, and sets those: a square one is kept as img_size alone."""
+        """Checks that a file of pretrained weights is used, and `input_size` against the options that it replaces.
+
+        Sets those options: a square size is kept as img_size alone.
+        """
+        if self.pretrained_path is not None and not self.pretrained:
+            raise UserError(
+                "pretrained-path: it is used with --pretrained only; give that too, or --initial-checkpoint"
+            )
         if self.input_size is None:
             return
         if len(self.input_size) != 3 or min(self.input_size) < 1:
@@ -213,6 +255,9 @@ class AugConfig(Checked):
     hflip: float = option(0.5, "horizontal flip probability", low=0, high=1)
     vflip: float = option(0.0, "vertical flip probability", low=0, high=1)
     color_jitter: float = option(0.4, "colour jitter factor", low=0)
+    color_jitter_prob: float | None = option(None, "probability of any colour jitter (default: always)", low=0, high=1)
+    grayscale_prob: float | None = option(None, "probability of turning an image grey (default: never)", low=0, high=1)
+    gaussian_blur_prob: float | None = option(None, "probability of blurring an image (default: never)", low=0, high=1)
     aa: str | None = option(None, "AutoAugment policy, such as rand-m9-mstd0.5-inc1")
     reprob: float = option(0.0, "random erase probability", low=0, high=1)
     remode: str = option("pixel", "random erase mode", choices=("const", "rand", "pixel"))
@@ -230,7 +275,7 @@ class AugConfig(Checked):
         "views of each image in a batch: the first one cropped and flipped, the others also augmented; 0 or 2 and more",
         low=0,
     )
-    train_interpolation: str = option("random", "training interpolation")
+    train_interpolation: str = option("random", "training interpolation; empty: as in validation")
     mixup: float = option(0.0, "mixup alpha, on if > 0", low=0)
     cutmix: float = option(0.0, "CutMix alpha, on if > 0", low=0)
     cutmix_minmax: tuple[float, ...] | None = option(None, "CutMix min and max ratio, overrides alpha")
@@ -366,6 +411,12 @@ class OptimConfig(Checked):
     """Optimizer, schedule, length and averaging, all by timm."""
 
     epochs: int = option(100, "epochs to train (20 on the digits)", low=1)
+    start_epoch: int | None = option(None, "epoch, counted from 0, at which a new run begins in the schedule", low=0)
+    stop_epoch: int | None = option(
+        None,
+        "stop after so many epochs, with the schedule of --epochs; --resume RUN --stop-epoch MORE continues",
+        low=1,
+    )
     opt: str = option("sgd", "optimizer, any of timm's")
     lr: float | None = option(None, "learning rate; overrides lr-base", low=0)
     lr_base: float = option(
@@ -379,8 +430,10 @@ class OptimConfig(Checked):
     weight_decay: float = option(5e-4, "weight decay", low=0)
     opt_eps: float | None = option(None, "optimizer epsilon")
     opt_betas: tuple[float, ...] | None = option(None, "optimizer betas")
-    opt_kwargs: dict | None = option(None, "further optimizer arguments as KEY=VALUE")
+    opt_kwargs: dict | None = option(None, "further optimizer arguments as KEY=VALUE, with values as in --model-kwargs")
     layer_decay: float | None = option(None, "layer-wise learning rate decay")
+    layer_decay_min_scale: float = option(0.0, "smallest factor of that decay", low=0)
+    layer_decay_no_opt_scale: float | None = option(None, "layers whose factor is smaller than this are not trained")
     clip_grad: float | None = option(None, "gradient clipping value", low=0)
     clip_mode: str = option("norm", "gradient clipping mode", choices=("norm", "value", "agc"))
     grad_accum_steps: int = option(1, "batches per update", low=1)
@@ -393,7 +446,11 @@ class OptimConfig(Checked):
     warmup_prefix: bool = option(False, "do not count the warm-up in the schedule")
     min_lr: float = option(0.0, "lowest learning rate", low=0)
     cooldown_epochs: int = option(0, "epochs at min-lr after the schedule", low=0)
-    decay_epochs: float = option(90, "epochs between decays of the step schedule")
+    decay_epochs: float | None = option(
+        None,
+        "epochs between decays of the step schedule (default: 90), or epochs or share of the decay at the end of wsd and rsqrt "
+        "(default: 0.2)",
+    )
     decay_milestones: tuple[int, ...] = option((90, 180, 270), "epochs of the multistep schedule's decays")
     decay_rate: float = option(0.1, "decay rate of step, multistep and poly")
     patience_epochs: int = option(10, "patience of the plateau schedule; --patience is what stops a run")
@@ -403,16 +460,42 @@ class OptimConfig(Checked):
         "--patience-epochs is another thing, the plateau schedule's (default: train all epochs)",
         low=1,
     )
+    lr_decay_fn: str | None = option(
+        None, "form of the decay at the end of wsd (default: 1-sqrt) and rsqrt (default: linear)"
+    )
+    lr_stable_timescale: float | None = option(None, "timescale of rsqrt in epochs (default: the warm-up)")
+    lr_noise: tuple[float, ...] | None = option(
+        None, "shares of the schedule at which noise on the learning rate begins and ends"
+    )
+    lr_noise_pct: float = option(0.67, "largest noise, as a share of the learning rate")
+    lr_noise_std: float = option(1.0, "standard deviation of that noise")
+    lr_cycle_mul: float = option(1.0, "factor from the length of one cycle to that of the next")
+    lr_cycle_decay: float = option(0.5, "factor from the learning rate of one cycle to that of the next")
+    lr_cycle_limit: int = option(1, "cycles of cosine, tanh and poly; each is a whole schedule", low=1)
+    lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
     model_ema: bool = option(False, "keep an exponential moving average of the weights, and evaluate and export it")
     model_ema_decay: float = option(0.9998, "decay of that average", low=0, high=1)
     model_ema_warmup: bool = option(False, "warm that decay up")
+    model_ema_force_cpu: bool = option(
+        False, "keep that average on the CPU, to save memory of the GPU (one process only)"
+    )
 
     def check(self) -> None:
         """Checks what bounds alone do not."""
-        if self.decay_epochs <= 0:
+        if self.decay_epochs is not None and not self.decay_epochs > 0:
             raise UserError(f"decay_epochs: expected more than 0; got {self.decay_epochs}")
         if self.opt_betas is not None and len(self.opt_betas) < 2:
             raise UserError(f"opt_betas: expected two numbers or more; got {self.opt_betas}")
+        if self.lr_noise is not None and len(self.lr_noise) not in (1, 2):
+            raise UserError(
+                f"lr_noise: expected a share where the noise begins, and one where it ends; got {self.lr_noise}"
+            )
+        if not self.lr_noise_pct > 0 or not self.lr_noise_std > 0:
+            raise UserError(
+                f"lr_noise_pct and lr_noise_std: expected more than 0; got {self.lr_noise_pct} and {self.lr_noise_std}"
+            )
+        if self.model_ema_force_cpu and not self.model_ema:
+            raise UserError("model-ema-force-cpu: it is for the moving average; give --model-ema too")
 
 
 @dataclass(frozen=True)
@@ -422,23 +505,40 @@ class EngineConfig(Checked):
     output: str = option("output/train", "folder of all runs")
     experiment: str | None = option(None, "name of this run's folder (default: time and model)")
     seed: int = option(42, "random seed", low=0, high=2**32 - 1)  # NumPy takes no more
-    device: str | None = option(None, "'cpu' to leave the GPU alone", choices=("cpu",))
+    device: str | None = option(None, "cpu to leave the GPU alone, cuda to need one, cuda:1 for the second")
     mixed_precision: str | None = option(
-        None, "compute precision (default: what accelerate is configured for)", choices=("no", "fp16", "bf16")
+        None,
+        "compute precision (default: what accelerate is configured for); amp, as --amp: fp16 on a GPU, bf16 on a CPU",
+        choices=("no", "fp16", "bf16", "amp"),
     )
     torchcompile: str | None = option(None, "compile the model with this backend (inductor when given no name)")
+    torchcompile_mode: str | None = option(
+        None,
+        "with --torchcompile: its mode",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    )
+    synchronize_step: bool = option(False, "wait for the GPU after every update, for exact times of single updates")
     sync_bn: bool = option(False, "synchronise BatchNorm over processes (GPUs only)")
     dist_bn: str = option(
         "reduce",
         "what to do with BatchNorm statistics of several processes after an epoch",
         choices=("reduce", "broadcast", "none"),
     )
+    ddp_bb: bool = option(True, "before each step, give all processes the BatchNorm statistics of the first one")
     log_interval: int = option(
         50, "batches between checks whether a line on a long epoch is due, if there is no terminal for bars", low=1
     )
     json_logs: bool = option(False, "every line on standard output is one JSON object (docs/logs.md)")
     report_to: tuple[str, ...] = option(
         ("none",), "where an epoch's figures go too: none, or any of tensorboard, wandb and trackio"
+    )
+    wandb_project: str | None = option(None, "project in Weights & Biases (default: WANDB_PROJECT, or timm_sfr)")
+    wandb_tags: tuple[str, ...] = option((), "tags of the run in Weights & Biases")
+    wandb_resume_id: str | None = option(
+        None, "with --resume: id of the run in Weights & Biases to continue (default: that of this run)"
+    )
+    save_images: bool = option(
+        False, "write the batch as it is trained on, every --log-interval batches, to RUN/train-batch-BATCH.jpg"
     )
     val_interval: int = option(1, "epochs between validations", low=1)
     report_interval: int | None = option(
@@ -448,7 +548,11 @@ class EngineConfig(Checked):
     )
     checkpoint_hist: int = option(2, "resumable checkpoints to keep, beside the best one's", low=1)
     checkpoint_interval: int | None = option(
-        None, "updates between checkpoints (one is kept after every epoch anyway)", low=1
+        None, "updates between checkpoints (default: none; one is kept after every epoch anyway)", low=0
+    )
+    save_epochs: tuple[int, ...] | None = option(None, "keep the checkpoints that follow so many epochs too")
+    resume_opt: bool = option(
+        True, "resume the optimizer's state with the weights (--no-resume-opt: the optimizer starts anew)"
     )
     on_nonfinite: str = option(
         "stop", "if a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip")
@@ -464,9 +568,18 @@ class EngineConfig(Checked):
     )
 
     def check(self) -> None:
-        """Checks that the trackers are known, and the number of views."""
+        """Checks the device, the trackers, the number of views, and that options which need another have it."""
         if self.tta not in (0, 1, *VIEWS):
             raise UserError(f"tta: expected 0 (none), 2, 5 or 10 views of an image; got {self.tta}")
+        if self.device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
+            raise UserError(f"device: expected cpu, cuda, or cuda:NUMBER; got {self.device!r}")
+        if not self.ddp_bb and self.dist_bn == "none":
+            raise UserError("no-ddp-bb: each process then has BatchNorm statistics of its own, and --dist-bn reduce or broadcast "
+                            "has to bring them together after an epoch; got --dist-bn none")  # fmt: skip
+        if self.torchcompile_mode is not None and self.torchcompile is None:
+            raise UserError("torchcompile-mode: it is for --torchcompile; give that too")
+        if "wandb" not in self.report_to and (self.wandb_project or self.wandb_tags or self.wandb_resume_id):
+            raise UserError("wandb-project, wandb-tags, wandb-resume-id: they are for --log-wandb; give that too")
         for name in self.report_to:
             if name not in (*TRACKERS, "none"):
                 hint = near_matches(name, TRACKERS)
@@ -647,6 +760,16 @@ class RunConfig:
                 f"batch-size: --split-bn with --resplit halves the batch, which needs an even size; got {batch}"
             )
 
+        if self.model.low_precision and self.engine.mixed_precision not in (None, "no"):
+            raise UserError(
+                f"model-dtype: {self.model.model_dtype} weights go without mixed precision, and float32 ones with it; "
+                "leave out one of the two"
+            )
+        if self.model.low_precision and self.teacher.model_name is not None:
+            raise UserError(
+                f"model-dtype: a teacher computes in float32, not in {self.model.model_dtype}; use --amp instead"
+            )
+
     @classmethod
     def from_flat(cls, values: dict[str, Any], where: str = "options") -> RunConfig:
         """Builds a run from a flat mapping; the digits' own defaults apply where no data is named.
@@ -660,7 +783,8 @@ class RunConfig:
             hints = "".join(near_matches(str(key).replace("-", "_"), known) for key in unknown)
             raise UserError(f"{where}: unknown option {', '.join(map(repr, unknown))}{hints}")
         if values.get("dataset") in (None, "digits") and not values.get("data_dir"):
-            values = merged(DIGITS, values)
+            sized = "img_size" in (values.get("model_kwargs") or {})  # the model's own size
+            values = merged({**DIGITS, **({"img_size": None} if sized else {})}, {**values, "dataset": "digits"})
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, item = known[key]
@@ -670,7 +794,7 @@ class RunConfig:
     def flat(self) -> dict[str, Any]:
         """Returns every option by its outside name, in plain YAML types."""
         values = {name: getattr(getattr(self, section), item.name) for section, name, item in options()}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: plain(value) for name, value in values.items()}
 
 
 SECTIONS: dict[str, type] = {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_sfr.cli.parser import Parser, add_model, add_option, add_options
+from timm_sfr.cli.timm_options import add_timm_options
 from timm_sfr.config import SECTIONS, options
 
 TRAINING = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
@@ -65,6 +66,7 @@ def _training_options(parser: ArgumentParser) -> None:
     }
     for section, name, item in options():
         add_option(groups[section], section, name, item)
+    add_timm_options(parser)
 
 
 def _lr_find(parser: ArgumentParser) -> None:

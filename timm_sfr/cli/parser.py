@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import os
@@ -13,20 +14,18 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import yaml
-
+from timm_sfr.cli.timm_options import also
 from timm_sfr.config import SECTIONS, options
 from timm_sfr.utils.errors import UserError, near_matches, one_line
 
 # Exit statuses other than 0 and 2: the run is complete but not published; a signal stopped it, and --resume continues it.
 PUSH_FAILED, INTERRUPTED = 3, 75
 CLOSED_PIPE = 141  # as for a program that SIGPIPE ends
-# Options of timm's train.py, and of other trainers, that have another name here.
-OTHERS = {"--amp": "--mixed-precision fp16 (or bf16)", "--amp-dtype": "--mixed-precision", "--num-gpu": "accelerate launch",
-          "--native-amp": "--mixed-precision fp16 (or bf16)", "--no-prefetcher": "not needed",
-          "--learning-rate": "--lr", "--num-workers": "--workers (-j)", "--num-epochs": "--epochs", "--optimizer": "--opt",
-          "--scheduler": "--sched", "--lr-scheduler": "--sched", "--output-dir": "--output", "--image-size": "--img-size",
-          "--fp16": "--mixed-precision fp16", "--bf16": "--mixed-precision bf16"}  # fmt: skip
+# Options of other trainers that have another name here.
+OTHERS = {"--num-gpu": "accelerate launch", "--learning-rate": "--lr", "--num-workers": "--workers (-j)",
+          "--num-epochs": "--epochs", "--optimizer": "--opt", "--scheduler": "--sched", "--lr-scheduler": "--sched",
+          "--output-dir": "--output", "--image-size": "--img-size", "--fp16": "--mixed-precision fp16",
+          "--bf16": "--mixed-precision bf16"}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,19 +72,17 @@ def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> 
     text = item.metadata["help"].replace("%", "%%")
     kind = next(k for k in typing.get_args(hint) if k is not type(None)) if isinstance(hint, types.UnionType) else hint
     if kind is bool:
-        if item.default:
-            flag, action, text = "--no-" + flag[2:], "store_false", f"turn off: {text}"
-        else:
-            action = "store_true"
-        group.add_argument(flag, dest=name, action=action, default=argparse.SUPPRESS, help=text)
+        action: Any = argparse.BooleanOptionalAction if item.default else "store_true"
+        text += " (default: on)" * item.default
+        group.add_argument(flag, *also(name), dest=name, action=action, default=argparse.SUPPRESS, help=text)
         return
     if item.default is not None and item.default != ():
         default = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
         text += f" (default: {default})"
-    flags = [flag, *([item.metadata["short"]] if item.metadata["short"] else [])]
+    flags = [flag, *([item.metadata["short"]] if item.metadata["short"] else []), *also(name)]
     extra: dict[str, Any] = {"metavar": "|".join(item.metadata["choices"]) or "VALUE"}
     if kind is dict:
-        extra |= {"nargs": "+", "action": _Pairs, "metavar": "KEY=VALUE"}
+        extra |= {"nargs": "*", "action": _Pairs, "metavar": "KEY=VALUE"}
     elif typing.get_origin(kind) is tuple:
         extra |= {"nargs": "+", "type": _number(typing.get_args(kind)[0])}
     elif name == "torchcompile":
@@ -127,14 +124,22 @@ def _number_or_word(text: str) -> int | str:
         return text
 
 
+def literal(text: str) -> Any:
+    """Returns the Python value that `text` writes, as timm reads it; `true`, `false` and `null` too; else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return {"true": True, "false": False, "null": None}.get(text.lower(), text)
+
+
 class _Pairs(argparse.Action):
-    """Parses KEY=VALUE words into a dictionary, with the values read as YAML."""
+    """Parses KEY=VALUE words into a dictionary, with the values read by `literal`; empty words are left out, as in timm."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         pairs = dict(getattr(namespace, self.dest, None) or {})
-        for word in values:
+        for word in filter(None, values):
             key, sign, value = word.partition("=")
             if not sign:
                 parser.error(f"argument {option_string}: expected KEY=VALUE; got {word!r}")
-            pairs[key] = yaml.safe_load(value)
+            pairs[key] = literal(value)
         setattr(namespace, self.dest, pairs)

@@ -11,12 +11,14 @@ from typing import Any
 
 from timm_sfr.cli.arguments import training_parser
 from timm_sfr.cli.parser import INTERRUPTED, PUSH_FAILED, fail
+from timm_sfr.cli.timm_options import translate
 from timm_sfr.config import AUTO, DEFAULT_MODEL, RunConfig, merged
 from timm_sfr.runs.folder import newest_run, read_run
 from timm_sfr.training.run import fit
 from timm_sfr.utils.console import logger, show_log
 from timm_sfr.utils.errors import HubError, Interrupted, UserError, one_line
 from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.options import plain
 from timm_sfr.utils.processes import launch_id, restarts
 
 
@@ -34,31 +36,53 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | Non
 def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
     """Does the same as `parse` for parsed arguments."""
     given = dict(vars(args))
-    config, resume = given.pop("config", None), given.pop("resume", None)
+    config, resume = given.pop("config", None) or None, given.pop("resume", None) or None
     if resume is None and restarts() > 0:
         resume = "auto"  # torchrun has restarted the processes after a failure
     if resume == "auto":
-        stored = _stored(config)
-        asked = merged(stored, given)
-        wanted = RunConfig.from_flat(asked, where=config or "options")
-        same = {name: list(value) if isinstance(value, tuple) else value for name, value in asked.items()}
-        same = {name: value for name, value in same.items() if (name, value) != ("batch_size", AUTO)}
-        model, launch = wanted.model.model or DEFAULT_MODEL, launch_id() if restarts() > 0 else None
-        found = newest_run(wanted.engine.output, wanted.engine.experiment, model, same, launch)
+        found = _newest(_merged(_stored(config), given)[0], config)
         if found is None:
-            if os.environ.get("RANK", "0") == "0":
-                show_log(wanted.engine.json_logs)
-                logger.info("no run with these options has a checkpoint to resume; starting a new run")
-            return wanted, None
+            return _configured(_stored(config), given, config, "no run with these options has a checkpoint to resume; "
+                               "starting a new run"), None  # fmt: skip
         config, resume = None, str(found)
-    if resume is not None:
-        if config is not None:
-            raise UserError("resume: the run has its own args.yaml; leave out --config")
-        if given.get("batch_size") == AUTO:
-            del given["batch_size"]  # the run has recorded what fitted
-        return RunConfig.from_flat(merged(read_run(Path(resume)), given), where=resume), Path(resume)
-    stored = _stored(config)
-    return RunConfig.from_flat(merged(stored, given), where=config or "options"), None
+        if restarts() > 0:
+            given.pop("resume_opt", None)  # it was for the resume before
+    if resume is None:
+        return _configured(_stored(config), given, config), None
+    if config is not None:
+        raise UserError("resume: the run has its own args.yaml; leave out --config")
+    if given.get("start_epoch") is not None:
+        raise UserError("start-epoch: a resumed run continues where it is; leave the option out, or start a new run from its "
+                        f"weights: --model {resume} --pretrained")  # fmt: skip
+    if given.get("batch_size") == AUTO:
+        del given["batch_size"]  # the run has recorded what fitted
+    stored = {name: value for name, value in read_run(Path(resume)).items() if name != "resume_opt"}
+    return _configured(stored, given, resume), Path(resume)
+
+
+def _merged(stored: dict[str, Any], given: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Returns the options of a file with those of the command line over them, by our names, and what to say of them."""
+    (below, notes), (above, more) = translate(stored), translate(given, stored)
+    return merged(below, above), list(dict.fromkeys([*notes, *more]))
+
+
+def _configured(stored: dict[str, Any], given: dict[str, Any], where: str | None, *lines: str) -> RunConfig:
+    """Returns the configuration of these options, and prints `lines` and what there is to say of the options."""
+    values, notes = _merged(stored, given)
+    config = RunConfig.from_flat(values, where=where or "options")
+    if (notes or lines) and os.environ.get("RANK", "0") == "0":
+        show_log(config.engine.json_logs)
+        for line in (*lines, *notes):
+            logger.info(line)
+    return config
+
+
+def _newest(values: dict[str, Any], where: str | None) -> Path | None:
+    """Returns the newest run with these options that has a checkpoint, or None."""
+    wanted, launch = RunConfig.from_flat(values, where=where or "options"), launch_id() if restarts() > 0 else None
+    model = wanted.model.model or DEFAULT_MODEL
+    same = {name: value for name, value in plain(values).items() if (name, value) != ("batch_size", AUTO)}
+    return newest_run(wanted.engine.output, wanted.engine.experiment, model, same, launch)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,6 +104,8 @@ def _stored(config: str | None) -> dict[str, Any]:
     """Returns the options in a ``--config`` file."""
     stored = read_yaml(Path(config)) if config is not None else {}
     stored.pop("zoo", None)  # not an option: a recipe in hub_configs describes its published model there
+    if stored.pop("resume", None):
+        raise UserError(f"config: {config!r} has a value for resume; give --resume on the command line instead")
     if config is not None and Path(config).resolve().parent.name == stored.get("experiment"):
         del stored["experiment"]  # a run's own args.yaml: repeating the run has to make another folder
     return stored

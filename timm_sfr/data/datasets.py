@@ -229,6 +229,7 @@ def _from_timm(
             input_img_mode="" if kind in ("wds", "hfids") else img_mode,
             input_key=config.input_key,
             target_key=config.target_key,
+            trust_remote_code=config.dataset_trust_remote_code,
         )
     except (RuntimeError, AssertionError, ValueError, ImportError, OSError, KeyError, TypeError) as error:
         raise UserError(

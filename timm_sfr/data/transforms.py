@@ -87,8 +87,11 @@ class Preprocessing:
             vflip=aug.vflip,
             # None, not 0: timm's jitter of strength 0 changes nothing and takes as long as all other steps.
             color_jitter=aug.color_jitter or None,
+            color_jitter_prob=aug.color_jitter_prob,
+            grayscale_prob=aug.grayscale_prob or 0.0,
+            gaussian_blur_prob=aug.gaussian_blur_prob or 0.0,
             auto_augment=aug.aa,
-            interpolation=aug.train_interpolation,
+            interpolation=self.interpolation if aug.no_aug else aug.train_interpolation or self.interpolation,
             mean=self.mean,
             std=self.std,
             use_prefetcher=True,

@@ -13,6 +13,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import timm
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -21,7 +22,7 @@ from torch import nn
 
 from timm_sfr.config import DEFAULT_MODEL, ModelConfig, check_repo_id
 from timm_sfr.method.probe import MISFITS, model_name
-from timm_sfr.models.files import CONFIG, WEIGHTS, _damaged, check_dtypes, check_folder
+from timm_sfr.models.files import CONFIG, WEIGHTS, _damaged, check_dtypes, check_folder, own_config
 from timm_sfr.models.zoo import ZooEntry, loading, zoo
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import HubError, UserError, near_matches, near_paths
@@ -106,7 +107,11 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     elif not timm.is_model(plain):
         hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
         raise UserError(f"model: timm has no model {name!r}{hint}")
-    arguments = {"drop_rate": config.drop, "drop_path_rate": config.drop_path, **(config.model_kwargs or {})}
+    if folder is not None and config.pretrained_path is not None:
+        raise UserError(
+            f"pretrained-path: {name!r} has weights of its own; leave the option out, or give a name of timm's"
+        )
+    arguments = _model_arguments(config)
     request = {name: getattr(config, name) for name in ("img_size", "input_size", "in_chans")}
     try:
         with quick_offline() if _downloads(source, {"pretrained": config.pretrained}) else nullcontext():
@@ -116,8 +121,11 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
             )
         if folder is not None and config.pretrained:
             check_dtypes(folder, model, name)
+        if config.pretrained_path is not None:  # what timm says of its own weights is not true of these
+            model.pretrained_cfg = {**own_config(model.pretrained_cfg), "num_classes": num_classes}
         if config.initial_checkpoint:
             _load(model, config.initial_checkpoint)
+        _scale_head(model, config, name)
         if config.grad_checkpointing:
             model.set_grad_checkpointing(True)
     except UserError:
@@ -129,6 +137,49 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if getattr(model, "num_classes", 0) != num_classes:
         raise UserError(f"model: {name!r} has no classifier for {num_classes} classes")
     return model
+
+
+def _model_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Returns the arguments of ``timm.create_model`` that the options ask for; those of ``--model-kwargs`` win."""
+    arguments = {
+        "drop_rate": config.drop,
+        "drop_path_rate": config.drop_path,
+        "drop_block_rate": config.drop_block,
+        "global_pool": config.gp,
+        "bn_momentum": config.bn_momentum,
+        "bn_eps": config.bn_eps,
+    }
+    if config.pretrained_path is not None:
+        if not Path(config.pretrained_path).is_file():
+            raise UserError(
+                f"pretrained-path: no such file: {config.pretrained_path!r}{near_paths(config.pretrained_path)}"
+            )
+        # timm makes a new classifier, because no model has -1 classes.
+        arguments["pretrained_cfg_overlay"] = {"file": config.pretrained_path, "num_classes": -1}
+    return {**arguments, **(config.model_kwargs or {})}
+
+
+def _scale_head(model: nn.Module, config: ModelConfig, name: str) -> None:
+    """Scales the classifier's weights and sets its biases as the options ask.
+
+    Raises:
+        UserError: if the classifier has no weights and biases, or only one of them where both are needed.
+    """
+    scale, bias = config.head_init_scale, config.head_init_bias
+    if scale is None and bias is None:
+        return
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, (tuple, list)) else (heads,):
+        if getattr(head, "bias", None) is None or getattr(head, "weight", None) is None:
+            raise UserError(
+                f"head-init-scale and head-init-bias: the classifier of {name!r} has no weights or no biases"
+            )
+        with torch.no_grad():
+            if scale is not None:
+                head.weight.mul_(scale)
+                head.bias.mul_(scale)
+            if bias is not None:
+                head.bias.fill_(bias)
 
 
 def _local(name: str) -> Path | None:

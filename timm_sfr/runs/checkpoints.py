@@ -13,7 +13,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -34,8 +34,10 @@ class Damaged(UserError):
     """A checkpoint whose files changed after they were written."""
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) -> Path:
-    """Writes a checkpoint and deletes old ones; returns its folder. The newest `keep` and the newest best one remain.
+def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool, epochs: Collection[int] = ()) -> Path:
+    """Writes a checkpoint and deletes old ones; returns its folder.
+
+    The newest `keep` remain, the newest best one, and those after `epochs` whole epochs.
 
     The write is atomic: into a temporary folder with the manifest, flushed to the disk, then renamed.
 
@@ -44,6 +46,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) 
         state: Tensors, numbers, strings, lists and dictionaries only; the keys in `PLACE` are its position in training.
         keep: How many checkpoints to keep.
         best: Whether this is the model's best score so far.
+        epochs: Numbers of epochs whose checkpoints remain.
 
     Raises:
         OSError: if the disk is full or cannot be written to; older checkpoints stay.
@@ -76,7 +79,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool) 
     _sync(folder)
     for partial in folder.glob(".epoch-*"):  # left by processes that were killed during a write
         remove(partial)
-    _delete_old(folder, keep)
+    _delete_old(folder, keep, epochs)
     return path
 
 
@@ -152,12 +155,13 @@ def _name(state: dict[str, Any]) -> str:
     return f"epoch-{state['epoch']:05d}-image-{state['images']:010d}"
 
 
-def _delete_old(folder: Path, keep: int) -> None:
-    """Deletes all checkpoints except the newest `keep` and the newest best one."""
+def _delete_old(folder: Path, keep: int, epochs: Collection[int]) -> None:
+    """Deletes all checkpoints except the newest `keep`, the newest best one, and those after `epochs` whole epochs."""
+    kept = {_name({"epoch": epoch, "images": 0}) for epoch in epochs}
     found = checkpoints(folder)
     best = next((path for path in reversed(found) if _was_best(path)), None)
     for path in found[:-keep]:
-        if path != best:
+        if path != best and path.name not in kept:
             shutil.rmtree(path)
 
 

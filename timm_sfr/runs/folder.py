@@ -76,6 +76,12 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         UserError: if `run` is not a run's folder with a checkpoint.
     """
+    if run.is_file():
+        raise UserError(
+            f"resume: expected the folder of a run; got the file {str(run)!r}; a checkpoint of timm's has no exact state to "
+            f"resume: start a new run from its weights with --initial-checkpoint {run}, and --start-epoch for its place in the "
+            "schedule"
+        )
     if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
         hint = "" if run.exists() else near_paths(run)
         lacks = "args.yaml" if not (run / "args.yaml").is_file() else "checkpoints/epoch-*"

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, TorchDynamoPlugin
 
 from timm_sfr.config import RunConfig
 from timm_sfr.training.trackers import chosen
+from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError, first_line
 from timm_sfr.utils.processes import join_restarted_cpu_processes
 
@@ -133,12 +134,16 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     cpu = engine.device == "cpu" or (several and not torch.accelerator.is_available())
     if cpu and several:
         join_restarted_cpu_processes()
+    _choose_device(engine.device, several)
     try:
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision=engine.mixed_precision,
-            dynamo_backend=engine.torchcompile,
+            mixed_precision=_precision(config, cpu),
+            dynamo_plugin=TorchDynamoPlugin(engine.torchcompile, engine.torchcompile_mode)
+            if engine.torchcompile
+            else None,
             log_with=trackers or None,
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=engine.ddp_bb)],
             project_config=ProjectConfiguration(logging_dir="."),  # `Trackers` sets the run's folder later
         )
     except (ValueError, ImportError) as error:
@@ -156,6 +161,42 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         # Accelerate would silently continue in float32.
         raise UserError("mixed-precision: fp16 needs a GPU and this run is on the CPU; use bf16 or no")
     return accelerator
+
+
+def _choose_device(name: str | None, several: bool) -> None:
+    """Makes the device that ``--device`` names the one that Accelerate takes; of several processes, each has its own.
+
+    Raises:
+        UserError: if this machine does not have it.
+    """
+    kind, _, index = (name or "cpu").partition(":")
+    if kind == "cpu":
+        return
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is None or here.type != kind:
+        raise UserError(f"device: expected {'cpu' if here is None else f'cpu or {here.type}'}, which this machine has; got "
+                        f"{name!r}; leave the option out for the best one")  # fmt: skip
+    if index and int(index) >= torch.accelerator.device_count():
+        raise UserError(
+            f"device: this machine has {torch.accelerator.device_count()} of {kind}, counted from 0; got {name!r}"
+        )
+    if index and several and os.environ.get("RANK", "0") == "0":
+        logger.info(f"note: --device {name} has no number here: each process has a device of its own")
+    elif index:
+        torch.accelerator.set_device_index(int(index))
+
+
+def _precision(config: RunConfig, cpu: bool) -> str | None:
+    """Returns Accelerate's name of the precision; ``amp`` is fp16, or bf16 on the CPU, which is said."""
+    if config.model.low_precision:
+        return "no"
+    if config.engine.mixed_precision != "amp":
+        return config.engine.mixed_precision
+    if torch.accelerator.is_available() and not cpu:
+        return "fp16"
+    if os.environ.get("RANK", "0") == "0":
+        logger.info("note: --amp is bf16 here, because the run is on the CPU")
+    return "bf16"
 
 
 def _worker_error(error: Exception) -> Exception:

@@ -127,12 +127,13 @@ def _outputs(
     watch: Callable[[Iterable], Iterable],
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the logits (B, V, K) of the images' V views, and their classes (B,): of all processes, unless it is a stream."""
+    dtype = next(model.parameters()).dtype
     model.eval()
     for images, target in watch(loader):
         images, target = images.to(accelerator.device), target.to(accelerator.device)
         views = images.unbind(1) if images.dim() == 5 else (images,)
         with accelerator.autocast():
-            logits = torch.stack([model(prep.normalize(view)) for view in views], 1)
+            logits = torch.stack([model(prep.normalize(view).to(dtype)) for view in views], 1)
         yield (logits, target) if _streamed(loader) else accelerator.gather_for_metrics((logits, target))
 
 

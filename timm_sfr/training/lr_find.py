@@ -151,4 +151,5 @@ def _batches(learner: Learner, mixup: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for epoch in itertools.count():
         for step, (image, target) in enumerate(batches.epoch(epoch)):
             reseed(config.engine.seed, epoch, step, learner.accelerator.process_index)
-            yield augment(image, target, batches.erase, mixup, config.model.channels_last)
+            image, target = augment(image, target, batches.erase, mixup, config.model.channels_last)
+            yield image.to(learner.dtype), target

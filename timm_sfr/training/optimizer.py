@@ -48,6 +48,8 @@ def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch
             weight_decay=config.weight_decay,
             momentum=config.momentum,
             layer_decay=config.layer_decay,
+            layer_decay_min_scale=config.layer_decay_min_scale,
+            layer_decay_no_opt_scale=config.layer_decay_no_opt_scale,
             **arguments,
         )
     except (ValueError, AssertionError, TypeError, KeyError) as error:
@@ -68,8 +70,13 @@ class Schedule:
         return isinstance(self.scheduler, PlateauLRScheduler)
 
     def state(self) -> dict[str, Any] | None:
-        """Returns the state for a checkpoint, with the counters that timm's own state omits; None if not needed."""
-        return self.scheduler.lr_scheduler.state_dict() if self.remembers else None
+        """Returns the state for a checkpoint, with what timm's own state omits: counters, and the rates without noise.
+
+        None if not needed.
+        """
+        if not self.remembers:
+            return None
+        return {**self.scheduler.lr_scheduler.state_dict(), "restore_lr": self.scheduler.restore_lr}
 
     def resume(self, epoch: int, updates: int, state: dict[str, Any] | None) -> None:
         """Sets the rate that follows `updates` updates and `epoch` epochs.
@@ -78,10 +85,14 @@ class Schedule:
         `state`.
         """
         if self.remembers and state is not None:
-            self.scheduler.lr_scheduler.load_state_dict(state)
+            self.scheduler.restore_lr = state.get("restore_lr")
+            self.scheduler.lr_scheduler.load_state_dict({key: state[key] for key in state if key != "restore_lr"})
         elif self.scheduler is not None:
-            self.scheduler.step(epoch)
-            self.scheduler.step_update(num_updates=updates)
+            # At the very start, an uninterrupted run has not stepped yet, and its rate has no noise.
+            if epoch > 0:
+                self.scheduler.step(epoch)
+            if updates > 0:
+                self.scheduler.step_update(num_updates=updates)
 
     def after_update(self, updates: int) -> None:
         """Sets the rate that follows `updates` updates."""
@@ -95,9 +106,15 @@ class Schedule:
 
 
 def create_schedule(
-    config: OptimConfig, optimizer: torch.optim.Optimizer, updates_per_epoch: int, eval_metric: str = "top1"
+    config: OptimConfig,
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+    eval_metric: str = "top1",
+    seed: int = 42,
 ) -> Schedule:
     """Returns timm's schedule for `optimizer`, with its number of epochs (including cooldown and cycles).
+
+    Noise on the rate depends on `seed` and on the number of the update or epoch.
 
     Raises:
         UserError: if timm does not have the schedule or cannot make it.
@@ -117,6 +134,16 @@ def create_schedule(
             decay_milestones=list(config.decay_milestones),
             decay_rate=config.decay_rate,
             patience_epochs=config.patience_epochs,
+            noise=config.lr_noise,
+            noise_pct=config.lr_noise_pct,
+            noise_std=config.lr_noise_std,
+            noise_seed=seed,
+            cycle_mul=config.lr_cycle_mul,
+            cycle_decay=config.lr_cycle_decay,
+            cycle_limit=config.lr_cycle_limit,
+            k_decay=config.lr_k_decay,
+            decay_fn=config.lr_decay_fn,
+            stable_timescale=config.lr_stable_timescale,
             plateau_mode="min" if eval_metric == "loss" else "max",
             step_on_epochs=not config.sched_on_updates or config.sched == "plateau",
             updates_per_epoch=updates_per_epoch,

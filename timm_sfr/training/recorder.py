@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torchvision.utils import save_image
 
 from timm_sfr.config import RunConfig
 from timm_sfr.data.datasets import Split
@@ -145,7 +146,16 @@ class Recorder:
     def keep_checkpoint(self, state: dict[str, Any], improved: bool) -> None:
         """Writes a collected state as a checkpoint."""
         with self.disk("a checkpoint"):
-            save_checkpoint(self.workspace.run / "checkpoints", state, self.config.engine.checkpoint_hist, improved)
+            engine = self.config.engine
+            save_checkpoint(
+                self.workspace.run / "checkpoints", state, engine.checkpoint_hist, improved, engine.save_epochs or ()
+            )
+
+    def save_images(self, images: Tensor, batch: int) -> None:
+        """Writes the main process's images of a batch (B, C, H, W) as they are trained on, scaled to black and white."""
+        if self.workspace.main:
+            with self.disk("the images of a batch"):
+                save_image(images, self.workspace.run / f"train-batch-{batch}.jpg", padding=0, normalize=True)
 
     def refresh_report(self, state: RunState, last: bool) -> float:
         """Writes the report if it is due; returns the seconds it took. A failed report does not stop the training."""

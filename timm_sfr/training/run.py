@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_seed
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.task import TrainingTask
 from torch import nn
 from torch.utils.data import DataLoader
@@ -164,6 +164,7 @@ def start(config: RunConfig) -> Any:
     if accelerator.device.type == "cpu":
         keep_freed_blocks()
     set_seed(config.engine.seed)
+    set_fast_norm(config.model.fast_norm)
     return accelerator
 
 
@@ -262,6 +263,8 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     try:
         if resume is not None:
             _restore(trainer)
+        elif trainer.config.optim.start_epoch:
+            _start_late(trainer)
         state = trainer.state
         if not trainer.done:
             trainer.recorder.start()
@@ -270,9 +273,10 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
             _forecast(trainer)
         else:
             done = f"{counted(state.epoch, 'epoch')} of {trainer.schedule.epochs} done"
-            early = state.epoch < trainer.schedule.epochs
+            early = state.epoch < trainer.end
             done += f", stopped early by --patience {trainer.config.optim.patience}" if early else ""
-            say(f"nothing is left to train: {done}; to train longer, raise --{'patience' if early else 'epochs'}")
+            more = "patience" if early else "epochs" if trainer.end == trainer.schedule.epochs else "stop-epoch"
+            say(f"nothing is left to train: {done}; to train longer, raise --{more}")
         # Loading processes are forks: without this, each looks through all objects when it ends, and copies their pages.
         gc.collect()
         gc.freeze()
@@ -306,13 +310,22 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     return run
 
 
+def _start_late(trainer: Trainer) -> None:
+    """Makes a new run begin at ``--start-epoch``."""
+    start = trainer.config.optim.start_epoch or 0
+    if start >= trainer.end:
+        raise UserError(f"start-epoch: expected less than {trainer.end}, the epochs of this run; got {start}")
+    trainer.start_at(start)
+    trainer.workspace.say(f"starting at epoch {start + 1} of {trainer.schedule.epochs}")
+
+
 def _restore(trainer: Trainer) -> None:
     """Restores the newest intact checkpoint in the run's folder."""
     say, run = trainer.workspace.say, trainer.workspace.run
     saved = load_newest(run / "checkpoints", say)
     options = _changed_options(run / "args.yaml", trainer.config)
     try:
-        restore(trainer, saved, str(run / "args.yaml"))
+        restore(trainer, saved, str(run / "args.yaml"), trainer.config.engine.resume_opt)
     except UserError as error:
         if not options:
             raise
@@ -346,7 +359,7 @@ def _changed_options(path: Path, config: RunConfig, but: Sequence[str] = ()) -> 
 
 def _forecast(trainer: Trainer) -> None:
     """Prints warnings about the options, and how much is left to train."""
-    config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.schedule.epochs, trainer.state
+    config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.end, trainer.state
     model, processes = trainer.exported_model(), trainer.accelerator.num_processes
     images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
     mean_batch = trainer.global_batch if trainer.sizes is None else trainer.sizes.average_batch * processes
@@ -468,13 +481,19 @@ def _optimisation(
         module = module.to(memory_format=torch.channels_last)
     if config.engine.sync_bn and accelerator.num_processes > 1:
         module = convert_sync_batchnorm(module)
+    if config.model.low_precision:
+        module = module.to(getattr(torch, config.model.model_dtype or "float32"))
     task.trainable_module = module
     if optim.model_ema:
-        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup)
+        if optim.model_ema_force_cpu and accelerator.num_processes > 1:
+            raise UserError("model-ema-force-cpu: expected one process, because several average over the GPUs; got "
+                            f"{accelerator.num_processes}; leave the option out")  # fmt: skip
+        device = "cpu" if optim.model_ema_force_cpu else None
+        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup, device=device)
     lr = learning_rate(optim, batch * accelerator.num_processes * optim.grad_accum_steps)
     optimizer = create_optimizer(optim, module, lr)
     updates = -(-batches // optim.grad_accum_steps)
-    return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric), lr
+    return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric, config.engine.seed), lr
 
 
 def _announce(
@@ -572,11 +591,12 @@ def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str
     train, device, mixup = built.data.train, accelerator.device, create_mixup(config.aug, built.num_classes)
 
     views, (channels, height, width) = max(1, config.aug.aug_splits), built.prep.input_size
+    dtype = getattr(torch, config.model.model_dtype or "float32")
     if config.sizes.train_img_sizes is not None:
         height = width = max(config.sizes.train_img_sizes)
 
     def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images = torch.randn(size * views, channels, height, width, device=device)
+        images = torch.randn(size * views, channels, height, width, device=device, dtype=dtype)
         target = torch.randint(built.num_classes, (size,), device=device).repeat(views)
         return augment(images, target, None, mixup, config.model.channels_last)
 

@@ -20,7 +20,7 @@ from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.optimizer import Schedule
 from timm_sfr.utils.errors import UserError, brief
 
-# What one process alone knows in mid-epoch: kind ("total", "sums" or "ema"), then name, then tensor.
+# What one process alone knows in mid-epoch: kind ("total", "sums", "ema" or "module"), then name, then tensor.
 Part = dict[str, dict[str, Tensor]]
 # The types of a checkpoint's entries.
 KINDS = {"epoch": int, "step": int, "images": int, "updates": int, "lr": (int, float), "seconds": (int, float),
@@ -96,6 +96,11 @@ class Learner:
         return self.task.trainable_module
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the images that the model takes."""
+        return getattr(torch, self.config.model.model_dtype or "float32")
+
+    @property
     def global_batch(self) -> int:
         """Images in one batch over all processes."""
         return self.config.data.batch * self.accelerator.num_processes
@@ -119,6 +124,11 @@ class Learner:
             return images // self.global_batch
         ends = itertools.accumulate(size * self.sizes.processes for _, size in self.sizes.batches(epoch))
         return sum(end <= images for end in ends)
+
+    def start_at(self, epoch: int) -> None:
+        """Makes a new run begin at `epoch` in the schedule."""
+        self.state = RunState(epoch=epoch, updates=self.updates_before(epoch, 0))
+        self.schedule.resume(epoch, self.state.updates, None)
 
     def updates_before(self, epoch: int, step: int) -> int:
         """Returns the number of updates in `epoch` epochs and `step` batches."""
@@ -157,20 +167,21 @@ def collect(learner: Learner, epoch: int, step: int, total: Tensor | None) -> di
     }
 
 
-def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml") -> None:
+def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml", optimizer: bool = True) -> None:
     """Restores what `collect` returned, also from another number of processes or another batch size.
 
     Args:
         learner: What to restore into.
         state: A checkpoint's content.
         options: The file with the run's own options, for the error message.
+        optimizer: Whether to restore the optimizer's state too.
 
     Raises:
         UserError: if the checkpoint belongs to another model or optimizer.
     """
     try:
         _check(learner, state)
-        _load(learner, state)
+        _load(learner, state, optimizer)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
         raise UserError(
@@ -178,20 +189,15 @@ def restore(learner: Learner, state: dict[str, Any], options: str = "args.yaml")
         ) from error
 
 
-def _load(learner: Learner, state: dict[str, Any]) -> None:
+def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
     ema = learner.task.get_trainable_module(ema=True)
     unwrap_model(learner.module).load_state_dict(state["module"])
     if ema is not None:
         # A moving average that is turned on at resume starts from the current weights, not from random ones.
         ema.module.load_state_dict(state["ema"] or state["module"])
     learner.task.load_task_state(state["task"])
-    _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
-    options = [_options(learner, group) for group in learner.optimizer.param_groups]
-    learner.optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(learner.optimizer.param_groups, options, strict=True):
-        group.update(own)
-    if learner.accelerator.scaler is not None and state["scaler"] is not None:
-        learner.accelerator.scaler.load_state_dict(state["scaler"])
+    if optimizer:
+        _load_optimizer(learner, state)
     step = state["step"]
     if state["images"] != learner.images_before(state["epoch"], step):
         # Other global batches: continue after the last whole batch of the images seen.
@@ -203,6 +209,16 @@ def _load(learner: Learner, state: dict[str, Any]) -> None:
         # Sums over batches of another size are scaled to the number of batches of this size.
         _load_part(learner, state["parts"], step, step / max(1, state["step"]))
     learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"])
+
+
+def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
+    _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
+    options = [_options(learner, group) for group in learner.optimizer.param_groups]
+    learner.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(learner.optimizer.param_groups, options, strict=True):
+        group.update(own)
+    if learner.accelerator.scaler is not None and state["scaler"] is not None:
+        learner.accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def _check(learner: Learner, state: dict[str, Any]) -> None:
@@ -247,12 +263,13 @@ def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> Non
 def _own_part(learner: Learner, total: Tensor | None) -> Part:
     """Returns what only this process knows in mid-epoch: sums over its images, and the buffers of its moving average.
 
-    The buffers of the model itself are not needed: before every forward pass, DDP broadcasts those of the first process.
+    The buffers of the model itself are not needed where DDP broadcasts those of the first process before every forward pass.
     """
     sums = learner.task.get_sums()
     ema = learner.task.get_trainable_module(ema=True)
     buffers = {} if ema is None else dict(ema.module.named_buffers())
-    part = {"total": {} if total is None else {"total": total}, "sums": sums, "ema": buffers}
+    own = {} if learner.config.engine.ddp_bb else dict(unwrap_model(learner.module).named_buffers())
+    part = {"total": {} if total is None else {"total": total}, "sums": sums, "ema": buffers, "module": own}
     return {kind: {name: value.detach().cpu().clone() for name, value in one.items()} for kind, one in part.items()}
 
 
@@ -266,7 +283,7 @@ def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> 
         totals = {"total": torch.stack([part["total"]["total"] for part in parts]).sum(0) / count}
         share = 1.0 if rank == 0 else 0.0
         sums = {name: share * sum(part["sums"][name] for part in parts) for name in parts[0]["sums"]}
-        part = {"total": totals, "sums": sums, "ema": parts[0]["ema"]}
+        part = {"total": totals, "sums": sums, "ema": parts[0]["ema"], "module": parts[0].get("module", {})}
     total, terms = part["total"]["total"], len(learner.guard.names)
     if total.shape == (terms,):  # of an earlier version, which did not keep the number of batches
         total = torch.cat([total, total.new_tensor([step / scale])])
@@ -279,7 +296,8 @@ def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> 
     if part["sums"]:
         learner.task.add_sums(part["sums"])
     ema = learner.task.get_trainable_module(ema=True)
-    if ema is not None:
-        for name, buffer in ema.module.named_buffers():
-            if name in part["ema"]:
-                buffer.copy_(part["ema"][name])
+    modules = {"module": unwrap_model(learner.module), "ema": None if ema is None else ema.module}
+    for kind, module in modules.items():
+        for name, buffer in () if module is None else module.named_buffers():
+            if name in part.get(kind, {}):
+                buffer.copy_(part[kind][name])

@@ -89,6 +89,8 @@ class Trackers:
         Raises:
             UserError: if one does not start; a resumed run warns and continues without it.
         """
+        if options.get("wandb_resume_id") and not resumed:
+            raise UserError("wandb-resume-id: it is for --resume; leave it out of a new run")
         self.state, live = self._read() if resumed else {}, []
         threading.excepthook = self._thread_failed
         for kind in self.asked:
@@ -101,8 +103,9 @@ class Trackers:
             try:
                 self.accelerator.log_with, self.accelerator.trackers = [kind], []
                 self.accelerator.project_configuration.logging_dir = str(self.run)
-                project = name if name == "tensorboard" else os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
-                arguments = self._arguments(name, state, hyperparameters(options))
+                named = options.get("wandb_project") if name == "wandb" else None
+                project = name if name == "tensorboard" else named or os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
+                arguments = self._arguments(name, state, options)
                 self.accelerator.init_trackers(project, init_kwargs={name: arguments})
                 if name == "tensorboard" and not resumed:
                     _write_hyperparameters(self.accelerator.trackers[0].tracker, hyperparameters(options))
@@ -161,14 +164,17 @@ class Trackers:
         """Returns the arguments that start a tracker."""
         if name == "tensorboard":
             return {"purge_step": state["logged"] + 1}
-        shared = {"name": self.run.resolve().name, "resume": "allow", "config": options}
+        shared = {"name": self.run.resolve().name, "resume": "allow", "config": hyperparameters(options)}
         if name == "trackio":
             return {**shared, "name": f"{shared['name']}-{state['id']}"}  # it identifies a run by its name
         import wandb
 
         # By default wandb captures the console, and our output would pass through wandb before the terminal.
         settings = wandb.Settings(console=os.environ.get("WANDB_CONSOLE", "off"))
-        return {**shared, "dir": str(self.run), "id": state["id"], "settings": settings}
+        if options.get("wandb_resume_id"):
+            shared["resume"], state["id"] = "must", options["wandb_resume_id"]
+        tags = list(options.get("wandb_tags") or ()) or None
+        return {**shared, "dir": str(self.run), "id": state["id"], "settings": settings, "tags": tags}
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:

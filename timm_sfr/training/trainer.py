@@ -7,6 +7,7 @@ schedule -> moving average. Accelerate handles devices, processes and precision;
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -68,7 +69,12 @@ class Trainer(Learner):
         steps = len(self.batches), length_of(self.val_loader)
         engine, main = self.config.engine, self.accelerator.is_main_process
         top5 = (self.config.model.num_classes or 1000) > 5
-        self.progress = Progress(self.schedule.epochs, steps, engine.val_interval, engine.log_interval, main, top5)
+        self.progress = Progress(self.end, steps, engine.val_interval, engine.log_interval, main, top5)
+
+    @property
+    def end(self) -> int:
+        """The number of epochs after which this run stops: all of the schedule, or ``--stop-epoch``."""
+        return min(self.schedule.epochs, self.config.optim.stop_epoch or self.schedule.epochs)
 
     def train_epoch(self, epoch: int, start: int = 0) -> dict[str, float]:
         """Trains one epoch from batch `start` on; returns the epoch's means of the loss's terms, and images per second.
@@ -96,6 +102,9 @@ class Trainer(Learner):
             # A batch's random numbers depend only on these values, so that a run can resume at any batch.
             reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
             image, target = augment(image, target, self.batches.erase, self.mixup, self.config.model.channels_last)
+            if self.config.engine.save_images and (step + 1) % self.config.engine.log_interval == 0:
+                self.recorder.save_images(image, step)
+            image = image.to(self.dtype)
             # The last group of an epoch may be smaller; its mean is still a mean.
             group = min(accum, steps - step // accum * accum)
             if step % accum == 0:
@@ -144,7 +153,10 @@ class Trainer(Learner):
             UserError: if some of its outputs are not finite, unless the policy is to go on.
         """
         self.seen, watch = Predictions(), self.progress.validating
-        scores = evaluate(self.exported_model(), self.val_loader, self.prep, self.accelerator, self.seen, watch)
+        model = self.exported_model()
+        if self.config.optim.model_ema_force_cpu:
+            model = copy.deepcopy(model).to(self.accelerator.device)
+        scores = evaluate(model, self.val_loader, self.prep, self.accelerator, self.seen, watch)
         if scores["nonfinite"]:
             found = (
                 f"non-finite outputs in validation, after update {self.state.updates}: of {scores['nonfinite']} of "
@@ -172,7 +184,7 @@ class Trainer(Learner):
     @property
     def done(self) -> bool:
         """Whether nothing is left to train: all epochs are done, or --patience is used up."""
-        return self.state.epoch >= self.schedule.epochs or self.stops_early
+        return self.state.epoch >= self.end or self.stops_early
 
     @property
     def stops_early(self) -> bool:
@@ -183,7 +195,7 @@ class Trainer(Learner):
         return on_main(self.accelerator, lambda: self.state.out_of_patience(patience))
 
     def _fit(self) -> None:
-        engine, epochs, state = self.config.engine, self.schedule.epochs, self.state
+        engine, epochs, state = self.config.engine, self.end, self.state
         self._started, done = time.perf_counter() - state.seconds, self.done
         trains = not done
         while not done:
@@ -269,6 +281,8 @@ class Trainer(Learner):
         self.state.updates += 1
         if made:
             self.task.update_ema(step=self.state.updates)
+        if self.config.engine.synchronize_step and self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()
         self.schedule.after_update(self.state.updates)
 
     def _nonfinite(self, epoch: int, step: int) -> None:
@@ -313,7 +327,7 @@ class Trainer(Learner):
         """After an update in mid-epoch: saves a checkpoint if one is due or requested, and stops on a signal."""
         stop, save = self.signals.asked(self.state.updates)
         interval = self.config.engine.checkpoint_interval
-        if save or stop is not None or (interval is not None and self.state.updates % interval == 0):
+        if save or stop is not None or (interval and self.state.updates % interval == 0):
             self._settle(epoch, step - 1)
             self._keep(epoch, step, total, False)
         if stop is not None:

@@ -103,7 +103,21 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
             return float(value)  # YAML reads 1e-4 as a string
         except ValueError:
             pass
-    plain = typing.get_origin(kind) or kind
-    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+    expected = typing.get_origin(kind) or kind
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise UserError(f"{name}: expected {getattr(kind, '__name__', kind)}; got {value!r}")
-    return value
+    return _fixed(value) if expected is dict else value
+
+
+def plain(value: Any) -> Any:
+    """Returns an option's value in the types of YAML: lists for tuples, also within others."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def _fixed(value: Any) -> Any:
+    """Returns tuples for lists, so that a value is the same whether Python wrote it or YAML, which has no tuples."""
+    if isinstance(value, dict):
+        return {key: _fixed(entry) for key, entry in value.items()}
+    return tuple(_fixed(entry) for entry in value) if isinstance(value, (list, tuple)) else value
