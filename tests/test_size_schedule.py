@@ -2,6 +2,7 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.models.teacher import Teacher
 from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
 from timm_sfr.training.optimizer import learning_rate
+from timm_sfr.training.run_state import Learner
+from timm_sfr.training.trainer import Trainer
 
 PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
 COMMAND = [sys.executable, "-m", "timm_sfr.cli.main"]
@@ -98,6 +101,7 @@ def test_the_shares_and_the_rest_reach_timms_sampler():
     ({"train_img_sizes": (8, 16), "train_size_probs": (1, float("nan"))}, "expected shares from 0 on"),
     ({"train_img_sizes": (8,), "train_size_schedule": "progressive"}, "needs two sizes or more"),
     ({"train_img_sizes": (8,), "train_batch_sizes": (7,), "mixup": 0.2}, "train-batch-sizes: mixup and CutMix"),
+    ({"train_img_sizes": (8, 16), "train_size_random_mix": 0.5}, "they are for --train-size-schedule progressive"),
     ({"input_size": (3, 16)}, "expected channels, height and width"),
     ({"input_size": (3, 16, 24), "img_size": 16}, "agrees with img_size 16"),
     ({"input_size": (3, 16, 24), "in_chans": 1}, "agrees with in_chans 1"),
@@ -176,9 +180,16 @@ def test_a_run_with_changing_sizes_resumes_to_the_bit(changing, tmp_path):
     assert last["updates"] == load_checkpoint(checkpoints(tmp_path / "run" / "checkpoints")[-1])["updates"]
 
 
-def test_the_gradients_scale_with_the_batch(monkeypatch):
-    from timm_sfr.training.trainer import Trainer
+def test_images_are_counted_to_resume_with_other_batches():
+    """As many whole batches as the images seen fill."""
+    learner = Learner.__new__(Learner)
+    learner.batches = SimpleNamespace(sizes=schedule(processes=2, train_batch_sizes=(40, 32, 20, 10)))
+    for step in range(len(learner.sizes) + 1):
+        images = learner.images_before(1, step)
+        assert learner.steps_of(1, images) == step and learner.steps_of(1, max(0, images - 1)) == max(0, step - 1)
 
+
+def test_the_gradients_scale_with_the_batch():
     for mode, expected in (("none", 1.0), ("linear", 0.25), ("sqrt", 0.5)):
         values = {"dataset": "digits", "train_img_sizes": (8, 16), "variable_batch_loss_scale": mode}
         trainer = Trainer.__new__(Trainer)

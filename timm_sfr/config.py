@@ -402,7 +402,11 @@ class SizeConfig(Checked):
         shares = self.train_size_probs or (1.0,)
         if not (all(0 <= share < float("inf") for share in shares) and sum(shares) > 0):
             raise UserError(f"train_size_probs: expected shares from 0 on, not all 0; got {self.train_size_probs}")
-        if self.train_size_schedule == "progressive" and len(sizes) < 2:
+        progressive = self.train_size_schedule == "progressive"
+        if not progressive and (self.train_size_schedule_spread, self.train_size_random_mix) != (0.65, 0.1):
+            raise UserError("train_size_schedule_spread and train_size_random_mix: they are for --train-size-schedule "
+                            "progressive; give that too")  # fmt: skip
+        if progressive and len(sizes) < 2:
             raise UserError(f"train_size_schedule: progressive needs two sizes or more; got {sizes}")
 
 
