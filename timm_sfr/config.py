@@ -745,6 +745,19 @@ class RunConfig:
             name = "batch-size" if self.sizes.train_batch_sizes is None else "train-batch-sizes"
             raise UserError(f"{name}: mixup and CutMix pair samples and need an even size; got {odd[0]}")
         self._check_views()
+        self._check_precision()
+
+    def _check_precision(self) -> None:
+        """Checks that weights of 16 bits go with the other options."""
+        if self.model.low_precision and self.engine.mixed_precision not in (None, "no"):
+            raise UserError(
+                f"model-dtype: {self.model.model_dtype} weights go without mixed precision, and float32 ones with it; "
+                "leave out one of the two"
+            )
+        if self.model.low_precision and self.teacher.model_name is not None:
+            raise UserError(
+                f"model-dtype: a teacher computes in float32, not in {self.model.model_dtype}; use --amp instead"
+            )
 
     def _check_views(self) -> None:
         """Checks that views and their BatchNorm go with the other options."""
@@ -762,16 +775,6 @@ class RunConfig:
         if self.model.split_bn and not splits and batch % 2:
             raise UserError(
                 f"batch-size: --split-bn with --resplit halves the batch, which needs an even size; got {batch}"
-            )
-
-        if self.model.low_precision and self.engine.mixed_precision not in (None, "no"):
-            raise UserError(
-                f"model-dtype: {self.model.model_dtype} weights go without mixed precision, and float32 ones with it; "
-                "leave out one of the two"
-            )
-        if self.model.low_precision and self.teacher.model_name is not None:
-            raise UserError(
-                f"model-dtype: a teacher computes in float32, not in {self.model.model_dtype}; use --amp instead"
             )
 
     @classmethod
