@@ -27,7 +27,7 @@ def _call(name: str, arguments: Sequence[str] | None) -> int:
     try:
         if "timm_sfr" not in sys.modules:
             # timm_sfr/__init__ imports torch and timm for seconds: it runs when the options have been parsed
-            # (timm_sfr.cli.parser.call), so that help and mistakes are told at once.
+            # (timm_sfr.cli.parser.call), so that help and error messages appear immediately.
             spec = importlib.util.find_spec("timm_sfr")
             sys.modules["timm_sfr"] = importlib.util.module_from_spec(spec)
         module = importlib.import_module("timm_sfr.cli.main")

@@ -244,7 +244,7 @@ def test_classes_of_another_order_are_refused_and_of_other_names_told(digits_run
 
 
 @pytest.mark.parametrize("words,said", [
-    (("--kd-temperature", 2), "kd-temperature: it is for a teacher, and there is none; give --kd-model-name too"),
+    (("--kd-temperature", 2), "kd-temperature: it needs a teacher; give --kd-model-name too"),
     (("--task-loss-weight", 0.5), "task-loss-weight: it is for a teacher"),
     (("--kd-model-name", "resnet20_cifra.sfr_digits"), "did you mean 'resnet20_cifar.sfr_digits'"),
     (("--kd-model-name", "resnet20_cifar"), "kd-model-name: "),

@@ -61,7 +61,7 @@ class DataConfig(Checked):
     dataset_download: bool = option(False, "let torch/ datasets download themselves")
     class_map: str | None = option(None, "path to a class-to-index mapping file")
     input_img_mode: str | None = option(None, "image mode to convert to (default: RGB, or L for one channel)")
-    exif: bool = option(True, "turn images upright as their EXIF orientation says (timm does not)")
+    exif: bool = option(True, "turn images upright by their EXIF orientation (timm does not)")
     image_background: tuple[int, ...] = option((255, 255, 255), "RGB colour, 0 to 255, that transparent images are laid on")
     image_range: tuple[float, ...] | None = option(
         None,
@@ -530,7 +530,7 @@ class EngineConfig(Checked):
     )
     ddp_bb: bool = option(True, "before each step, give all processes the BatchNorm statistics of the first one")
     log_interval: int = option(
-        50, "batches between checks whether a line on a long epoch is due, if there is no terminal for bars", low=1
+        50, "without a terminal: batches between checks whether to print a progress line", low=1
     )
     json_logs: bool = option(False, "every line on standard output is one JSON object (docs/logs.md)")
     report_to: tuple[str, ...] = option(
@@ -637,7 +637,7 @@ class KDConfig(Checked):
                    if getattr(self, item.name) != item.default]  # fmt: skip
         if self.model_name is None and changed:
             raise UserError(
-                f"{changed[0].replace('_', '-')}: it is for a teacher, and there is none; give --kd-model-name too"
+                f"{changed[0].replace('_', '-')}: it needs a teacher; give --kd-model-name too"
             )
         if self.model_name is not None and not self.model_name.strip():
             raise UserError("kd-model-name: expected the name or the folder of a teacher; got an empty word")
@@ -645,8 +645,8 @@ class KDConfig(Checked):
             raise UserError(f"kd-temperature: expected more than 0; got {self.temperature}")
         if self.distill_loss_weight is None and (self.task_loss_weight or 0) > 1:
             raise UserError(
-                f"task-loss-weight: alone it leaves 1 minus itself to the distillation, and {self.task_loss_weight:g} leaves "
-                "less than nothing; expected at most 1, or --distill-loss-weight too"
+                "task-loss-weight: expected at most 1, because the distillation gets 1 minus this weight; got "
+                f"{self.task_loss_weight:g}; give --distill-loss-weight too, or a smaller one"
             )
         if self.token_distill_type != "soft" and self.distill_type != "token":
             raise UserError("kd-token-distill-type: it is for --kd-distill-type token")
@@ -663,7 +663,7 @@ class HubConfig(Checked):
     push_to_hub: str | None = option(
         None, "publish the best model as USER/NAME on the Hugging Face Hub when training ends", name="push_to_hub"
     )
-    private: bool = option(False, "make that repository private, if it is made now")
+    private: bool = option(False, "create that repository as private; an existing public one is refused")
     revision: str | None = option(None, "branch to publish on (default: main)")
     license: str | None = option(
         None, "licence of the weights (default: apache-2.0; that of the pretrained weights, if any)"
@@ -683,7 +683,7 @@ class HubConfig(Checked):
 
 
 def check_branch(name: str | None, option: str) -> None:
-    """Raises UserError unless git takes `name` for a branch, or it is None."""
+    """Raises UserError if `name` is not a valid branch name; None is allowed."""
     if name is not None and (
         not re.fullmatch(r"(?![/.-])[^\s~^:?*\[\\@\x00-\x20\x7f]+(?<![/.])", name) or ".." in name or "//" in name
     ):

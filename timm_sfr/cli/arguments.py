@@ -1,4 +1,4 @@
-"""What can be given to each command. Nothing here imports torch or timm, so that help and mistakes are told at once."""
+"""The arguments of each command. Nothing here imports torch or timm, so that help and error messages appear immediately."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ VERBS = {
         "lr_find",
     ),
     "data": Verb(
-        "Show a folder or a table of images as training finds it: images a class, what is passed over, duplicates, sizes.",
+        "Show what training finds in a folder or a table: images per class, ignored files, duplicates, modes and sizes.",
         _data,
         "data",
     ),

@@ -180,5 +180,5 @@ def run(args: Namespace) -> int:
     size = "x".join(map(str, about["input_size"]))
     print(f"{path}: {args.format}, {path.stat().st_size / 2**20:.1f} MiB, images (batch, {size.replace('x', ', ')}); largest "
           f"difference from PyTorch {difference:.2g} over batches of {', '.join(map(str, BATCHES))}")  # fmt: skip
-    print(f"{beside}: model_input turns an image into the file's input as validation does, with NumPy and Pillow alone")
+    print(f"{beside}: its function model_input prepares images as validation does; it needs only NumPy and Pillow")
     return 0

@@ -102,8 +102,8 @@ def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
                         f"{list(names)[:3]}...; use the split that it was trained for, or --class-map")  # fmt: skip
     own = model.pretrained_cfg.get("label_names")
     if own and not set(own) & set(names):
-        print(f"warning: no class of the data has the name of one of the model's: {names[0]!r} is scored as {own[0]!r}, and so "
-              "on in their order", file=sys.stderr)  # fmt: skip
+        print("warning: the data and the model share no class name, so classes are matched by order: "
+              f"{names[0]!r} is scored as {own[0]!r}, and so on", file=sys.stderr)  # fmt: skip
     if own and list(own) != list(names) and set(own) & set(names):
         at = next(i for i, (one, other) in enumerate(zip(own, names, strict=True)) if one != other)
         raise UserError(f"data: class {at} is {names[at]!r} in the data and {own[at]!r} in the model; rename the folders, or "

@@ -252,11 +252,11 @@ def _from_timm(
 
 
 def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "train") -> Parts | None:
-    """Returns the two parts of a folder that has no validation split; None if it has one, or is no folder of classes.
+    """Splits a folder of classes without a validation split into two parts. Returns None for any other folder.
 
     Raises:
-        UserError: if a share is given and there is a validation split, or too little to split; or if files of the list
-            `listed` are gone (to open another part than train, only those to validate on are needed).
+        UserError: if a share is given for data with a validation split, there are too few images to split, or files named in
+            `listed` are missing (to open another part than train, only the validation files count).
     """
     if is_table(config.dataset):
         return _table_parts(config, seed, listed, part)
@@ -404,7 +404,7 @@ def _listed_classes(path: Path) -> dict[str, int]:
 
 
 def _endings(config: DataConfig) -> list[str] | None:
-    """Returns the endings that the options name as images'; None for all."""
+    """Returns the file endings of images from the options; None for all that Pillow decodes."""
     return config.input_key.split(";") if config.input_key else None
 
 

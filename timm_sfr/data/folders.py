@@ -147,7 +147,7 @@ def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
 
 
 def find_split(root: Path, split: str) -> Path | None:
-    """Returns the folder or file of a split in `root`: of its own name, or of a name that means the same; None if none is."""
+    """Returns the folder or file of a split in `root`, by its name or a synonym; None if it does not exist."""
     return next((root / name for name in split_names(split) if (root / name).exists()), None)
 
 
@@ -160,8 +160,8 @@ def split_names(split: str) -> list[str]:
 def choose_split(scan: FolderScan, share: float, seed: int) -> tuple[FolderScan, FolderScan]:
     """Returns the training and the validation part of a folder without splits.
 
-    Of every class, the share is taken whose SHA-256 of seed and path comes first: at least one image, if the class has two.
-    So a file's place changes little when others are added, and not at all with the order in which they are listed.
+    Each class gives the images with the smallest SHA-256 of seed and path to validation: the share, and at least one image if
+    the class has two. Adding files moves few images between the parts. The order of the listing has no effect.
     """
     val: set[str] = set()
     of_class: dict[str, list[str]] = {}
@@ -191,7 +191,7 @@ def read_split(
     Args:
         path: The file.
         scan: The folder as it is now.
-        needed: The parts whose images all have to be there; of the others, those that are left are returned.
+        needed: The parts that must be complete. For other parts, the images that still exist are returned.
 
     Raises:
         UserError: if the file cannot be read, or one of its images is gone.
@@ -247,7 +247,7 @@ def _inside(root: Path, path: str) -> str:
 
 
 def _is_loop(place: str, root: str) -> bool:
-    """Whether a folder is a link to one that the way from the root leads through: following it would never end."""
+    """Returns whether a folder is a link to one of its own parent folders, which would make an endless loop."""
     if place == root or not os.path.islink(place):
         return False
     real, above = Path(os.path.realpath(place)), place
@@ -260,5 +260,5 @@ def _is_loop(place: str, root: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Returns whether a folder or file is no part of the data: of the system, a notebook or an archive."""
+    """Returns whether a folder or file belongs to the system, a notebook or an archive, and not to the data."""
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")

@@ -1,7 +1,8 @@
 """Turns any image that Pillow opens into a model's input: orientation, depth, transparency, colour; size and normalisation.
 
-Training, validation, prediction and the report all call `to_mode`, so that they see the same pixels. `model_input` goes on to
-the numbers that an exported model takes; `timm-sfr export` writes this file beside it. It needs NumPy and Pillow alone.
+Training, validation, prediction and the report all call `to_mode`, so that they see the same pixels. `model_input` also resizes
+and normalises, for exported models. `timm-sfr export` puts a copy of this file beside the model, so it imports only NumPy and
+Pillow.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageMode
 from PIL.TiffImagePlugin import BITSPERSAMPLE
 
-# Formats that Pillow recognises but cannot decode by itself: it needs another program, or a handler of the user's.
+# Formats that Pillow recognises but cannot decode by itself: they need another program or an installed handler.
 NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Modes that hold more than 8 bits a channel; Pillow's own `convert` clips them to 0 ... 255, so that most become white.
 DEEP = ("I", "F")
@@ -53,8 +54,8 @@ class ImageReading:
 def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
     """Returns an image in the mode `reading.mode`.
 
-    Upright, if its EXIF data says how it was taken; scaled to 8 bits, if it holds more; laid on the background, if it is
-    transparent and the mode is not. Only the first frame of an animation counts.
+    The image is turned upright by its EXIF orientation, scaled to 8 bits if it has more, and laid on the background if it is
+    transparent and the mode is not. Of an animation, only the first frame is used.
 
     Raises:
         ValueError: if Pillow cannot convert the image's mode, such as LAB.
@@ -112,7 +113,7 @@ def scaled(image: Image.Image, value_range: tuple[float, float] | None = None) -
 
 
 def _own_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
-    """Returns the values that stand for black and white in an image that is not told."""
+    """Returns the values that stand for black and white if the options give no range."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
     if image.mode.startswith("F"):
@@ -158,7 +159,7 @@ def model_input(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
 def _resized(
     image: Image.Image, size: tuple[int, int], crop_pct: float, crop_mode: str, resample: Image.Resampling
 ) -> Image.Image:
-    """Resizes as timm's validation does: the image's side that needs more becomes size / crop_pct.
+    """Resizes as timm's validation does: the image becomes just large enough to cover size / crop_pct.
 
     Raises:
         ValueError: for timm's crop mode ``border``, which no model uses by default.

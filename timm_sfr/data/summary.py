@@ -20,7 +20,7 @@ from timm_sfr.utils.console import counted, some
 SAMPLE = 64  # images whose headers are read, spread over a split
 Header = tuple[str, str, tuple[int, int]]  # format, mode, (width, height)
 PAIRS = (("val", "train"), ("test", "train"), ("test", "val"))  # splits that must not share images
-CHEAP = 20_000  # images of both splits, up to which a run looks for duplicates before it trains
+CHEAP = 20_000  # a run looks for duplicates only if both splits together have at most this many images
 
 
 def lines(train: Split, val: Split, test: Split | None = None) -> list[str]:
@@ -83,7 +83,7 @@ def duplicates(train: FolderScan, val: FolderScan) -> list[tuple[str, str]]:
     """Returns the images of val whose file is, byte for byte, one of train: (path in val, path in train)."""
     sizes: dict[int, list[str]] = defaultdict(list)
     for path, _ in train.images:
-        with contextlib.suppress(OSError):  # a file that cannot be read is told when it is trained on
+        with contextlib.suppress(OSError):  # training reports a file that cannot be read
             sizes[os.path.getsize(path)].append(path)
     known: dict[int, dict[bytes, str]] = {}
     found = []

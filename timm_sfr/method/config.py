@@ -86,8 +86,8 @@ class SFRConfig(Checked):
     channels: str = option("groups", "how deep channels match shallow ones", choices=CHANNEL_METHODS)
     matching: str = option(
         "divergence",
-        "how locations match: by a soft transport plan, debiased (the Sinkhorn divergence); by the optimal plan; as Gaussians; "
-        "or the same grid cell",
+        "how locations are matched: divergence (soft, debiased transport plan), emd (optimal plan), gaussian (means and "
+        "deviations only), grid (same cell)",
         choices=("divergence", "emd", "gaussian", "grid"),
     )
     weights: str = option("uniform", "weights of the locations", choices=MARGINALS)

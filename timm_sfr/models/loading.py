@@ -258,7 +258,7 @@ def _downloads(source: str, arguments: dict[str, Any]) -> bool:
 
 
 def _load(model: nn.Module, path: str) -> None:
-    """Loads a file of weights with timm; a classifier for another number of classes is left out, with a word.
+    """Loads a file of weights with timm; skips a classifier for another number of classes and logs that.
 
     Raises:
         UserError: if it is missing, does not fit, or contains anything but tensors, numbers and texts.

@@ -202,7 +202,7 @@ def _precision(config: RunConfig, cpu: bool) -> str | None:
 def _worker_error(error: Exception) -> Exception:
     """Returns torch's own error for a dead loading process in place of the broken pipe.
 
-    Torch raises it from a signal handler, up to a moment later, in whatever code runs then: so this waits.
+    torch raises it from a signal handler, sometimes a moment later, so this function waits for it.
     """
     if not isinstance(error, (ConnectionError, EOFError)):
         return error

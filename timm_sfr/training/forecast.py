@@ -154,7 +154,7 @@ def _warmup(config: RunConfig, run: Circumstances) -> str | None:
 
 
 def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
-    """Values that are accepted silently and do not do what they seem to."""
+    """Warns about values that are accepted but do not have the expected effect."""
     crop, decay, workers = config.model.crop_pct, config.optim.layer_decay, worker_count(config.data) * run.processes
     found: list[str | None] = []
     if crop is not None and not 0 < crop <= 1:

@@ -56,7 +56,7 @@ from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.processes import cores, on_main, one_at_a_time
 
 PART_NAMES = ("train", "val", "test")
-JUMP = 2.0  # a rate that grows by more than this factor at a resume is said
+JUMP = 2.0  # warn if a resume raises the learning rate by more than this factor
 
 
 @dataclass(frozen=True)
@@ -566,7 +566,7 @@ def _or(value: int | None, default: int) -> int:
 
 
 def _class_names(train: Split, num_classes: int) -> tuple[str, ...] | None:
-    """Returns a name for each of the model's classes, if the data knows names; those that it lacks get a number."""
+    """Returns the names of the model's classes if the data has names; classes without one get a number."""
     known = train.class_names
     return None if not known else (*known, *(f"class {index}" for index in range(len(known), num_classes)))
 

@@ -37,8 +37,8 @@ class RunState:
     Attributes:
         epoch: Number of finished epochs.
         step: Number of finished batches of the next epoch.
-        total: This process's sums of the loss's terms over those of these batches whose terms are finite, and last the
-            number of these; None at the start of an epoch.
+        total: This process's sums of the loss terms over the finished batches with finite terms. The last entry is the
+            number of these batches. None at the start of an epoch.
         updates: Number of updates made.
         seconds: Training time.
         lr: The learning rate at the start of this epoch.
