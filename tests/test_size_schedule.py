@@ -102,6 +102,7 @@ def test_the_shares_and_the_rest_reach_timms_sampler():
     ({"train_img_sizes": (8,), "train_size_schedule": "progressive"}, "needs two sizes or more"),
     ({"train_img_sizes": (8,), "train_batch_sizes": (7,), "mixup": 0.2}, "train-batch-sizes: mixup and CutMix"),
     ({"train_img_sizes": (8, 16), "train_size_random_mix": 0.5}, "they are for --train-size-schedule progressive"),
+    ({"train_img_sizes": (8, 16), "aug_splits": 3}, "views of an image do not go with train_img_sizes"),
     ({"input_size": (3, 16)}, "expected channels, height and width"),
     ({"input_size": (3, 16, 24), "img_size": 16}, "agrees with img_size 16"),
     ({"input_size": (3, 16, 24), "in_chans": 1}, "agrees with in_chans 1"),

@@ -762,6 +762,8 @@ class RunConfig:
     def _check_views(self) -> None:
         """Checks that views and their BatchNorm go with the other options."""
         splits, batch = self.aug.aug_splits, DEFAULT_BATCH if self.data.batch_size == AUTO else self.data.batch
+        if splits and self.sizes.train_img_sizes is not None:
+            raise UserError("aug_splits: views of an image do not go with train_img_sizes; leave out one of the two")
         if self.loss.jsd_loss and not splits:
             raise UserError("jsd_loss: it compares views of an image, and there is one; give --aug-splits 3 too")
         if self.loss.jsd_loss and self.teacher.model_name is not None:
