@@ -159,28 +159,13 @@ def test_published_commands_are_parsed_as_they_stand(name):
 def test_published_commands_train(name, folder, tmp_path):
     """One epoch with a small model on a small set; all other options stay."""
     words = ["--data-dir" if word == "/--data-dir" else word for word in ours_of(commands()[name])]
-    kwargs = ["--model-kwargs"] if "--model-kwargs" in words else []
-    if kwargs:  # they are of the model that is replaced
-        del words[words.index("--model-kwargs") : words.index("--model-kwargs") + 2]
-    small = (
-        "--model",
-        "resnet20_cifar",
-        "--data-dir",
-        folder,
-        "--epochs",
-        1,
-        "-b",
-        16,
-        "--img-size",
-        16,
-        "-j",
-        0,
-        "--warmup-epochs",
-        0,
-    )
-    # The positional folder is given by name; compiling takes minutes on two cores.
-    words = [one for one in words if one != "--torchcompile" and (one != "/imagenet" or "--data-dir" in words)]
-    run_dir, printed = finished_run(tmp_path, *words, *small, *kwargs)
+    for flag, count in (("--model-kwargs", 2), ("--input-size", 4), ("--torchcompile", 1)):
+        if flag in words:  # of the model that is replaced, of its size; compiling takes minutes on two cores
+            del words[words.index(flag) : words.index(flag) + count]
+    small = ("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 1, "-b", 16, "--img-size", 16, "-j", 0,
+             "--warmup-epochs", 0)  # fmt: skip
+    words = [word for word in words if word != "/imagenet" or "--data-dir" in words]  # the positional folder has a name here
+    run_dir, printed = finished_run(tmp_path, *words, *small)
     if "--amp" in words or "--native-amp" in words:
         assert "bf16 mixed precision" in printed or torch.accelerator.is_available()
     assert len(summary(run_dir)) == 1 and (run_dir / "model" / "model.safetensors").is_file()
