@@ -237,7 +237,7 @@ CASES = (
     Case("no such file of options", "config: cannot read", lambda folder, run: ["--config", str(folder / "o.yaml")]),
     Case("an options file that is not YAML", "config: cannot read", lambda folder, run: options(folder, "seed: [1")),
     Case("a mistyped option in an options file", "did you mean 'seed'", lambda folder, run: options(folder, "sead: 3")),
-    Case("a list instead of a number in an options file", "seed: expected int; got [1]", lambda folder, run: options(folder, "seed: [1]")),
+    Case("a list for a number in an options file", "seed: expected int; got [1]", lambda folder, run: options(folder, "seed: [1]")),
     Case("an output that is a file", "output: ",
          lambda folder, run: ["--output", file(folder, "out", ""), "--experiment", "run"]),
     Case("an experiment that is there", "already holds files",
