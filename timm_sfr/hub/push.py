@@ -73,8 +73,7 @@ def push_to_hub(
         token: A token with write access; by default that of ``hf auth login`` or HF_TOKEN.
         commit_message: The commit's title.
         license: Licence of the weights; by default the one that the run recorded, and none for a model.
-        space: ``USER/SPACE``: also publishes a Gradio Space that classifies images with the model, in one commit of its own.
-            It is private if the model is.
+        space: ``USER/SPACE``: also publishes a Gradio Space to try the model in, by one commit; private if the model is.
 
     Raises:
         UserError: if the run is unfinished or damaged, the model is not timm's, or the Space is somebody's own work.
@@ -92,13 +91,8 @@ def push_to_hub(
         else:
             files, again = model_files(run_or_model, source, Path(place), license), "call push_to_hub again"
         api = HfApi(token=token, library_name="timm_sfr", library_version=__version__)
-        message = commit_message or f"Publish with timm_sfr {__version__}"
-        upload = _Upload(api, repo_id, revision, files, message)
-        demo = None
-        if space is not None:
-            config = json.loads(files[CONFIG].read_text(encoding="utf-8"))
-            texts = space_files(config, repo_id, revision, space.split("/")[1], Path(place) / "space")
-            demo = _Upload(api, space, None, texts, message, "space", frozenset({ARCHITECTURES}))
+        upload = _Upload(api, repo_id, revision, files, commit_message or f"Publish with timm_sfr {__version__}")
+        demo = None if space is None else upload.beside(space, Path(place) / "space")
         with hub_errors(f"push-to-hub: {repo_id} is not published", again, token):
             # Check everything before creating the repository, so that a refused push leaves none behind.
             if demo is not None:
@@ -136,6 +130,12 @@ class _Upload:
     message: str
     kind: str = "model"
     owned: frozenset[str] = frozenset({*RUN_FILES, *PICKLES, *CARD_PICTURES})
+
+    def beside(self, space: str, place: Path) -> _Upload:
+        """Returns the upload of a Space for this model, with its files written to `place`."""
+        config = json.loads(self.files[CONFIG].read_text(encoding="utf-8"))
+        files = space_files(config, self.repo_id, self.revision, space.split("/")[1], place)
+        return _Upload(self.api, space, None, files, self.message, "space", frozenset({ARCHITECTURES}))
 
     def check(self, model: str, private: bool) -> None:
         """Checks, for a Space, that the token can write to it and to the `model`, and that it may be written.
