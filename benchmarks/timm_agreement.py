@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,11 @@ from statistics import mean
 from timm_sfr.cli.compare import half_interval
 from timm_sfr.data.folders import is_hidden
 
-COMMAND = (
+COMMAND = shlex.split(
     "--model test_resnet --img-size 32 --batch-size 64 --epochs 12 --opt sgd --lr 0.1 --sched cosine --sched-on-updates "
     "--warmup-epochs 2 --weight-decay 0.0005 --smoothing 0.1 --scale 0.5 1 --color-jitter 0 --reprob 0.1 --train-split train "
     "--val-split val --workers 1 --device cpu --checkpoint-hist 1"
-).split()  # noqa: SIM905  as it is typed
+)
 # The recipes that are compared: a name, and what is added to the command.
 RECIPES = {
     "label smoothing": (),
