@@ -33,7 +33,7 @@ def small(monkeypatch):
 
     monkeypatch.setattr(SFRTask, "forward", full)
     monkeypatch.setattr(training, "MOST", 64)
-    monkeypatch.setattr(training, "probes", lambda device: True)
+    monkeypatch.setattr(training, "has_own_memory", lambda device: True)
     yield tried
     gc.collect()
 
@@ -124,7 +124,7 @@ import sys
 from accelerate import Accelerator
 import torch
 from timm_sfr import RunConfig, SFRTask
-from timm_sfr.training.batch_size import probe
+from timm_sfr.training.batch_size import probe_batch
 import timm
 accelerator = Accelerator(cpu=True)
 room = (32, 8)[accelerator.process_index]
@@ -133,7 +133,7 @@ def batch(size):
     if size > room:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
     return torch.randn(size, 3, 16, 16), torch.randint(10, (size,))
-found = probe(RunConfig.from_flat({}), accelerator, task, batch, 64)
+found = probe_batch(RunConfig.from_flat({}), accelerator, task, batch, 64)
 print(f"<{found}>")
 accelerator.end_training()
 """

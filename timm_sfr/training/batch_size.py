@@ -54,12 +54,12 @@ def largest(step: Callable[[int], None], most: int) -> int:
         ) from error
 
 
-def probes(device: torch.device) -> bool:
+def has_own_memory(device: torch.device) -> bool:
     """Returns whether the device has memory of its own to probe: on a CPU, the system would swap, or end the process."""
     return device.type != "cpu"
 
 
-def probe(config: RunConfig, accelerator: Any, task: Any, batch: Callable[[int], tuple[Any, Any]], most: int) -> int:
+def probe_batch(config: RunConfig, accelerator: Any, task: Any, batch: Callable[[int], tuple[Any, Any]], most: int) -> int:
     """Returns the largest power of two, `most` or smaller, whose training step fits on every process's device.
 
     A step is forward, backward and update of the whole task, at the run's precision, on random images. The processes probe

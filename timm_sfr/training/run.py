@@ -39,7 +39,7 @@ from timm_sfr.models.teacher import Teacher, changed, headline, open_teacher
 from timm_sfr.runs.checkpoints import load_newest, set_aside
 from timm_sfr.runs.folder import Workspace, open_workspace
 from timm_sfr.runs.records import hardware, read_summary, term_names, versions
-from timm_sfr.training.batch_size import MOST, power_of_two, probe, probes
+from timm_sfr.training.batch_size import MOST, has_own_memory, power_of_two, probe_batch
 from timm_sfr.training.devices import explained_errors, keep_freed_blocks, make_accelerator
 from timm_sfr.training.forecast import Circumstances, advice
 from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals
@@ -585,7 +585,7 @@ def _fitted_batch(config: RunConfig, train: Split, processes: int) -> tuple[RunC
 
 def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str) -> tuple[RunConfig, str]:
     """Returns the configuration with the batch size that fits the device's memory, and what to say of it."""
-    if not probes(accelerator.device):
+    if not has_own_memory(accelerator.device):
         default = fitted or f"batch size {config.data.batch}, the default"
         return config, f"{default}; --batch-size {AUTO} probes the memory of GPUs, not that of the CPU"
     train, device, mixup = built.data.train, accelerator.device, create_mixup(config.aug, built.num_classes)
@@ -601,7 +601,7 @@ def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str
         return augment(images, target, None, mixup, config.model.channels_last)
 
     most = power_of_two(MOST if train.streamed else min(MOST, len(train.dataset) // accelerator.num_processes))
-    size = probe(config, accelerator, built.task, batch, most)
+    size = probe_batch(config, accelerator, built.task, batch, most)
     why = "the largest power of two whose training step fits the device's memory"
     if size == most:
         why = f"more was not tried: at most {MOST}, and at most the training images; a training step fits the device's memory"
