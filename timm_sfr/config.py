@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from timm_sfr.method.config import LossForm, SFRConfig
+from timm_sfr.runs.scores import CLASSIFICATION, METRICS, MULTILABEL, TASKS, metrics_of
 from timm_sfr.utils.errors import UserError, near_matches
 from timm_sfr.utils.options import Checked, option, outside_name, plain
 
@@ -42,6 +43,11 @@ class DataConfig(Checked):
         "timm dataset type and name, such as torch/cifar10, hfds/NAME, wds/NAME; csv/FILE is a CSV or Parquet file of image "
         "paths and labels; "
         "'digits' is built in and the default when no data is given",
+    )
+    task: str = option(
+        CLASSIFICATION,
+        "what an image's label is: one class; or, for multilabel, any number of classes (in csv/ and hfds/ datasets)",
+        choices=TASKS,
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split")
@@ -74,7 +80,9 @@ class DataConfig(Checked):
         "endings of images in folders, such as '.png;.jpg'",
     )
     target_key: str | None = option(
-        None, "key of the label in hfds/ and wds/ datasets; column of it in csv/ (default: label, class or target)"
+        None,
+        "key of the label in hfds/ and wds/ datasets; column of it in csv/ (default: label, class or target); with --task "
+        "multilabel also several, such as 'cat,dog', whose values are 0 or 1",
     )
     dataset_trust_remote_code: bool = option(
         False, "let hfds/ and hfids/ datasets run code from their repository (older versions of datasets only)"
@@ -124,9 +132,18 @@ class DataConfig(Checked):
             raise UserError(f"image_range: expected two numbers, smaller first; got {self.image_range}")
         if self.test_split is None and self.test_num_samples is not None:
             raise UserError("test-num-samples: it is for a test split; give --test-split too")
+        if self.multilabel and self.sampler == "balanced":
+            raise UserError(
+                "sampler: balanced needs images of one class each, and --task multilabel has several; leave it out"
+            )
         for what, name in (("training", self.train_split), ("validation", self.val_split)):
             if self.test_split == name:
                 raise UserError(f"test-split: {name!r} is the {what} split; expected another, whose images are only tested on")
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether an image has any number of classes."""
+        return self.task == MULTILABEL
 
     def split(self, part: str) -> str:
         """Returns the name of the split for a part of the data: train, val or test."""
@@ -335,17 +352,16 @@ class LossConfig(Checked):
     )
 
     def check(self) -> None:
-        """Checks that options of BCE come with it, and that there is only one loss."""
-        for name in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
-            if getattr(self, name) not in (None, False) and not self.bce_loss:
-                raise UserError(f"{name}: it is for binary cross-entropy; give --bce-loss too, or leave the option out")
+        """Checks that there is only one loss."""
         if self.bce_loss and self.jsd_loss:
             raise UserError("jsd_loss: it has cross-entropy in it; leave out --bce-loss, or --jsd-loss")
 
-    def form(self, splits: int, class_weights: tuple[float, ...] | None) -> LossForm:
+    def form(self, splits: int, class_weights: tuple[float, ...] | None, multi_label: bool = False) -> LossForm:
         """Returns the form of the loss, for `splits` views of each image and a weight for each class, if given."""
-        views = splits if self.jsd_loss else 0
-        return LossForm(self.bce_loss, self.bce_sum, self.bce_target_thresh, self.bce_pos_weight, views, class_weights)
+        bce, views = self.bce_loss or multi_label, splits if self.jsd_loss else 0
+        return LossForm(
+            bce, self.bce_sum, self.bce_target_thresh, self.bce_pos_weight, views, class_weights, multi_label
+        )
 
 
 @dataclass(frozen=True)
@@ -564,7 +580,15 @@ class EngineConfig(Checked):
     on_full_disk: str = option(
         "stop", "if a checkpoint does not fit on the disk: stop, or skip it and continue", choices=("stop", "skip")
     )
-    eval_metric: str = option("top1", "what the best model is chosen by", choices=("top1", "top5", "loss"))
+    eval_metric: str | None = option(
+        None, "what the best model is chosen by (default: top1; with --task multilabel: map)", choices=METRICS
+    )
+    multilabel_threshold: float = option(
+        0.5,
+        "with --task multilabel: the probability from which on a class is predicted, for the F1 scores",
+        low=0,
+        high=1,
+    )
     tta: int = option(
         0,
         "score with test-time augmentation too, the mean of the logits of N views: 2 (as it is and mirrored), 5 (corners and "
@@ -573,6 +597,8 @@ class EngineConfig(Checked):
 
     def check(self) -> None:
         """Checks the device, the trackers, the number of views, and that options which need another have it."""
+        if not 0 < self.multilabel_threshold < 1:
+            raise UserError(f"multilabel_threshold: expected a value between 0 and 1; got {self.multilabel_threshold}")
         if self.tta not in (0, 1, *VIEWS):
             raise UserError(f"tta: expected 0 (none), 2, 5 or 10 views of an image; got {self.tta}")
         if self.device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
@@ -746,6 +772,47 @@ class RunConfig:
             raise UserError(f"{name}: mixup and CutMix pair samples and need an even size; got {odd[0]}")
         self._check_views()
         self._check_precision()
+        self._check_task()
+
+    def _check_task(self) -> None:
+        """Checks that the other options go with the task, and sets the metric that chooses the best model."""
+        engine, loss, task = self.engine, self.loss, self.data.task
+        multilabel = self.data.multilabel
+        for name in ("bce_sum", "bce_target_thresh", "bce_pos_weight"):
+            if getattr(loss, name) not in (None, False) and not (loss.bce_loss or multilabel):
+                raise UserError(f"{name}: it is for binary cross-entropy; give --bce-loss too, or leave the option out")
+        known = metrics_of(task)
+        if engine.eval_metric is None:
+            object.__setattr__(self, "engine", dataclasses.replace(engine, eval_metric=known[0]))
+        elif engine.eval_metric not in known:
+            raise UserError(
+                f"eval_metric: expected one of {', '.join(known)}, the scores of --task {task}; got {engine.eval_metric!r}"
+            )
+        if not multilabel:
+            if engine.multilabel_threshold != EngineConfig().multilabel_threshold:
+                raise UserError(
+                    "multilabel-threshold: it is for --task multilabel; give that too, or leave the option out"
+                )
+            return
+        lone = "several classes of an image have no"
+        for name, given, why in (
+            ("jsd_loss", loss.jsd_loss, "the Jensen-Shannon divergence compares distributions over classes"),
+            (
+                "class_weights",
+                loss.class_weights is not None,
+                "an image has several classes; --bce-pos-weight weighs positives",
+            ),
+            ("kd_model_name", self.teacher.model_name is not None, "a teacher's classes exclude each other"),
+            ("sfr_smoothing_source", self.sfr.smoothing_source == "classes", f"{lone} mean prediction"),
+            ("sfr_smoothing_schedule", self.sfr.smoothing_schedule == "confidence", f"{lone} confidence in one class"),
+        ):
+            if given:
+                raise UserError(f"{name}: it does not go with --task multilabel: {why}; leave the option out")
+
+    @property
+    def threshold(self) -> float | None:
+        """The probability from which on a class is predicted, if an image may have several; else None."""
+        return self.engine.multilabel_threshold if self.data.multilabel else None
 
     def _check_precision(self) -> None:
         """Checks that weights of 16 bits go with the other options."""

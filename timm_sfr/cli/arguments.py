@@ -15,13 +15,15 @@ from timm_sfr.config import SECTIONS, options
 
 TRAINING = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
 # The run's options that each command has too.
-FOLDER = ("data_dir", "train_split", "val_split", "test_split", "val_share", "class_map", "input_key", "target_key", "seed")
+FOLDER = ("data_dir", "task", "train_split", "val_split", "test_split", "val_share", "class_map", "input_key", "target_key",
+          "seed")  # fmt: skip
 TAPS = ("img_size", "input_size", "in_chans", "model_kwargs", "batch_size", "sfr_taps", "sfr_channels", "sfr_matching",
         "sfr_weights", "sfr_solver", "sfr_max_nodes")  # fmt: skip
 READING = ("input_img_mode", "exif", "image_background", "image_range")
-SCORED = ("data_dir", "dataset", "train_split", "val_split", "val_share", "seed", "val_num_samples", "dataset_download",
-          "class_map", *READING, "input_key", "target_key", "batch_size", "validation_batch_size", "workers",
-          "on_bad_image")  # fmt: skip
+THRESHOLD = ("multilabel_threshold",)
+SCORED = ("data_dir", "dataset", "task", *THRESHOLD, "train_split", "val_split", "val_share", "seed", "val_num_samples",
+          "dataset_download", "class_map", *READING, "input_key", "target_key", "batch_size", "validation_batch_size",
+          "workers", "on_bad_image")  # fmt: skip
 INPUT = ("img_size", "input_size", "mean", "std", "interpolation", "crop_pct")
 MACHINE = ("device", "mixed_precision")
 FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}  # file formats and their endings
@@ -103,6 +105,7 @@ def _predict(parser: ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table in place of printing: a row per image with its "
                         "classes, probabilities, and label, if its folder has the name of a class")  # fmt: skip
     add_options(parser.add_argument_group("how images are read (default for a run: as in its training)"), READING)
+    add_options(parser.add_argument_group("several classes of an image"), THRESHOLD)
 
 
 def _taps(parser: ArgumentParser) -> None:
@@ -178,7 +181,7 @@ VERBS = {
         "report",
     ),
     "compare": Verb(
-        "Compare runs: the options that differ, the scores, and the differences in top-1, paired by seed.",
+        "Compare runs: the options that differ, the scores, and the differences in the main one, paired by seed.",
         _compare,
         "compare",
     ),

@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import t
 
 from timm_sfr.runs.records import Run, read_finished
+from timm_sfr.runs.scores import CLASSIFICATION, PERCENT, TITLES, recorded_scores
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import UserError
 
@@ -37,6 +38,11 @@ class Group:
     name: str
     options: dict[str, Any]
     runs: dict[int, Run]
+
+    @property
+    def task(self) -> str:
+        """What the runs have trained."""
+        return next(iter(self.runs.values())).task
 
     @property
     def tested(self) -> bool:
@@ -94,7 +100,7 @@ def difference(one: Group, base: Group, score: str) -> list[float]:
 
 
 def scores_table(groups: Sequence[Group]) -> str:
-    """Returns a table of the scores at the last epoch and the differences in top-1 from the first group, paired by seed."""
+    """Returns a table of the scores at the last epoch and the differences of the main one, paired by seed."""
     rows, notes, options = tables(groups)
     return "\n".join([*aligned(rows), *notes, *(["", *aligned(options)] if len(options) > 1 else [])])
 
@@ -102,21 +108,25 @@ def scores_table(groups: Sequence[Group]) -> str:
 def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
     """Returns the rows of the scores, notes on them, and the rows of the options that differ; each begins with a heading."""
     base, tested = groups[0], [group.tested for group in groups]
-    lines: list[Row] = [("", "seeds", "top-1", "top-5", "loss", "ECE", "best top-1", "minutes", f"top-1 - {base.name}")]
+    names, title = PERCENT[base.task], TITLES[PERCENT[base.task][0]]
+    main, calibrated = names[0], ["ece"] if base.task == CLASSIFICATION else []
+    titles = [TITLES[name] for name in names]
+    lines: list[Row] = [("", "seeds", *titles, "loss", *(["ECE"] if calibrated else []), f"best {title}", "minutes",
+                         f"{title} - {base.name}")]  # fmt: skip
     if any(tested):
-        lines[0] += ("test top-1", f"test - {base.name}")
+        lines[0] += (f"test {title}", f"test - {base.name}")
     for group in groups:
-        best = [float(run.metrics["best"]["val_top1"]) for run in group.runs.values()]
+        best = [float(run.metrics["best"][f"val_{main}"]) for run in group.runs.values()]
         minutes = [float(run.metrics["seconds"]) / 60 for run in group.runs.values()]
-        gain = difference(group, base, "val_top1") if group is not base else []
+        gain = difference(group, base, f"val_{main}") if group is not base else []
         unpaired = " (no seed in both)" if gain and not group.runs.keys() & base.runs.keys() else ""
-        lines.append((group.name, ",".join(map(str, sorted(group.runs))), spread(group.values("val_top1")),
-                      spread(group.values("val_top5")), spread(group.values("val_loss"), 3),
-                      spread(group.values("ece"), 3), spread(best), f"{mean(minutes):.1f}",
+        lines.append((group.name, ",".join(map(str, sorted(group.runs))),
+                      *(spread(group.values(f"val_{name}")) for name in names), spread(group.values("val_loss"), 3),
+                      *(spread(group.values(name), 3) for name in calibrated), spread(best), f"{mean(minutes):.1f}",
                       spread(gain, 2, "+") + unpaired))  # fmt: skip
         if any(tested):
-            gain = difference(group, base, "test_top1") if group is not base and base.tested and group.tested else []
-            lines[-1] += (spread(group.values("test_top1")) if group.tested else "", spread(gain, 2, "+"))
+            gain = difference(group, base, f"test_{main}") if group is not base and base.tested and group.tested else []
+            lines[-1] += (spread(group.values(f"test_{main}")) if group.tested else "", spread(gain, 2, "+"))
     notes = ["at the last epoch, percent; ± half the 95 % interval over 3 or more seeds; the best epoch is chosen on val"]
     if any(tested):
         notes.append("test: scored once, at the end, with the best epoch's weights: the honest figure")
@@ -131,6 +141,10 @@ def run(args: Namespace) -> int:
     if len(args.runs) < 2:
         raise UserError("run: expected two or more folders to compare; got one")
     groups = grouped([read_finished(path) for path in args.runs])
+    if len({group.task for group in groups}) > 1:
+        raise UserError(
+            "run: some of the runs have --task multilabel and some not, and their scores cannot be compared"
+        )
     if args.html is not None:
         from timm_sfr.reporting.page import write_comparison  # imported here because matplotlib is slow to import
 
@@ -145,10 +159,12 @@ def run(args: Namespace) -> int:
             print(f"the page is {args.html}")
         return 0
     for group in groups:
-        scores = {name: group.values(name) for name in ("val_top1", "val_top5", "val_loss", "ece")}
+        recorded = recorded_scores(group.task)
+        scores = {name if name == "ece" else f"val_{name}": group.values(name if name == "ece" else f"val_{name}")
+                  for name in recorded}  # fmt: skip
         if group.tested:
-            scores |= {name: group.values(name) for name in ("test_top1", "test_top5", "test_loss", "test_ece")}
-        gain = difference(group, groups[0], "val_top1")
+            scores |= {f"test_{name}": group.values(f"test_{name}") for name in recorded}
+        gain = difference(group, groups[0], f"val_{recorded[0]}")
         print(
             json.dumps(
                 {
@@ -156,7 +172,7 @@ def run(args: Namespace) -> int:
                     "options": group.options,
                     "seeds": sorted(group.runs),
                     **scores,
-                    "top1_minus_first": gain,
+                    f"{recorded[0]}_minus_first": gain,
                 }
             )
         )

@@ -45,7 +45,8 @@ def describe(splits: Mapping[str, Split]) -> dict[str, Any]:
     names = train.class_names or ()
     found: dict[str, Any] = {"splits": list(splits), "classes": {name: {} for name in names}, "chosen": train.chosen}
     for split, part in splits.items():
-        scan, counts = part.scan, Counter(target for _, target in part.dataset.reader.samples)
+        scan, targets = part.scan, [target for _, target in part.dataset.reader.samples]
+        counts = Counter(index for target in targets for index in (target if scan.several else (target,)))
         for index, name in enumerate(names):
             found["classes"][name][split] = counts[index]
         seen, unreadable = headers(scan)

@@ -16,15 +16,17 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from timm_sfr.cli.arguments import READING
+from timm_sfr.cli.arguments import READING, THRESHOLD
 from timm_sfr.cli.parser import fail, given
 from timm_sfr.config import DataConfig, RunConfig
-from timm_sfr.data.folders import TEXT, is_hidden
+from timm_sfr.data.folders import SEPARATOR, TEXT, is_hidden
 from timm_sfr.data.images import image_endings, to_mode
 from timm_sfr.data.samples import image_reading
 from timm_sfr.data.transforms import check_mode, img_mode
+from timm_sfr.models.files import several_labels
 from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import recorded
+from timm_sfr.runs.scores import CLASSIFICATION, MULTILABEL
 from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import replace_atomically
@@ -74,9 +76,16 @@ def class_names(model: Any) -> list[str] | None:
 
 
 def predict(
-    model: Any, files: Sequence[Path], topk: int = 5, batch_size: int = 32, config: DataConfig | None = None
+    model: Any,
+    files: Sequence[Path],
+    topk: int = 5,
+    batch_size: int = 32,
+    config: DataConfig | None = None,
+    threshold: float = 0.5,
 ) -> Iterator[Prediction]:
     """Yields the `topk` most probable classes of every image, in order, or the error of a file that does not decode.
+
+    Of a model whose images may have several classes, all that reach the probability `threshold`, or else the `topk`.
 
     Args:
         model: A timm model in evaluation mode; its own preprocessing is used.
@@ -84,6 +93,7 @@ def predict(
         topk: Number of classes.
         batch_size: Images per batch.
         config: Options on how images are read; None for the defaults.
+        threshold: See above.
     """
     data = timm.data.resolve_model_data_config(model)
     transform = timm.data.create_transform(**data, is_training=False)
@@ -100,11 +110,29 @@ def predict(
         rows: dict[Path, list[tuple[str, float]]] = {}
         if images:
             with torch.inference_mode():
-                best = model(torch.stack(list(images.values()))).softmax(1).topk(min(topk, model.num_classes))
-            for file, values, places in zip(images, best.values.tolist(), best.indices.tolist(), strict=True):
-                rows[file] = [(names[i] if names else str(i), p) for p, i in zip(values, places, strict=True)]
+                logits = model(torch.stack(list(images.values())))
+            found = _likely(logits, topk, threshold if several_labels(model) else None)
+            for file, classes in zip(images, found, strict=True):
+                rows[file] = [(names[i] if names else str(i), p) for i, p in classes]
         for file in part:
             yield Prediction(str(file), rows.get(file, []), errors.get(file))
+
+
+def _likely(logits: torch.Tensor, topk: int, threshold: float | None) -> list[list[tuple[int, float]]]:
+    """Returns the classes of each image with their probabilities, the most probable first, for logits (B, K).
+
+    Without a threshold, the `topk` by softmax; with one, those whose sigmoid reaches it, or else the `topk`.
+    """
+    classes = logits.shape[1]
+    probabilities = logits.softmax(1) if threshold is None else logits.sigmoid()
+    best = probabilities.topk(min(topk, classes) if threshold is None else classes)
+    found = [
+        list(zip(places, values, strict=True))
+        for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+    if threshold is None:
+        return found
+    return [[one for one in pairs if one[1] >= threshold] or pairs[:topk] for pairs in found]
 
 
 def run(args: Namespace) -> int:
@@ -115,10 +143,14 @@ def run(args: Namespace) -> int:
     model = create_model(args.model, revision=args.revision)
     if not getattr(model, "num_classes", 0):
         raise UserError(f"model: {args.model!r} has no classifier")
-    config = RunConfig.from_flat({**recorded(args.model, READING), **given(args, READING)}).data
-    found = _told(predict(model, files, args.topk, args.batch_size, config))
+    several, names = several_labels(model), (*READING, *THRESHOLD)
+    config = RunConfig.from_flat(
+        {**recorded(args.model, names), **given(args, names), "task": MULTILABEL if several else CLASSIFICATION}
+    )
+    found = _told(predict(model, files, args.topk, args.batch_size, config.data, config.engine.multilabel_threshold))
     if args.csv is not None:
-        failed = write_csv(args.csv, found, class_names(model), min(args.topk, model.num_classes), args.json)
+        topk = None if several else min(args.topk, model.num_classes)
+        failed = write_csv(args.csv, found, class_names(model), topk, args.json)
         if not args.json:
             print(f"{counted(len(files), 'image')} in {args.csv}")
     else:
@@ -129,7 +161,7 @@ def run(args: Namespace) -> int:
 
 
 def write_csv(
-    path: Path, predictions: Iterable[Prediction], names: Sequence[str] | None, topk: int, as_json: bool = False
+    path: Path, predictions: Iterable[Prediction], names: Sequence[str] | None, topk: int | None, as_json: bool = False
 ) -> int:
     """Writes a row per image: file, label, class1, probability1, ... and the error of an image that could not be read.
 
@@ -140,7 +172,7 @@ def write_csv(
         path: The file.
         predictions: The predictions.
         names: The model's classes; None if they have no names.
-        topk: Number of classes of each prediction.
+        topk: Number of classes of each prediction; None for any number, which then have ``|`` between them in one cell.
         as_json: Also print each prediction as JSON.
 
     Returns:
@@ -155,12 +187,22 @@ def write_csv(
         nonlocal failed
         with fresh.open("w", newline="", **TEXT) as file:
             writer = csv.writer(file, lineterminator="\n")
-            pairs = [f"{what}{place}" for place in range(1, topk + 1) for what in ("class", "probability")]
-            writer.writerow(["file", "label", *pairs, "error"])
+            if topk is None:
+                writer.writerow(["file", "class", "probability", "error"])
+            else:
+                pairs = [f"{what}{place}" for place in range(1, topk + 1) for what in ("class", "probability")]
+                writer.writerow(["file", "label", *pairs, "error"])
             for one in predictions:
                 folder = Path(one.file).absolute().parent.name
-                cells = [cell for name, p in one.classes for cell in (name, f"{p:.6f}")] or [""] * 2 * topk
-                writer.writerow([one.file, folder if folder in known else "", *cells, one.error or ""])
+                if topk is None:
+                    cells = [
+                        SEPARATOR.join(name for name, _ in one.classes),
+                        SEPARATOR.join(f"{p:.6f}" for _, p in one.classes),
+                    ]
+                else:
+                    cells = [cell for name, p in one.classes for cell in (name, f"{p:.6f}")] or [""] * 2 * topk
+                label = [] if topk is None else [folder if folder in known else ""]
+                writer.writerow([one.file, *label, *cells, one.error or ""])
                 failed += one.error is not None
                 if as_json:
                     _show(one, True)

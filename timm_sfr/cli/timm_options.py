@@ -66,6 +66,7 @@ class Foreign:
         return value is not None and _words(value) != _words(self.default)
 
 
+_LABELS = "several labels stand in one cell of a table, or as 0 and 1 in the columns of --target-key A,B,C"
 _NAFLEX = "NaFlex loaders are not supported; NaFlex models train at one size with --img-size"
 
 # Accepted, and said once to have no meaning.
@@ -90,6 +91,7 @@ REFUSED = (
     Foreign(("--aot-autograd",), "newer versions of timm do not have it either; use --torchcompile"),
     Foreign(("--apex-amp",), "NVIDIA's Apex is not supported; use --amp"),
     Foreign(("--amp-impl",), "NVIDIA's Apex is not supported; use --amp alone", "native", None),
+    Foreign(("--target-format",), _LABELS, None, None),
     Foreign(("--naflex-loader",), _NAFLEX),
     Foreign(("--naflex-train-seq-lens",), _NAFLEX, [128, 256, 576, 784, 1024], "+"),
     Foreign(("--naflex-max-seq-len",), _NAFLEX, 576, None),
@@ -105,7 +107,9 @@ TRANSLATED: dict[str, tuple[str, int | None]] = {
     "--amp": ("--mixed-precision amp, fp16 or bf16, as --amp-dtype says", 0),
     "--amp-dtype": ("with --amp: float16 (--mixed-precision fp16) or bfloat16 (--mixed-precision bf16)", None),
     "--log-wandb": ("--report-to wandb", 0),
+    "--loss": ("ce (the default), bce (--bce-loss) or jsd (--jsd-loss)", None),
 }
+_LOSSES = {"ce": (), "bce": ("bce_loss",), "jsd": ("jsd_loss",)}
 _PRECISIONS = {None: "amp", "float16": "fp16", "bfloat16": "bf16"}
 # Options that are read together: if the command line has one, a file may give the others.
 _TOGETHER = (("amp", "amp_dtype"), ("log_wandb", "report_to"))
@@ -159,7 +163,7 @@ def translate(values: Mapping[str, Any], below: Mapping[str, Any] | None = None)
             both = " and ".join(_flag(one) for one in values if RENAMED.get(one, one) == name)
             raise UserError(f"{both}: they are one option; got {found[name]!r} and {value!r}; leave one of them out")
         found[name] = value
-    return _report_to(_precision(found, notes)), notes
+    return _loss(_report_to(_precision(found, notes))), notes
 
 
 def _foreign(option: Foreign, value: Any) -> list[str]:
@@ -192,6 +196,23 @@ def _report_to(found: dict[str, Any]) -> dict[str, Any]:
         return found
     others = [name for name in found.get("report_to") or () if name not in ("none", "wandb")]
     return {**found, "report_to": [*others, "wandb"]}
+
+
+def _loss(found: dict[str, Any]) -> dict[str, Any]:
+    """Translates --loss into --bce-loss and --jsd-loss."""
+    loss = found.pop("loss", None)
+    if loss is None:
+        return found
+    if loss not in _LOSSES:
+        raise UserError(
+            f"--loss: expected one of {', '.join(_LOSSES)}; got {loss!r}; timm's other losses are not supported"
+        )
+    others = [name for name in ("bce_loss", "jsd_loss") if found.get(name) and name not in _LOSSES[loss]]
+    if others:
+        raise UserError(f"--loss: {loss} is another loss than {_flag(others[0])}; leave one of them out")
+    if loss == "ce" and found.get("task") == "multilabel":
+        raise UserError("--loss: several labels have binary cross-entropy; got ce; leave the option out")
+    return {**found, "bce_loss": loss == "bce", "jsd_loss": loss == "jsd"}
 
 
 def _add(group: Any, flags: list[str], nargs: int | str | None, text: str) -> None:

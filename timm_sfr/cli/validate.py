@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from timm_sfr.data.folders import SPLIT_FILE, lists_all
 from timm_sfr.data.loaders import eval_loader
 from timm_sfr.data.transforms import check_mode, preprocessing
 from timm_sfr.models.loading import create_model
+from timm_sfr.models.files import several_labels
 from timm_sfr.runs.records import hardware, recorded
+from timm_sfr.runs.scores import MULTILABEL, TITLES, recorded_scores, shown_percents
 from timm_sfr.training.devices import make_accelerator
 from timm_sfr.training.evaluate import evaluate, evaluate_views
 from timm_sfr.training.progress import watched
@@ -38,15 +41,18 @@ def run(args: Namespace) -> int:
     if not options.get("data_dir") and not options.get("dataset"):
         near = "" if Path(args.model).exists() else near_paths(args.model)
         raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data{near}")
-    config = RunConfig.from_flat(options)
     with console_output(False):
         model = create_model(args.model, revision=args.revision)
+        if several_labels(model):
+            options.setdefault("task", MULTILABEL)
+        config = RunConfig.from_flat(options)
         scores = validate(model, config, listed)
     main, nonfinite = scores.pop("main"), scores.pop("nonfinite")
     if main:
         if nonfinite:
             print(f"warning: the outputs for {nonfinite} images are not finite; they count as wrong", file=sys.stderr)
-        print(json.dumps({"model": args.model, **scores}) if args.json else _table(args.model, scores, model.num_classes > 5))
+        shown = shown_percents(config.data.task, model.num_classes)
+        print(json.dumps({"model": args.model, **scores}) if args.json else _table(args.model, scores, shown))
     return 0
 
 
@@ -59,9 +65,10 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
         listed: A run's list of the images of a folder without splits.
 
     Returns:
-        ``images``, ``top1`` and ``top5`` (percent), ``loss`` (mean cross-entropy), ``ece``, ``images_per_second``,
+        ``images``, ``top1`` and ``top5`` (percent), ``loss`` (mean cross-entropy), ``ece``, or for images with several classes
+        ``map``, ``micro_f1``, ``macro_f1`` and ``sample_f1`` (percent) and ``loss``; ``images_per_second``,
         ``img_size`` (the height), ``input_size`` (C, H, W), ``hardware``, and ``main``, whether this is the process that prints.
-        ``tta``: its ``views``, ``top1``, ``top5``, ``loss`` and ``ece``.
+        ``tta``: its ``views`` and the same scores.
 
     Raises:
         UserError: if the split cannot be opened, or its classes do not match the model's.
@@ -83,10 +90,10 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
     started = time.perf_counter()
     scores: dict[str, Any]
     if views == 1:
-        scores = evaluate(model, loader, prep, accelerator, watch=watched)
+        scores = evaluate(model, loader, prep, accelerator, watch=watched, threshold=config.threshold)
     else:
-        scores, augmented = evaluate_views(model, loader, prep, accelerator, watched)
-        scores["tta"] = {"views": views, **{name: augmented[name] for name in ("top1", "top5", "loss", "ece")}}
+        scores, augmented = evaluate_views(model, loader, prep, accelerator, watched, config.threshold)
+        scores["tta"] = {"views": views, **{name: augmented[name] for name in recorded_scores(config.data.task)}}
     scores["images_per_second"] = scores["images"] / (time.perf_counter() - started)
     main = accelerator.is_main_process
     machine = hardware(accelerator.device, accelerator.num_processes)
@@ -110,24 +117,24 @@ def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
                         "give --class-map")  # fmt: skip
 
 
-def _table(model: str, scores: dict[str, Any], top5: bool) -> str:
+def _table(model: str, scores: dict[str, Any], percents: Sequence[str]) -> str:
     shown = {
         "images": f"{scores['images']} at {sides(*scores['input_size'][1:])} pixels",
-        **_shown(scores, top5),
+        **_shown(scores, percents),
         "images/s": f"{scores['images_per_second']:.0f} on {scores['hardware']}",
     }
     lines = [model, *(f"  {name:<13}{value}" for name, value in shown.items())]
     if "tta" in scores:
         lines.append(f"  with test-time augmentation, the mean of the logits of {scores['tta']['views']} views:")
-        lines += [f"  {name:<13}{value}" for name, value in _shown(scores["tta"], top5).items()]
+        lines += [f"  {name:<13}{value}" for name, value in _shown(scores["tta"], percents).items()]
     return "\n".join(lines)
 
 
-def _shown(scores: dict[str, Any], top5: bool) -> dict[str, str]:
-    """Returns the scores as text, by their names."""
+def _shown(scores: dict[str, Any], percents: Sequence[str]) -> dict[str, str]:
+    """Returns the scores as text, by their names: first `percents`."""
+    calibrated = "ece" in scores
     return {
-        "top-1": f"{scores['top1']:.3f} %",
-        **({"top-5": f"{scores['top5']:.3f} %"} if top5 else {}),
-        "loss (NLL)": f"{scores['loss']:.5f}",
-        "ECE, 15 bins": f"{scores['ece']:.4f}",
+        **{TITLES[name]: f"{scores[name]:.3f} %" for name in percents},
+        "loss (NLL)" if calibrated else "loss (BCE)": f"{scores['loss']:.5f}",
+        **({"ECE, 15 bins": f"{scores['ece']:.4f}"} if calibrated else {}),
     }

@@ -125,19 +125,19 @@ class BatchTransform:
 
 @dataclass(frozen=True)
 class Batch:
-    """A batch of transformed samples: uint8 images (B, C, H, W) and their classes."""
+    """A batch of transformed samples: uint8 images (B, C, H, W) and their classes, indices or arrays (K,)."""
 
     images_BCHW: np.ndarray
-    targets: list[int]
+    targets: list[Any]
 
     def __len__(self) -> int:
         return len(self.targets)
 
 
 def collate(samples: list[tuple[Any, int]] | Batch) -> tuple[Tensor, Tensor]:
-    """Returns the samples as one batch: images (B, C, H, W), uint8, and class indices (B,)."""
+    """Returns the samples as one batch: images (B, C, H, W), uint8, and class indices (B,), or several classes (B, K)."""
     if isinstance(samples, Batch):
-        return torch.from_numpy(samples.images_BCHW), torch.tensor(samples.targets)
+        return torch.from_numpy(samples.images_BCHW), torch.from_numpy(np.array(samples.targets))
     return fast_collate(samples)
 
 

@@ -67,11 +67,12 @@ class Cached(Dataset):
         array, target = self.array(index)
         return Image.fromarray(array) if self.is_pil else array, target
 
-    def array(self, index: int) -> tuple[np.ndarray, int]:
-        """Returns the image's pixels, for a PIL image (H, W) or (H, W, C), and its class."""
+    def array(self, index: int) -> tuple[np.ndarray, Any]:
+        """Returns the image's pixels, for a PIL image (H, W) or (H, W, C), and its class, or several as an array (K,)."""
         start, end = self.starts[index : index + 2].tolist()
         shape = [size for size in self.shapes[index].tolist() if size]
-        return self.bytes[start:end].reshape(shape), self.targets[index].item()
+        target = self.targets[index]
+        return self.bytes[start:end].reshape(shape), target if target.ndim else target.item()
 
     @property
     def size(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from timm.data import ImageDataset, add_img_extensions, create_dataset
+from timm.data import ImageDataset, MultiLabelTarget, add_img_extensions, create_dataset
 from timm.data.readers.class_map import load_class_map
 from torch.utils.data import Dataset, IterableDataset
 
@@ -138,6 +138,9 @@ def open_split(
     Raises:
         UserError: if the split is missing or empty, timm cannot open it, or it has a class that is not among `classes`.
     """
+    if config.multilabel and not is_table(config.dataset) and not (config.dataset or "").startswith("hfds/"):
+        raise UserError("task: multilabel reads several classes of an image from --dataset csv/FILE or hfds/NAME; got "
+                        f"{config.dataset or config.data_dir!r}, whose images have one class each")  # fmt: skip
     if config.dataset == "digits":
         if part == "test":
             raise UserError("test-split: the digits have no test split; leave the option out, or give --data-dir or --dataset")
@@ -191,13 +194,17 @@ def _from_scan(
         class_to_idx = {name: index for index, name in enumerate(classes)}
     else:
         class_to_idx = number_classes(scan)
+        if scan.several and scan.images and not class_to_idx:
+            raise UserError(f"data: no image of {part} has a class; expected some with | or ; between their classes")
     if not scan.images:
         over = scan.passed_over()
         raise UserError(f"data: found no images in folders of classes in {str(scan.root)!r}{f'; found {over}' if over else ''}; "
                         f"expected {LAYOUT}")  # fmt: skip
     _check_known(scan.classes, class_to_idx, part)
-    dataset = ImageDataset(str(scan.root), reader=FolderReader(scan.root, scan.images, class_to_idx))
-    return Split(dataset, _names(class_to_idx), scan, chosen)
+    names = _names(class_to_idx)
+    encode = MultiLabelTarget(len(names)) if scan.several else None
+    dataset = ImageDataset(str(scan.root), reader=FolderReader(scan, class_to_idx), target_transform=encode)
+    return Split(dataset, names, scan, chosen)
 
 
 def _from_timm(
@@ -240,6 +247,8 @@ def _from_timm(
     class_to_idx = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     names = _names(class_to_idx) if class_to_idx else getattr(dataset, "classes", None)
     names = tuple(names) if names else None
+    if config.multilabel:
+        _encode_labels(dataset, names, name)
     if names is None or classes is None or names == classes:
         return Split(dataset, names)
     numbers = {one: index for index, one in enumerate(classes)}
@@ -249,6 +258,19 @@ def _from_timm(
                         "in the same order; give --class-map")  # fmt: skip
     reader.targets = [numbers[names[target]] for target in reader.targets]  # a tar that lacks some of the classes
     return Split(dataset, classes)
+
+
+def _encode_labels(dataset: ImageDataset, names: tuple[str, ...] | None, name: str) -> None:
+    """Makes a data set of Hugging Face's give several classes of an image as 0 and 1.
+
+    Raises:
+        UserError: if its images have one class each, or the classes have no names.
+    """
+    first = next(dataset.reader.iter_targets(), None)
+    if names is None or not isinstance(first, (list, tuple)):
+        raise UserError(f"task: multilabel needs a column of lists of class labels in {name!r}, or columns of 0 and 1 "
+                        f"(--target-key A,B,C); got {first!r}")  # fmt: skip
+    dataset.target_transform = MultiLabelTarget(len(names))
 
 
 def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "train") -> Parts | None:
@@ -303,7 +325,10 @@ def _table_parts(config: DataConfig, seed: int, listed: Path | None, part: str) 
     Raises:
         UserError: if the table cannot be read, a part that is needed has no rows, or some of its image files are missing.
     """
-    table = read_table(find_table(config.dataset or "", config.data_dir), config.data_dir, config.input_key, config.target_key)
+    file = find_table(config.dataset or "", config.data_dir)
+    table = read_table(file, config.data_dir, config.input_key, config.target_key, config.multilabel)
+    if part == "train":
+        table.check_several()
     defaults, whole = DataConfig(), table.splits is None
     names = {name: split_names(config.split(name)) for name in ("train", "val", "test") if config.split(name)}
     used = {name for group in names.values() for name in group}

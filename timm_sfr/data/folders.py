@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from timm.data.readers.reader import Reader
 from timm.utils.misc import natural_key
@@ -27,6 +28,7 @@ SPLIT_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", 
 LAYOUT = "DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
 SPLIT_FILE = "split.csv"  # in a run's folder: the files of each part of a folder without splits
 VAL_SHARE = 0.1
+SEPARATOR = "|"  # of an image's classes, if it may have several
 TEXT: dict[str, str] = {"encoding": "utf-8", "errors": "surrogateescape"}  # a file's name may be no UTF-8
 
 
@@ -36,7 +38,7 @@ class FolderScan:
 
     Attributes:
         root: The folder.
-        images: (path, class) of every image, in natural order of the paths.
+        images: (path, class) of every image, in natural order of the paths; several classes have ``|`` between them.
         other: Number of files with other endings, by ending.
         hidden: Hidden folders and files, relative to the root.
         loose: Number of images outside of any class's folder.
@@ -44,6 +46,7 @@ class FolderScan:
         left_out: Number of images of classes that a class map does not name.
         unlisted: Number of images that a run's list of files does not name.
         other_splits: Number of images in a table's rows of splits that are not in use, by split.
+        several: Whether an image may have any number of classes.
     """
 
     root: Path
@@ -55,11 +58,16 @@ class FolderScan:
     left_out: int = 0
     unlisted: int = 0
     other_splits: Counter[str] = field(default_factory=Counter)
+    several: bool = False
+
+    def labels(self, name: str) -> tuple[str, ...]:
+        """Returns the classes that an image's entry in `images` names."""
+        return tuple(filter(None, name.split(SEPARATOR))) if self.several else (name,)
 
     @property
     def counts(self) -> Counter[str]:
         """The number of images of every class."""
-        return Counter(name for _, name in self.images)
+        return Counter(label for _, name in self.images for label in self.labels(name))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -85,15 +93,24 @@ class FolderReader(Reader):
     """timm's reader of a folder, for a given list of images.
 
     Args:
-        root: The folder.
-        images: (path, class) of every image.
+        scan: The images.
         class_to_idx: The index of every class.
+
+    Attributes:
+        samples: (path, class index) of every image; if it may have several classes, their indices in order.
     """
 
-    def __init__(self, root: Path, images: Sequence[tuple[str, str]], class_to_idx: Mapping[str, int]) -> None:
+    def __init__(self, scan: FolderScan, class_to_idx: Mapping[str, int]) -> None:
         super().__init__()
-        self.root, self.class_to_idx = str(root), dict(class_to_idx)
-        self.samples = [(path, class_to_idx[name]) for path, name in images]
+        self.root, self.class_to_idx = str(scan.root), dict(class_to_idx)
+        self.samples: list[tuple[str, Any]]
+        if scan.several:
+            self.samples = [
+                (path, tuple(sorted({class_to_idx[label] for label in scan.labels(name)})))
+                for path, name in scan.images
+            ]
+        else:
+            self.samples = [(path, class_to_idx[name]) for path, name in scan.images]
 
     def __getitem__(self, index: int) -> tuple:
         path, target = self.samples[index]
@@ -161,18 +178,19 @@ def choose_split(scan: FolderScan, share: float, seed: int) -> tuple[FolderScan,
     """Returns the training and the validation part of a folder without splits.
 
     Each class gives the images with the smallest SHA-256 of seed and path to validation: the share, and at least one image if
-    the class has two. Adding files moves few images between the parts. The order of the listing has no effect.
+    the class has two. If an image may have several classes, all images are one class here. Adding files moves few images between the parts. The order of the listing has no effect.
     """
     val: set[str] = set()
     of_class: dict[str, list[str]] = {}
     for path, name in scan.images:
-        of_class.setdefault(name, []).append(path)
+        of_class.setdefault("" if scan.several else name, []).append(path)
     for paths in of_class.values():
         paths.sort(key=lambda path: hashlib.sha256(f"{seed}/{_inside(scan.root, path)}".encode(**TEXT)).digest())
         count = max(1, round(share * len(paths))) if len(paths) > 1 else 0
         val.update(paths[: min(count, len(paths) - 1)])
     train = dataclasses.replace(scan, images=[image for image in scan.images if image[0] not in val])
-    return train, FolderScan(scan.root, [image for image in scan.images if image[0] in val])
+    chosen = [image for image in scan.images if image[0] in val]
+    return train, FolderScan(scan.root, chosen, several=scan.several)
 
 
 def write_split(path: Path, parts: Mapping[str, FolderScan]) -> None:
@@ -208,7 +226,7 @@ def read_split(
                         f"{gone[0]!r}; put them back, or start a new run")  # fmt: skip
     train, val = ([here[file] for split, file in rows if split == part and file in here] for part in ("train", "val"))
     unlisted = max(0, len(here) - len(train) - len(val))  # a table may name an image twice
-    return dataclasses.replace(scan, images=train, unlisted=unlisted), FolderScan(scan.root, val)
+    return dataclasses.replace(scan, images=train, unlisted=unlisted), FolderScan(scan.root, val, several=scan.several)
 
 
 def lists_all(path: Path, root: Path) -> bool:
@@ -222,6 +240,8 @@ def lists_all(path: Path, root: Path) -> bool:
 def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> FolderScan:
     """Returns the images of the classes that a class map names; the others are counted as left out.
 
+    An image that may have several classes stays, with those that the map names.
+
     Raises:
         UserError: for a name in the map that has no images.
     """
@@ -233,6 +253,9 @@ def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> 
         nothing, other = (some([repr(name) for name in names]) for names in (without, unnamed))
         raise UserError(f"class-map: expected images in {str(scan.root)!r} for every name in {source}; got none for "
                         f"{nothing}{hint}; classes that the map does not name: {other}")  # fmt: skip
+    if scan.several:
+        named = ((path, [label for label in scan.labels(name) if label in class_map]) for path, name in scan.images)
+        return dataclasses.replace(scan, images=[(path, SEPARATOR.join(labels)) for path, labels in named])
     images = [image for image in scan.images if image[1] in class_map]
     return dataclasses.replace(scan, images=images, left_out=scan.left_out + len(scan.images) - len(images))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import ImageDataset
+from timm.data import ImageDataset, MultiLabelTarget
 from torch.utils.data import Dataset
 
 from timm_sfr.config import DataConfig
@@ -47,24 +47,28 @@ class BadImage(UserError):
 class Decoded(Dataset):
     """The decoded samples of a map-style dataset: (PIL image, class index) by index.
 
+    If an image may have several classes, an array (K,) of 0 and 1, float32, takes the place of the index.
+
     Raises:
         BadImage: when an image that does not decode is read.
     """
 
     def __init__(self, dataset: Any, reading: ImageReading) -> None:
         self.dataset, self.reading = dataset, reading
+        encode = getattr(dataset, "target_transform", None)
+        self.encode = encode if isinstance(encode, MultiLabelTarget) else None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, Any]:
         target = None
         try:
             # timm's own __getitem__ would warn and return the next file in place of one that does not decode.
             if isinstance(self.dataset, ImageDataset):
                 stream, target = self.dataset.reader[index]
                 with contextlib.closing(stream) if hasattr(stream, "close") else contextlib.nullcontext():
-                    return self._convert(Image.open(stream)), int(target)
+                    return self._convert(Image.open(stream)), self._encode(target)
             image, target = self.dataset[index]
             return self._convert(image), int(target)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -72,7 +76,8 @@ class Decoded(Dataset):
             bad = BadImage(
                 f"data: cannot decode image {name}: {error}; replace or delete the file, or give --on-bad-image skip"
             )
-            bad.name, bad.target = name, None if target is None else int(target)
+            # Several classes are no class whose next image could take the place.
+            bad.name, bad.target = name, int(target) if target is not None and self.encode is None else None
             raise bad from error
 
     def target(self, index: int) -> int:
@@ -83,6 +88,9 @@ class Decoded(Dataset):
         if isinstance(self.dataset, ImageDataset) and hasattr(reader, "samples"):
             return int(reader.samples[index][1])
         return self[index][1]
+
+    def _encode(self, target: Any) -> Any:
+        return int(target) if self.encode is None else self.encode(target).numpy()
 
     @property
     def concurrent(self) -> bool:
@@ -134,8 +142,8 @@ class BadImages:
 class BadImageReplacer(Dataset):
     """Wraps `Decoded`: an image that does not decode is replaced by the next image of the same class that does.
 
-    The choice depends only on the dataset. If the class of the bad image is unknown, the next image is used with its own
-    class.
+    The choice depends only on the dataset. If the class of the bad image is unknown, or it may have several, the next image
+    is used with its own class.
 
     Raises:
         BadImage: if no image of the class decodes.

@@ -64,6 +64,10 @@ def facts(train: Split, val: Split, test: Split | None = None) -> dict[str, Any]
 def per_class(scan: FolderScan) -> str:
     """Returns a phrase with the number of images and the sizes of the classes."""
     counts = scan.counts
+    if scan.several:
+        without = sum(not scan.labels(name) for _, name in scan.images)
+        mean = f"{counts.total() / max(1, len(scan.images)):.2g} an image"
+        return f"{counted(len(scan.images), 'image')} with {counted(len(counts), 'class')}, {mean}, {without} without a class"
     small, large = (pick(counts, key=lambda name: counts[name]) for pick in (min, max))
     sizes = f"{counts[small]} each" if counts[small] == counts[large] else (
         f"{counts[small]} ({small}) to {counts[large]} ({large}) each, median {median(counts.values()):g}"

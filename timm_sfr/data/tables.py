@@ -1,6 +1,7 @@
 """Tables of images: reads paths and labels from a CSV or Parquet file, and lists each split's images as a folder's are.
 
-A row names an image file, its class and, if the table has a column ``split``, the split that it belongs to.
+A row names an image file, its class and, if the table has a column ``split``, the split that it belongs to. If an image may
+have several classes, its cell has ``|`` or ``;`` between them, or each class has a column of 0 and 1.
 """
 
 from __future__ import annotations
@@ -8,13 +9,16 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_sfr.data.folders import SPLIT_SYNONYMS, FolderScan
+from timm.data.readers.targets import parse_target_keys
+
+from timm_sfr.data.folders import SEPARATOR, SPLIT_SYNONYMS, FolderScan
 from timm_sfr.utils.console import counted, some
 from timm_sfr.utils.errors import UserError, first_line, near_matches, near_paths
 
@@ -33,7 +37,7 @@ class Row:
     Attributes:
         number: Its line in a CSV file, where the header is line 1; its row in a Parquet file, counted from 1.
         path: The image file.
-        label: The name of its class.
+        label: The name of its class; several have ``|`` between them.
         split: The name of its split; empty if the table has no such column.
     """
 
@@ -52,12 +56,14 @@ class Table:
         root: The folder that relative paths are relative to.
         rows: Its rows.
         splits: The names in its column ``split``, in the order in which they appear; None without such a column.
+        several: Whether an image may have any number of classes.
     """
 
     file: Path
     root: Path
     rows: list[Row]
     splits: tuple[str, ...] | None
+    several: bool = False
 
     def scan(self, names: Iterable[str] | None, used: Container[str] | None = None) -> FolderScan:
         """Returns the images of the splits with these names, or of all rows for None.
@@ -69,7 +75,7 @@ class Table:
         names = None if names is None else set(names)
         images = [(row.path, row.label) for row in self.rows if names is None or row.split in names]
         others = Counter(row.split for row in self.rows if used is not None and row.split and row.split not in used)
-        return FolderScan(self.root, images, other_splits=others)
+        return FolderScan(self.root, images, other_splits=others, several=self.several)
 
     def check_splits(self, known: Collection[str]) -> None:
         """Raises UserError for a row whose split is empty or not among the names `known`."""
@@ -88,6 +94,12 @@ class Table:
         rows = [f"{os.path.relpath(row.path, self.root)} ({unit} {row.number})" for row in self.rows if row.path in missing]
         raise UserError(f"dataset: {counted(len(rows), 'image')} of {str(self.file)!r} missing: {some(rows)}; looked in "
                         f"{str(self.root)!r}; relative paths begin in --data-dir, or else in the file's folder")  # fmt: skip
+
+    def check_several(self) -> None:
+        """Raises UserError if every image has exactly one class where any number is expected."""
+        if self.several and all(row.label and SEPARATOR not in row.label for row in self.rows):
+            raise UserError(f"task: every image in {str(self.file)!r} has exactly one class, and --task multilabel is for any "
+                            "number, with | or ; between them; leave out the option (--bce-loss has the same loss)")  # fmt: skip
 
     def place(self, number: int) -> str:
         """Returns a phrase for a row of the file."""
@@ -113,7 +125,7 @@ def find_table(dataset: str, data_dir: str | None) -> Path:
     return found[0]
 
 
-def read_table(file: Path, data_dir: str | None, image: str | None, label: str | None) -> Table:
+def read_table(file: Path, data_dir: str | None, image: str | None, label: str | None, several: bool = False) -> Table:
     """Reads a table.
 
     Args:
@@ -121,6 +133,7 @@ def read_table(file: Path, data_dir: str | None, image: str | None, label: str |
         data_dir: The folder that relative paths are relative to; by default the file's.
         image: The column of the paths; by default the first of `IMAGE_COLUMNS` that the table has.
         label: The column of the labels; by default the first of `LABEL_COLUMNS` that the table has.
+        several: Whether an image may have any number of classes. `label` may then be several columns, such as ``cat,dog``.
 
     Raises:
         UserError: with the row, for whatever cannot be read: a missing column, an empty cell, one path with two labels.
@@ -130,24 +143,67 @@ def read_table(file: Path, data_dir: str | None, image: str | None, label: str |
         raise UserError(f"data-dir: there is no folder {str(root)!r}{near_paths(root)}; image paths are relative to it")
 
     def choose(columns: Sequence[str]) -> list[str]:
+        wanted = [label] if not several or label in columns else _keys(label)
         chosen = [_column(file, columns, image, IMAGE_COLUMNS, "input-key", "image paths"),
-                  _column(file, columns, label, LABEL_COLUMNS, "target-key", "labels")]  # fmt: skip
+                  *(_column(file, columns, key, LABEL_COLUMNS, "target-key", "labels") for key in wanted)]  # fmt: skip
         return chosen + [SPLIT_COLUMN] * (SPLIT_COLUMN in columns)
 
     names, cells = _reader(file)(file, choose)
-    rows = list(_rows(file, root, names, cells))
+    has_split = names[-1] == SPLIT_COLUMN
+    if several:
+        cells = _joined(file, names[1 : len(names) - has_split], cells)
+        names = [names[0], ", ".join(names[1 : len(names) - has_split]), *names[len(names) - has_split :]]
+    rows = list(_rows(file, root, names, cells, several))
     if not rows:
         raise UserError(f"dataset: {str(file)!r} has no rows; expected one per image")
-    splits = tuple(dict.fromkeys(row.split for row in rows)) if len(names) > 2 else None
-    return Table(file, root, rows, splits)
+    splits = tuple(dict.fromkeys(row.split for row in rows)) if has_split else None
+    return Table(file, root, rows, splits, several)
 
 
-def _rows(file: Path, root: Path, names: Sequence[str], cells: Cells) -> Iterator[Row]:
-    """Yields the rows, checked."""
+def _keys(label: str | None) -> list[str | None]:
+    """Returns the columns that ``--target-key`` names, as timm reads it: several have commas between them."""
+    try:
+        return [*(parse_target_keys(label) or [label])]
+    except ValueError as error:
+        raise UserError(f"target-key: {first_line(error)}") from error
+
+
+def _joined(file: Path, names: Sequence[str], cells: Cells) -> Cells:
+    """Yields rows of path, classes with ``|`` between them, and perhaps split.
+
+    Args:
+        file: The table.
+        names: The columns of the labels: one, or one of 0 and 1 for each class.
+        cells: The rows of path, those columns, and perhaps split.
+
+    Raises:
+        UserError: if a cell has no text, no integer and no list of them, or a class's column something else than 0 or 1.
+    """
+    for number, (path, *values) in cells:
+        given, rest = values[: len(names)], values[len(names) :]
+        if len(names) == 1:
+            listed = given[0] if isinstance(given[0], (list, tuple)) else [given[0]]
+            labels = [_text(part) for part in listed]
+            if None in labels:
+                raise UserError(f"dataset: {_place(file, number)}: expected text, integers or lists of them in column "
+                                f"{names[0]!r}; got {given[0]!r}")  # fmt: skip
+            labels = [part.strip() for label in labels for part in re.split(r"[|;]", label)]
+        else:
+            flags = [_text(int(value) if isinstance(value, bool) else value) for value in given]
+            wrong = next((place for place, flag in enumerate(flags) if flag not in ("0", "1")), None)
+            if wrong is not None:
+                raise UserError(f"dataset: {_place(file, number)}: expected 0 or 1 in column {names[wrong]!r}, because "
+                                f"--target-key names several; got {given[wrong]!r}")  # fmt: skip
+            labels = [name for name, flag in zip(names, flags, strict=True) if flag == "1"]
+        yield number, [path, SEPARATOR.join(dict.fromkeys(filter(None, labels))), *rest]
+
+
+def _rows(file: Path, root: Path, names: Sequence[str], cells: Cells, several: bool) -> Iterator[Row]:
+    """Yields the rows, checked; `several`: whether a label may be empty."""
     labels: dict[str, tuple[str, int]] = {}
     for number, values in cells:
         texts = [_text(value) for value in values]
-        for name, text in zip(names[:2], texts, strict=False):
+        for name, text in zip(names[: 1 if several else 2], texts, strict=False):
             if text is None:
                 raise UserError(f"dataset: {_place(file, number)}: expected text or an integer in column {name!r}; images "
                                 "themselves in a Parquet file are for --dataset hfds/FOLDER")  # fmt: skip
@@ -156,8 +212,9 @@ def _rows(file: Path, root: Path, names: Sequence[str], cells: Cells) -> Iterato
         path, label, split = os.path.normpath(root / texts[0]), texts[1], (*texts, "")[2] or ""
         before = labels.setdefault(path, (label, number))
         if before[0] != label:
+            expected = "the same" if several else "one"
             raise UserError(f"dataset: {_place(file, number)}: {texts[0]!r} has the label {label!r} here and {before[0]!r} in "
-                            f"{_place(file, before[1]).split(', ')[-1]}; expected one label")  # fmt: skip
+                            f"{_place(file, before[1]).split(', ')[-1]}; expected {expected} label")  # fmt: skip
         yield Row(number, path, label, split)
 
 

@@ -176,8 +176,11 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
     return Preprocessing(**{name: _tuple(resolved[name]) for name in Preprocessing.__dataclass_fields__})
 
 
-def create_mixup(aug: AugConfig, num_classes: int) -> Mixup | None:
-    """Returns timm's mixup and CutMix for batches on the device, or None if neither is on; the loss does the smoothing."""
+def create_mixup(aug: AugConfig, num_classes: int, multi_label: bool = False) -> Mixup | None:
+    """Returns timm's mixup and CutMix for batches on the device, or None if neither is on; the loss does the smoothing.
+
+    With `multi_label`, it mixes targets (B, K) in place of class indices.
+    """
     if not aug.mixes:
         return None
     return Mixup(
@@ -189,6 +192,7 @@ def create_mixup(aug: AugConfig, num_classes: int) -> Mixup | None:
         mode=aug.mixup_mode,
         label_smoothing=0.0,
         num_classes=num_classes,
+        multi_label=multi_label,
     )
 
 

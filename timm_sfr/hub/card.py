@@ -12,10 +12,20 @@ from timm_sfr.config import in_words
 from timm_sfr.data.transforms import img_mode
 from timm_sfr.method.smoothing import own_epsilon
 from timm_sfr.models import SMALL_IMAGE_MODELS
+from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES, shown_percents, task_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TAGS = ["image-classification", "timm", "timm_sfr", "self-distillation"]
-CURVE, CURVE_ROWS = ("train_loss", "val_loss", "val_top1"), 10
+CURVE_ROWS = 10
+# How the Hub names our scores: a metric, and what it is.
+HUB_METRICS = {
+    "top1": ("accuracy", "Top 1 Accuracy"),
+    "top5": ("accuracy", "Top 5 Accuracy"),
+    "map": ("mean_average_precision", "Mean Average Precision"),
+    "micro_f1": ("f1", "Micro F1"),
+    "macro_f1": ("f1", "Macro F1"),
+    "sample_f1": ("f1", "Sample F1"),
+}
 # Licences of timm's weights for which the Hub has no name. Any other that it refuses is found before training.
 NOT_THE_HUBS = (
     "cvnets-license", "dinov3-license", "fastvit-license", "mobileone-license", "nvidia-open-model-license", "qwen-community-1.0",
@@ -77,6 +87,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
     """
     name = facts.source.split("@")[0].split("/")[-1] if facts.source else config["architecture"]
     metrics, options, size = _strict(facts.metrics), _strict(facts.options), config["pretrained_cfg"]["input_size"]
+    task = task_of(facts.options)
     card = ModelCard.from_template(
         card_head(name, config, facts),
         template_path=str(TEMPLATE),
@@ -89,7 +100,10 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         teacher=metrics.get("teacher"),
         source=facts.source,
         pictures=facts.pictures,
-        curve=_curve(facts.rows),
+        curve=_curve(facts.rows, task),
+        several=task == MULTILABEL,
+        percents=shown_percents(task, config["num_classes"]),
+        titles=TITLES,
         size=size,
         mode=img_mode(size[0]),
         data=dataset_name(options),
@@ -116,10 +130,10 @@ def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
             "dataset_split": test["split"] if test else _split(options),
         }
         results = [
-            EvalResult(metric_type="accuracy", metric_name=f"Top {k} Accuracy",
-                       metric_value=round(test[f"top{k}"] if test else best[f"val_top{k}"], 4),
+            EvalResult(metric_type=HUB_METRICS[name][0], metric_name=HUB_METRICS[name][1],
+                       metric_value=round(test[name] if test else best[f"val_{name}"], 4),
                        **shared)
-            for k in (1, 5)
+            for name in PERCENT[task_of(options)]
         ]  # fmt: skip
     tags = TAGS if facts.metrics.get("sfr") else [tag for tag in TAGS if tag != "self-distillation"]
     return ModelCardData(
@@ -140,11 +154,12 @@ def imports(architecture: str) -> str:
     return f"import timm{', timm_sfr' if architecture in SMALL_IMAGE_MODELS else ''}"
 
 
-def _curve(rows: list[dict[str, Any]]) -> list[tuple[float, ...]]:
-    """Returns up to CURVE_ROWS evenly spaced validated epochs, the last included: (epoch from 1, *CURVE)."""
-    rows = [row for row in rows if row["val_top1"] != ""]
+def _curve(rows: list[dict[str, Any]], task: str) -> list[tuple[float, ...]]:
+    """Returns up to CURVE_ROWS evenly spaced validated epochs, the last included: epoch from 1, both losses, main score."""
+    names = ("train_loss", "val_loss", f"val_{PERCENT[task][0]}")
+    rows = [row for row in rows if row["val_loss"] != ""]
     step = max(1, -(-len(rows) // CURVE_ROWS))
-    return [(int(row["epoch"]) + 1, *(float(row[name]) for name in CURVE)) for row in rows[::-1][::step][::-1]]
+    return [(int(row["epoch"]) + 1, *(float(row[name]) for name in names)) for row in rows[::-1][::step][::-1]]
 
 
 def _start(facts: Facts) -> str:

@@ -17,7 +17,7 @@ from torch import nn
 from timm_sfr.config import HubConfig, RunConfig
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.hub.card import Facts, dataset_name, render
-from timm_sfr.models.files import CARD, CONFIG, WEIGHTS, own_config
+from timm_sfr.models.files import CARD, CONFIG, PROBLEM, SEVERAL_LABELS, WEIGHTS, own_config
 from timm_sfr.models.split_bn import without_auxiliary
 from timm_sfr.utils.files import replace_atomically, write_whole
 
@@ -58,14 +58,20 @@ class Exporter:
         prep: The preprocessing for ``config.json``; None keeps that of the model's configuration.
         class_names: Names of the classes, if known.
         hub: Options with the tag and licence of the weights, from `resolve_hub`.
+        multi_label: Whether an image may have several classes: ``config.json`` then says so, as transformers' does.
     """
 
     def __init__(
-        self, model: nn.Module, prep: Preprocessing | None, class_names: tuple[str, ...] | None, hub: HubConfig
+        self,
+        model: nn.Module,
+        prep: Preprocessing | None,
+        class_names: tuple[str, ...] | None,
+        hub: HubConfig,
+        multi_label: bool = False,
     ) -> None:
         self.template = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format)
         self.template.pretrained_cfg = own_config(getattr(self.template, "pretrained_cfg", {}))
-        self.prep, self.class_names, self.hub = prep, class_names, hub
+        self.prep, self.class_names, self.hub, self.multi_label = prep, class_names, hub, multi_label
 
     def write(self, folder: Path, state: dict[str, torch.Tensor], facts: Facts) -> None:
         """Replaces `folder` with one for the weights `state`, which must have the model's keys; split BatchNorm may add some."""
@@ -96,6 +102,7 @@ class Exporter:
     def _model_config(self) -> dict[str, Any]:
         given = {"tag": self.hub.tag, "license": self.hub.license}
         config: dict[str, Any] = {"pretrained_cfg": {key: value for key, value in given.items() if value is not None}}
+        config |= {PROBLEM: SEVERAL_LABELS} if self.multi_label else {}
         return config | ({"label_names": list(self.class_names)} if self.class_names else {})
 
     def _data_config(self) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from timm_sfr.data.transforms import img_mode
 from timm_sfr.hub.card import NOT_THE_HUBS
 from timm_sfr.models import SMALL_IMAGE_MODELS, cifar
+from timm_sfr.models.files import PROBLEM, SEVERAL_LABELS
 from timm_sfr.utils.errors import UserError
 
 TEMPLATES = Path(__file__).with_name("space")
@@ -34,8 +35,10 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
         place: A folder.
 
     Raises:
-        UserError: if the model does not take grey or colour images.
+        UserError: if the model does not take grey or colour images, or an image may have several of its classes.
     """
+    if config.get(PROBLEM) == SEVERAL_LABELS:
+        raise UserError("space: the demo is for one class an image, and this model has several; leave out --space")
     channels, architecture = config["pretrained_cfg"]["input_size"][0], config["architecture"]
     if channels not in (1, 3):
         raise UserError(

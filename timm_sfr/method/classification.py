@@ -20,6 +20,17 @@ def soft_targets(target: Tensor, num_classes: int) -> Tensor:
     return F.one_hot(target, num_classes).float() if target.ndim == 1 else target.float()
 
 
+def check_dense(target: Tensor, form: LossForm) -> None:
+    """Raises UserError if an image may have several labels and the targets are not dense, (B, K)."""
+    if form.multi_label and target.ndim != 2:
+        raise UserError(f"expected dense targets (B, K), 0 or 1 for each class; got the shape {tuple(target.shape)}")
+
+
+def flat_target(num_classes: int, form: LossForm) -> float:
+    """Returns the target that says nothing of a class, towards which labels are smoothed: 1/K; of several labels, 1/2."""
+    return 1 / 2 if form.multi_label else 1 / num_classes
+
+
 def sample_losses(logits: Tensor, target: Tensor, form: LossForm, pos_weight: Tensor | None = None) -> Tensor:
     """Returns the loss of each sample, (B,), without class weights.
 
@@ -30,7 +41,7 @@ def sample_losses(logits: Tensor, target: Tensor, form: LossForm, pos_weight: Te
 
     Args:
         logits: z, (B, K) float32.
-        target: y, class indices (B,) or distributions (B, K).
+        target: y, class indices (B,) or distributions (B, K); for several labels, 0 to 1 for each class.
         form: Which of the two.
         pos_weight: A scalar; None is 1.
     """
@@ -120,7 +131,11 @@ class ClassificationLoss(nn.Module):
             logits: (B, K) float32, outside autocast.
             smoothed: What the loss is computed against: distributions (B, K), or class indices (B,).
             target: The targets before smoothing, which choose the weights: class indices (B,) or mixtures (B, K).
+
+        Raises:
+            UserError: if an image may have several labels, and the targets are class indices.
         """
+        check_dense(target, self.form)
         if self.class_weights is None and not self.form.bce:
             return F.cross_entropy(logits, smoothed)
         losses = sample_losses(logits, smoothed, self.form, self.pos_weight)

@@ -29,6 +29,8 @@ class LossForm:
         splits: The number of views of each image in a batch, one view after the other, if their Jensen-Shannon divergence
             is a part of the loss; otherwise 0.
         class_weights: A weight for each class; None for equal ones.
+        multi_label: Targets are dense, (B, K) from 0 to 1: an image may have any number of classes, each a decision of its
+            own by binary cross-entropy.
 
     Raises:
         UserError: if the values contradict each other.
@@ -40,12 +42,17 @@ class LossForm:
     bce_pos_weight: float | None = None
     splits: int = 0
     class_weights: tuple[float, ...] | None = None
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         if not self.bce and (self.bce_sum, self.bce_target_thresh, self.bce_pos_weight) != (False, None, None):
             raise UserError("bce: it is off, and options of it are given; expected bce=True")
         if self.splits == 1 or self.splits < 0 or (self.bce and self.splits):
             raise UserError(f"splits: expected 0, or 2 or more views and no bce; got {self.splits}")
+        if self.multi_label and not (self.bce and self.class_weights is None):
+            raise UserError(
+                "multi_label: expected bce=True and no class_weights, because each class is a decision of its own"
+            )
         weights = self.class_weights
         if weights is not None and not (all(0 <= one < math.inf for one in weights) and any(weights)):
             raise UserError(f"class_weights: expected numbers of at least 0, not all 0; got {weights}")
@@ -60,7 +67,7 @@ class LossForm:
 
     def describe(self) -> str:
         """Returns a few words on the form; an empty string for plain cross-entropy."""
-        words = ["BCE"] if self.bce else []
+        words = [("multi-label " if self.multi_label else "") + "BCE"] if self.bce else []
         words += [f"JSD of {self.splits} views"] if self.splits else []
         words += ["class weights"] if self.class_weights is not None else []
         return " with ".join(words)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from timm_sfr.method.classification import ClassificationLoss, soft_targets
+from timm_sfr.method.classification import ClassificationLoss, check_dense, flat_target, soft_targets
 from timm_sfr.method.config import SCHEDULES, SOURCES, LossForm
 from timm_sfr.utils.errors import UserError
 
@@ -125,10 +125,13 @@ class DynamicLabelSmoothing(nn.Module):
         source: q. ``"uniform"``: 1/K. ``"classes"``: the model's mean prediction for the sample's class over the
             samples that it classified correctly in the last epoch that had any (uniform until then); for a mixture,
             the mixture of q. None: ``"classes"`` if `epsilon` is None and K is at most 1,024, otherwise ``"uniform"``.
+            Of several labels, q is 1/2 for each class, and there is no class table.
         schedule: How a given eps varies. ``"constant"``; ``"ramp"``: from 0 to eps over training; ``"confidence"``: per
             sample, larger where the model is more certain.
         loss: The form of L_cls; by default cross-entropy. With binary cross-entropy, a prediction is
             sigmoid(z)_k / sum_j sigmoid(z)_j. It says nothing of views: give this module the logits that it is to score.
+            With several labels (`LossForm.multi_label`), each class is a decision between two, so `epsilon` None is
+            `own_epsilon` of 2 classes: at most 0.02.
 
     The class table is a (K, K) buffer. `end_epoch` renews it from the predictions of all processes.
 
@@ -136,8 +139,8 @@ class DynamicLabelSmoothing(nn.Module):
         passes: Passes over the images in an epoch, 1 unless set; `own_epsilon` counts passes, not epochs.
 
     Raises:
-        UserError: if an option is out of bounds, a schedule is given without an epsilon, or there is not one weight for each
-            class.
+        UserError: if an option is out of bounds, a schedule is given without an epsilon, there is not one weight for each
+            class, or several labels are to have a class table or a confidence.
     """
 
     epsilon_t: Tensor
@@ -167,10 +170,17 @@ class DynamicLabelSmoothing(nn.Module):
         if weights is not None and len(weights) != num_classes:
             raise UserError(f"class_weights: expected {num_classes}, one for each class; got {len(weights)}")
         self.criterion = ClassificationLoss(loss or LossForm())
-        own = epsilon is None and num_classes <= TABLE_CLASSES
+        multi_label = self.criterion.form.multi_label
+        if multi_label and (source == "classes" or schedule == "confidence"):
+            raise UserError(
+                f"several labels have no class table and no confidence; got source={source!r}, schedule={schedule!r}"
+            )
+        # How many classes exclude each other: of several labels, each is there or not.
+        self.choices = 2 if multi_label else num_classes
+        own = epsilon is None and num_classes <= TABLE_CLASSES and not multi_label
         self.source = source or ("classes" if own else "uniform")
         # Until `set_epoch` gives the length of the run, use at most timm's default.
-        own_now = min(0.1, own_epsilon(num_classes))
+        own_now = min(0.1, own_epsilon(self.choices))
         now = own_now if epsilon is None else 0.0 if schedule == "ramp" else epsilon
         self.register_buffer("epsilon_t", torch.tensor(now))
         rows = num_classes if self.source == "classes" else 0
@@ -182,7 +192,7 @@ class DynamicLabelSmoothing(nn.Module):
         """Sets eps_t for epoch `epoch` (from 0) of `epochs`."""
         if self.epsilon is None:
             warmup = default_warmup(epochs)
-            now = own_epsilon(self.num_classes, epochs * self.passes) * min(1.0, (epoch + 1) / (warmup + 1))
+            now = own_epsilon(self.choices, epochs * self.passes) * min(1.0, (epoch + 1) / (warmup + 1))
         else:
             now = ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon
         self.epsilon_t.fill_(now)
@@ -191,7 +201,7 @@ class DynamicLabelSmoothing(nn.Module):
         """Returns a few words on the strength and the form of the smoothing in a run of `epochs` epochs."""
         if self.epsilon is None:
             towards = "by class" if self.source == "classes" else self.source
-            return f"up to {own_epsilon(self.num_classes, epochs * self.passes):.2g} {towards}"
+            return f"up to {own_epsilon(self.choices, epochs * self.passes):.2g} {towards}"
         return f"{self.epsilon:g} {self.source} {self.schedule}"
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,12 +211,14 @@ class DynamicLabelSmoothing(nn.Module):
             logits: (B, K). Only the ``confidence`` schedule uses them, as constants.
             target: Class indices (B,) or mixtures (B, K).
         """
+        check_dense(target, self.criterion.form)
         y = soft_targets(target, self.num_classes)
         epsilon = (
             confidence(self.criterion.scores(logits), self.epsilon) if self.schedule == "confidence" else self.epsilon_t
         )
         # By the matrix product, q of a mixture is the mixture of its classes' q.
-        q = y @ self.table if self.source == "classes" else y.new_full((self.num_classes,), 1 / self.num_classes)
+        flat = flat_target(self.num_classes, self.criterion.form)
+        q = y @ self.table if self.source == "classes" else y.new_full((self.num_classes,), flat)
         return smooth(y, epsilon, q), epsilon.mean()
 
     def forward(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

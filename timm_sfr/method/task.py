@@ -78,6 +78,7 @@ class SFRTask(EpochTask):
             `FeatureDistillationTask`. Its loss replaces L_cls, including the smoothing, which is dynamic if the task's
             criterion is a `SmoothedLoss`.
         loss: The form of L_cls, such as ``LossForm(bce=True)``; by default cross-entropy. With a base, that of its loss.
+            Images with several labels need ``LossForm(bce=True, multi_label=True)``.
         device: The device of the task's tensors; by default the model's.
         dtype: As in timm.
         verbose: Whether to log the chosen taps.
@@ -174,7 +175,7 @@ class SFRTask(EpochTask):
         Args:
             input: Images, (B, C, H, W); with views, all first ones, then all second ones, and so on. NaFlex's dictionaries of
                 patches are not supported.
-            target: Class indices (B,), or distributions (B, K) from mixup or CutMix.
+            target: Class indices (B,), or distributions (B, K) from mixup or CutMix; of several labels, 0 to 1 for each class.
 
         Returns:
             ``loss`` = ``task_loss`` + ``sfr_weight`` * ``sfr_loss`` (scalars), ``output`` (B, K), and ``smoothing``,

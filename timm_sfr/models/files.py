@@ -13,18 +13,27 @@ from torch import nn
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.hub_client import reason
 
+PROBLEM, SEVERAL_LABELS = (
+    "problem_type",
+    "multi_label_classification",
+)  # a key of config.json and its value, as transformers'
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # Keys in an architecture's default configuration that describe the weights that timm publishes, not ours.
 PROVENANCE = (
     "tag", "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "origin_url", "paper_ids", "paper_name",
     "license", "notes", "description", "custom_load", "test_input_size", "test_crop_pct", "test_pool_size", "label_names",
-    "label_descriptions", "label_offset",
+    "label_descriptions", "label_offset", PROBLEM,
 )  # fmt: skip
 
 
 def own_config(config: dict[str, Any]) -> dict[str, Any]:
     """Returns timm's pretrained configuration of an architecture without the keys on the weights that timm publishes."""
     return {key: value for key, value in config.items() if key not in PROVENANCE}
+
+
+def several_labels(model: nn.Module) -> bool:
+    """Returns whether an image may have several of the model's classes, as its ``config.json`` says."""
+    return model.pretrained_cfg.get(PROBLEM) == SEVERAL_LABELS
 
 
 def check_folder(folder: Path, name: str, weights: bool) -> None:

@@ -6,6 +6,7 @@ references to other files or places in a configuration are not followed.
 
 from __future__ import annotations
 
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 
 from timm_sfr.config import DEFAULT_MODEL, ModelConfig, check_repo_id
 from timm_sfr.method.probe import MISFITS, model_name
-from timm_sfr.models.files import CONFIG, WEIGHTS, _damaged, check_dtypes, check_folder, own_config
+from timm_sfr.models.files import CONFIG, PROBLEM, WEIGHTS, _damaged, check_dtypes, check_folder, own_config
 from timm_sfr.models.zoo import ZooEntry, loading, zoo
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import HubError, UserError, near_matches, near_paths
@@ -229,6 +230,9 @@ def _from_folder(folder: Path, name: str, arguments: dict[str, Any]) -> nn.Modul
     """Returns timm's model from the files in `folder`, loading only safetensors."""
     check_folder(folder, name, arguments["pretrained"])
     model = _create(f"local-dir:{folder}", name, arguments)
+    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get(PROBLEM)
+    if kind is not None:
+        model.pretrained_cfg[PROBLEM] = kind  # timm leaves it out
     if arguments["pretrained"]:
         check_dtypes(folder, model, name)
     return model

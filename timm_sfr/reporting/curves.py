@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timm_sfr.runs.records import TERMS, Run
+from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES
 
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b82c4", "#e07b39", "#3f9c66", "#9467bd", "#d1495b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)
@@ -13,7 +14,9 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)
 # The curves that compare runs: a column of summary.csv, and its title.
 SHARED = (
     ("train_loss", "training loss"), ("val_loss", "validation loss"), ("val_top1", "validation top-1, %"),
-    ("val_top5", "validation top-5, %"), *((term.name, term.title) for term in TERMS[1:] if term.title),
+    ("val_top5", "validation top-5, %"),
+    *((f"val_{name}", f"validation {TITLES[name]}, %") for name in PERCENT[MULTILABEL]),
+    *((term.name, term.title) for term in TERMS[1:] if term.title),
     ("lr", "learning rate"), ("images_per_second", "training images/s"),
 )  # fmt: skip
 # The panels of one run: file name, title, and the columns of summary.csv that share the axes.
@@ -23,7 +26,9 @@ PANELS = (
     ("features", "feature loss", (("sfr_loss", "raw", ORANGE), ("weighted", "weighted by λ", GREEN))),
     ("terms", "parts of the task term", (("cls_loss", "classification, raw", BLUE), ("kd_loss", "distillation, raw", GREEN),
                                          ("jsd_loss", "JSD of the views, raw", PURPLE))),
-    ("score", "validation score, %", (("val_top1", "top-1", BLUE), ("val_top5", "top-5", GREY))),
+    ("score", "validation score, %", (("val_top1", "top-1", BLUE), ("val_top5", "top-5", GREY),
+                                          ("val_map", "mAP", BLUE), ("val_micro_f1", "micro F1", GREEN),
+                                          ("val_macro_f1", "macro F1", PURPLE), ("val_sample_f1", "sample F1", GREY))),
     ("lr", "learning rate", (("lr", "learning rate", PURPLE),)),
     ("sfr", "weight λ and smoothing ε", (("sfr_weight", "λ", ORANGE), ("smoothing", "ε", RED))),
     ("speed", "training images/s", (("images_per_second", "images/s", GREEN),)),

@@ -32,13 +32,19 @@ class Sample:
 
     Attributes:
         index: Its index in the split.
-        target: Its class.
+        target: Its class; if it may have several, an array (K,) of 0 and 1.
         pixels: The model's input before normalisation, uint8 (C, H, W).
     """
 
     index: int
-    target: int
+    target: Any
     pixels: Tensor
+
+    def label(self, names: Sequence[str]) -> str:
+        """Returns its class in words, or its classes, by their names; a class without a name is a number."""
+        if isinstance(self.target, int):
+            return names[self.target] if self.target < len(names) else str(self.target)
+        return ", ".join(names[k] for k in np.flatnonzero(self.target)) or "no class"
 
 
 class Gallery:

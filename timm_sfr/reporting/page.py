@@ -27,8 +27,16 @@ from timm_sfr.reporting.curves import COLOURS, Panel, own_panels, shared_panels
 from timm_sfr.reporting.gallery import SMALL, Gallery, Sample, data_uri
 from timm_sfr.reporting.tap_matches import TapMatch, tap_matches
 from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
-from timm_sfr.runs.predictions import ECE_BINS, PREDICTIONS, PredictionTable, read_predictions
+from timm_sfr.runs.predictions import (
+    CLASS_SCORES,
+    ECE_BINS,
+    PREDICTIONS,
+    PredictionTable,
+    read_class_scores,
+    read_predictions,
+)
 from timm_sfr.runs.records import Run, read_finished
+from timm_sfr.runs.scores import MULTILABEL, TITLES, shown_percents
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import replace_atomically, write_whole
 
@@ -99,6 +107,8 @@ def write_comparison(
 def _load_predictions(run: Run, notes: list[str]) -> PredictionTable | None:
     """Returns the best model's predictions; None, with a note, if the file is missing, damaged or of another model."""
     path, best = run.path / PREDICTIONS, run.metrics["best"]
+    if run.task == MULTILABEL:
+        return None
     if not path.is_file():
         notes.append(f"There is no {PREDICTIONS}: several processes validated a stream, or the run was made by a version that "
                      "did not save predictions.")  # fmt: skip
@@ -140,7 +150,8 @@ def _page_values(
         "command": f"python train_sfr.py --config {shlex.quote(str(run.path / 'args.yaml'))}",
         "recipe": yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True),
         "classes": [], "pairs": [], "mistakes": [], "matches": [], "channel_figures": [], "deep": "",
-        "count": run.options.get("num_classes") or 0,
+        "titles": TITLES, "labels": _by_label(run, notes),
+        "percents": shown_percents(run.task, run.options.get("num_classes") or 1),
     }  # fmt: skip
     page["curves"] = [_curve(panel) for panel in own_panels(run)]
     page |= {name: _svg(figure, name, name) for name, figure in drawings.items()
@@ -181,6 +192,17 @@ def _open_run(
     except UserError as error:
         notes.append(f"The images cannot be shown: {error}")
         return (model, prep, config), None
+
+
+def _by_label(run: Run, notes: list[str]) -> list[dict[str, Any]]:
+    """Returns the scores of each class, the lowest AP first, if an image may have several classes; else an empty list."""
+    if run.task != MULTILABEL:
+        return []
+    try:
+        return sorted(read_class_scores(run.path / CLASS_SCORES), key=lambda row: row["ap"])
+    except UserError as error:
+        notes.append(f"Scores by class are left out: {error}")
+        return []
 
 
 def _by_class(table: PredictionTable, wrong: list[tuple[int, int, int]], names: list[str]) -> list[dict[str, Any]]:
@@ -227,13 +249,12 @@ def _sfr_values(
     samples = gallery.spread(table.target if table is not None else None, count)
     if not samples:
         raise UserError("no image of the validation split decodes")
-    names = names + [str(k) for k in range(len(names), 1 + max(one.target for one in samples))]
     plan = choose_taps(model, prep.input_size, config.sfr.taps)
     maps = _projection(run, plan) if config.sfr.channels == "projection" else None
     images = prep.normalize(torch.stack([sample.pixels for sample in samples]))
     matches = tap_matches(model, plan, config.sfr, images, maps)
     shown = samples[:SFR_IMAGES]
-    pictures = [{"uri": data_uri(one.pixels), "small": _is_small(one), "name": names[one.target]} for one in shown]
+    pictures = [{"uri": data_uri(one.pixels), "small": _is_small(one), "name": one.label(names)} for one in shown]
     return {
         "deep": plan.deep.module, "options": config.sfr, "images": pictures,
         "height": 100 * prep.input_size[1] / prep.input_size[2],

@@ -1,14 +1,17 @@
 """A model's predictions for all images of a split: kept on the device during validation, written to ``predictions.csv``.
 
+If an image may have several classes, ``classes.csv`` has the scores of each class instead.
+
 Shape suffixes: B batch, n images, K classes.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +21,9 @@ from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import replace_atomically
 
 PREDICTIONS = "predictions.csv"
+CLASS_SCORES = "classes.csv"
 COLUMNS = ("index", "file", "target", "prediction", "confidence")
+CLASS_COLUMNS = ("index", "class", "images", "ap", "precision", "recall", "f1")
 ECE_BINS = 15
 
 
@@ -28,9 +33,12 @@ class Predictions:
 
     Attributes:
         parts: One tensor (3, B) per batch, on the device: targets, predictions, confidences.
+        by_class: If an image may have several classes, returns the scores of each class in place of these, (K, 5), as
+            `write_class_scores` takes them.
     """
 
     parts: list[Tensor] = field(default_factory=list)
+    by_class: Callable[[], np.ndarray] | None = None
 
     def add(self, target: Tensor, prediction: Tensor, confidence: Tensor) -> None:
         """Adds a batch, three tensors (B,), without waiting for the device."""
@@ -132,3 +140,36 @@ def read_predictions(path: Path, classes: int = 10**7) -> PredictionTable:
     except (OSError, KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
         raise UserError(f"cannot read {path.name}: {error}") from error
     return PredictionTable(files, target, prediction, confidence)
+
+
+def write_class_scores(path: Path, scores: np.ndarray, names: Sequence[str]) -> None:
+    """Writes the scores of each class, (K, 5), to a CSV file, atomically: images, then AP, precision, recall and F1 in percent.
+
+    Args:
+        path: The file.
+        scores: The scores.
+        names: The names of the classes, (K,).
+    """
+
+    def write(fresh: Path) -> None:
+        with fresh.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            writer.writerow(CLASS_COLUMNS)
+            for index, (name, (images, *percents)) in enumerate(zip(names, scores.tolist(), strict=True)):
+                writer.writerow((index, name, int(images), *(f"{value:.8g}" for value in percents)))
+
+    replace_atomically(path, write)
+
+
+def read_class_scores(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of `write_class_scores`: a row for each class, with the columns as numbers but its name.
+
+    Raises:
+        UserError: if the file cannot be read or has invalid contents.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        return [{key: row[key] if key == "class" else float(row[key]) for key in CLASS_COLUMNS} for row in rows]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"cannot read {path.name}: {error}") from error

@@ -19,6 +19,7 @@ import timm
 import torch
 import yaml
 
+from timm_sfr.runs.scores import CLASSIFICATION, MULTILABEL, PERCENT, metrics_of, recorded_scores, task_of
 from timm_sfr.utils.console import counted
 from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import read_yaml, replace_atomically, write_whole
@@ -66,17 +67,20 @@ def term_names(teacher: bool, jsd: bool = False) -> tuple[str, ...]:
     return tuple(term.name for term in TERMS if not term.parts or has & set(term.parts))
 
 
-def columns(teacher: bool, jsd: bool = False, sized: bool = False) -> tuple[str, ...]:
+def columns(teacher: bool, jsd: bool = False, sized: bool = False, task: str = CLASSIFICATION) -> tuple[str, ...]:
     """Returns the columns of summary.csv; with `sized`, for training images whose size changes, also their mean size."""
     always = [term.name for term in TERMS if not term.parts]
     further = [name for name in term_names(teacher, jsd) if name not in always]
     return (
-        "epoch", "lr", "train_loss", "task_loss", *further, *always[2:], "val_loss", "val_top1", "val_top5", "images_per_second",
+        "epoch", "lr", "train_loss", "task_loss", *further, *always[2:], "val_loss",
+        *(f"val_{name}" for name in PERCENT[task]), "images_per_second",
         *(["train_img_size"] if sized else []),
     )  # fmt: skip
 
 
-def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None) -> dict[str, Any]:
+def epoch_row(
+    epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None, task: str = CLASSIFICATION
+) -> dict[str, Any]:
     """Returns a row of summary.csv; losses are means over the epoch's images.
 
     train_loss = task_loss + sfr_weight * sfr_loss. With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss;
@@ -88,13 +92,13 @@ def epoch_row(epoch: int, lr: float, train: dict[str, float], val: dict[str, flo
         "train_loss": train["loss"],
         **{name: value for name, value in train.items() if name != "loss"},
     }
-    for name in ("loss", "top1", "top5"):
+    for name in metrics_of(task):
         row[f"val_{name}"] = val[name] if val else ""
     return {name: row[name] for name in columns(*_parts([row]))}
 
 
-def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
-    """Returns the log line of an epoch; `top5`: whether the top-5 says anything, with more than five classes."""
+def log_line(row: dict[str, Any], epochs: int, shown: Sequence[str] = PERCENT[CLASSIFICATION]) -> str:
+    """Returns the log line of an epoch, with the scores `shown` in percent."""
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"lr {row['lr']:.3g}", f"loss {row['train_loss']:.4f}"]
     terms = []
     if "kd_loss" in row:
@@ -106,10 +110,9 @@ def log_line(row: dict[str, Any], epochs: int, top5: bool = True) -> str:
         terms.append(f"{row['sfr_weight']:.3g} x sfr {row['sfr_loss']:.4f}")
     if terms:
         parts.append("= " + " + ".join(terms))
-    if row["val_top1"] != "":
-        parts.append(f"| val loss {row['val_loss']:.4f} top1 {row['val_top1']:.2f}")
-        if top5:
-            parts.append(f"top5 {row['val_top5']:.2f}")
+    if row["val_loss"] != "":
+        parts.append(f"| val loss {row['val_loss']:.4f}")
+        parts += [f"{name} {row[f'val_{name}']:.2f}" for name in shown]
     if row.get("train_img_size"):
         parts.append(f"| {row['train_img_size']:.0f} px")
     return " ".join([*parts, f"| {row['images_per_second']:.0f} images/s"])
@@ -150,9 +153,12 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _parts(rows: list[dict[str, Any]]) -> tuple[bool, ...]:
-    """Returns the arguments of `columns` for rows: whether any has the terms of a teacher, of views, or a size that changes."""
-    return tuple(any(name in row for row in rows) for name in ("kd_loss", "jsd_loss", "train_img_size"))
+def _parts(rows: list[dict[str, Any]]) -> tuple[bool, bool, bool, str]:
+    """Returns the arguments of `columns` for rows: what terms and sizes any of them has, and the task."""
+    teacher, jsd, sized, multilabel = (
+        any(name in row for row in rows) for name in ("kd_loss", "jsd_loss", "train_img_size", "val_map")
+    )
+    return teacher, jsd, sized, MULTILABEL if multilabel else CLASSIFICATION
 
 
 def write_args(path: Path, values: dict[str, Any]) -> None:
@@ -205,6 +211,11 @@ class Run:
         return int(self.options.get("seed", 0))
 
     @property
+    def task(self) -> str:
+        """What the run has trained: one class an image, or any number."""
+        return task_of(self.options)
+
+    @property
     def test(self) -> dict[str, Any] | None:
         """The scores on the test split; None if it was not scored."""
         return self.metrics.get("test")
@@ -251,11 +262,11 @@ def read_finished(path: Path) -> Run:
 def _check(run: Run) -> None:
     """Raises KeyError, TypeError, ValueError or AttributeError if a value that readers need is missing or invalid."""
     for when in ("best", "last"):
-        for name in ("epoch", "images", "ece", "val_top1", "val_top5", "val_loss"):
-            float(run.metrics[when][name])
+        for name in ("epoch", "images", *recorded_scores(run.task)):
+            float(run.metrics[when][name if name in ("epoch", "images", "ece") else f"val_{name}"])
     for name in ("epochs", "parameters", "seconds", "seed"):
         float(run.metrics[name])
-    for name in ("epoch", "images", "top1", "top5", "loss", "ece") if run.test is not None else ():
+    for name in ("epoch", "images", *recorded_scores(run.task)) if run.test is not None else ():
         float(run.test[name])
     for name in ("model", "dataset", "hardware", "mixed_precision", "eval_metric"):
         str(run.metrics[name])

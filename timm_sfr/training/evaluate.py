@@ -5,20 +5,27 @@ Shape suffixes: B batch, V views of an image, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.task.evaluator import MultiLabelClassificationEvaluator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from timm_sfr.data.transforms import Preprocessing, plain_view
 from timm_sfr.runs.predictions import ECE_BINS, Predictions
 
+WRONG = 1e4  # a logit that stands for a prediction as wrong as can be
+
 
 class Scores:
     """Validation sums on the device: images, loss, top-1, top-5 and the calibration bins."""
+
+    by_class = None
 
     def __init__(self, device: torch.device) -> None:
         # float64 counts exactly and sums many losses accurately; Apple's GPUs do not have it.
@@ -68,6 +75,61 @@ class Scores:
         }
 
 
+class LabelScores:
+    """Validation of images with several labels, by timm's `MultiLabelClassificationEvaluator`, on all logits at the end.
+
+    Args:
+        device: The device of the sums.
+        threshold: The probability from which on a class counts as predicted.
+    """
+
+    def __init__(self, device: torch.device, threshold: float) -> None:
+        self.evaluator = MultiLabelClassificationEvaluator(device, threshold=threshold)
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, logits: Tensor, target: Tensor) -> None:
+        """Adds a batch of logits and labels, 0 or 1, both (B, K).
+
+        For an image with a logit that is not finite, every label counts as wrong, and the loss is not finite.
+        """
+        logits = logits.float()
+        finite = logits.isfinite().all(1)
+        self.nonfinite += (~finite).sum()
+        self.evaluator.update(logits.where(finite[:, None], (1 - 2 * target) * WRONG), target)
+
+    def shared(self, accelerator: Any, loader: DataLoader) -> LabelScores:
+        """Returns itself: there are no streams of images with several labels."""
+        return self
+
+    def result(self) -> dict[str, float]:
+        """Returns ``images``, ``loss``, ``map``, ``micro_f1``, ``macro_f1``, ``sample_f1`` (percent), and ``nonfinite``.
+
+        ``loss`` is the binary cross-entropy, mean over images and classes. ``map`` is the mean over the classes of the average
+        precision. Classes without positives count as 0, as in timm.
+        """
+        found, nonfinite = self.evaluator.compute(), int(self.nonfinite)
+        loss = math.nan if nonfinite else found["loss"]
+        return {"images": self.evaluator.num_samples, **found, "loss": loss, "nonfinite": nonfinite}
+
+    def by_class(self) -> np.ndarray:
+        """Returns the scores of each class, (K, 5): images that have it; AP, precision, recall and F1 in percent."""
+        from sklearn.metrics import average_precision_score, precision_recall_fscore_support  # slow to import
+
+        evaluator = self.evaluator
+        logits, target = (torch.cat(parts).numpy() for parts in (evaluator.outputs, evaluator.targets))
+        predicted = torch.from_numpy(logits).sigmoid().numpy() >= evaluator.threshold
+        precision, recall, f1, images = precision_recall_fscore_support(
+            target, predicted, average=None, zero_division=0
+        )
+        ap = [average_precision_score(target[:, k], logits[:, k]) if images[k] else 0.0 for k in range(len(images))]
+        return np.stack([images, *(100 * np.asarray(values) for values in (ap, precision, recall, f1))], 1)
+
+
+def new_scores(device: torch.device, threshold: float | None) -> Scores | LabelScores:
+    """Returns the sums of a validation; with a `threshold`, an image may have several labels."""
+    return Scores(device) if threshold is None else LabelScores(device, threshold)
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -76,6 +138,7 @@ def evaluate(
     accelerator: Any,
     seen: Predictions | None = None,
     watch: Callable[[Iterable], Iterable] = iter,
+    threshold: float | None = None,
 ) -> dict[str, float]:
     """Returns the scores of `model` over the whole split, the same on every process.
 
@@ -89,12 +152,15 @@ def evaluate(
         accelerator: Accelerate's.
         seen: Collects the prediction for every image; for a stream, only for the images of this process.
         watch: Wraps the loader, to count its batches.
+        threshold: If an image may have several labels, the probability from which on one counts as predicted.
     """
-    scores = Scores(accelerator.device)
+    scores = new_scores(accelerator.device, threshold)
     for logits, target in _outputs(model, loader, prep, accelerator, watch):
-        prediction, confidence = scores.add(logits[:, 0], target)
-        if seen is not None:
-            seen.add(target, prediction, confidence)
+        found = scores.add(logits[:, 0], target)
+        if seen is not None and found is not None:
+            seen.add(target, *found)
+    if seen is not None:
+        seen.by_class = scores.by_class
     return scores.shared(accelerator, loader).result()
 
 
@@ -105,13 +171,14 @@ def evaluate_views(
     prep: Preprocessing,
     accelerator: Any,
     watch: Callable[[Iterable], Iterable] = iter,
+    threshold: float | None = None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Returns the scores on the plain view of every image, and those of test-time augmentation.
 
     The logits of test-time augmentation are the mean of those of all views, as in timm. The arguments are those of
     `evaluate`; the loader's images are (B, V, C, H, W).
     """
-    plain, augmented = Scores(accelerator.device), Scores(accelerator.device)
+    plain, augmented = (new_scores(accelerator.device, threshold) for _ in range(2))
     for logits, target in _outputs(model, loader, prep, accelerator, watch):
         plain.add(logits[:, plain_view(logits.shape[1])], target)
         augmented.add(logits.float().mean(1), target)

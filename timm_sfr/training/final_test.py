@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.models.files import WEIGHTS
+from timm_sfr.runs.scores import CLASSIFICATION, MULTILABEL, recorded_scores
 from timm_sfr.training.evaluate import evaluate
 from timm_sfr.training.progress import watched
 from timm_sfr.utils.errors import UserError, brief
@@ -42,8 +43,12 @@ def exported(model: nn.Module, folder: Path, accelerator: Any) -> nn.Module:
 
 
 def score_split(
-    model: nn.Module, loader: DataLoader, prep: Preprocessing, accelerator: Any
+    model: nn.Module, loader: DataLoader, prep: Preprocessing, accelerator: Any, threshold: float | None = None
 ) -> tuple[dict[str, float], int]:
-    """Returns the scores of `model` on a split, and for how many images its outputs are not finite."""
-    scores = evaluate(model, loader, prep, accelerator, watch=partial(watched, name="test"))
-    return {name: scores[name] for name in ("images", "top1", "top5", "loss", "ece")}, int(scores["nonfinite"])
+    """Returns the scores of `model` on a split, and for how many images its outputs are not finite.
+
+    The arguments are those of `evaluate`.
+    """
+    scores = evaluate(model, loader, prep, accelerator, watch=partial(watched, name="test"), threshold=threshold)
+    names = ("images", *recorded_scores(CLASSIFICATION if threshold is None else MULTILABEL))
+    return {name: scores[name] for name in names}, int(scores["nonfinite"])

@@ -131,7 +131,7 @@ def find_rate(config: RunConfig, low: float, high: float, count: int) -> RangeTe
         accelerator = start(config)
         learner, _, note = assemble(config, accelerator)
         rates = exponential_rates(low, high, count)
-        mixup = create_mixup(learner.config.aug, learner.config.model.num_classes)
+        mixup = create_mixup(learner.config.aug, learner.config.model.num_classes, learner.config.data.multilabel)
         losses = range_test(learner, mixup, rates)
         images = learner.global_batch * learner.config.optim.grad_accum_steps
         main = accelerator.is_main_process

@@ -10,13 +10,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
 
 from timm_sfr.runs.records import log_line
+from timm_sfr.runs.scores import CLASSIFICATION, PERCENT, TITLES
 from timm_sfr.utils.console import clock, fields, logger
 
 Item = TypeVar("Item")
@@ -35,7 +36,7 @@ class Progress:
         val_interval: Epochs between validations.
         log_interval: Batches between checks whether a line is due.
         main: Whether this process prints.
-        top5: Whether there are enough classes for the top-5 to say anything.
+        shown: The scores in percent that an epoch's line has, the main one first.
     """
 
     def __init__(
@@ -45,9 +46,9 @@ class Progress:
         val_interval: int,
         log_interval: int,
         main: bool,
-        top5: bool = True,
+        shown: Sequence[str] = PERCENT[CLASSIFICATION],
     ) -> None:
-        self.top5 = top5
+        self.shown = shown
         self.epochs, self.steps, self.val_steps = epochs, max(1, steps[0]), steps[1]
         self.val_interval, self.log_interval = val_interval, log_interval
         self.main, self.bars = main, main and sys.stderr.isatty()
@@ -115,11 +116,12 @@ class Progress:
 
     def end(self, row: dict[str, Any]) -> None:
         """Ends an epoch: prints its row of summary.csv as a line."""
-        if row["val_top1"] != "":
-            self.score = f"top-1 {row['val_top1']:.2f} (epoch {self.epoch + 1}), "
+        if row["val_loss"] != "":
+            main = self.shown[0]
+            self.score = f"{TITLES[main]} {row[f'val_{main}']:.2f} (epoch {self.epoch + 1}), "
         self._end_bar()
         self._draw()
-        logger.info(log_line(row, self.epochs, self.top5), extra=fields("epoch", **row))
+        logger.info(log_line(row, self.epochs, self.shown), extra=fields("epoch", **row))
 
     @property
     def mean_loss(self) -> float:

@@ -20,7 +20,7 @@ from timm_sfr.hub.card import Facts
 from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.runs.checkpoints import save_checkpoint
 from timm_sfr.runs.folder import Workspace
-from timm_sfr.runs.predictions import PREDICTIONS, Predictions, write_predictions
+from timm_sfr.runs.predictions import CLASS_SCORES, PREDICTIONS, Predictions, write_class_scores, write_predictions
 from timm_sfr.runs.records import write_args, write_summary
 from timm_sfr.training.run_state import RunState
 from timm_sfr.utils.console import logger
@@ -137,6 +137,10 @@ class Recorder:
     def _write_predictions(self, seen: Predictions) -> None:
         path = self.workspace.run / PREDICTIONS
         path.unlink(missing_ok=True)  # the old file belongs to other weights, even if writing the new one fails
+        if seen.by_class is not None:
+            (self.workspace.run / CLASS_SCORES).unlink(missing_ok=True)
+            write_class_scores(self.workspace.run / CLASS_SCORES, seen.by_class(), self.train.class_names)
+            return
         if not self.ordered:
             return
         rows, dataset = seen.rows(), self.val.dataset

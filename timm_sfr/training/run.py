@@ -39,6 +39,7 @@ from timm_sfr.models.teacher import Teacher, changed, headline, open_teacher
 from timm_sfr.runs.checkpoints import load_newest, set_aside
 from timm_sfr.runs.folder import Workspace, open_workspace
 from timm_sfr.runs.records import hardware, read_summary, term_names, versions
+from timm_sfr.runs.scores import PERCENT, shown_percents
 from timm_sfr.training.batch_size import MOST, has_own_memory, power_of_two, probe_batch
 from timm_sfr.training.devices import explained_errors, keep_freed_blocks, make_accelerator
 from timm_sfr.training.forecast import Circumstances, advice
@@ -142,7 +143,7 @@ def prepare(
         signals=Signals(accelerator),
         val_loader=loader,
         prep=built.prep,
-        mixup=create_mixup(config.aug, built.num_classes),
+        mixup=create_mixup(config.aug, built.num_classes, config.data.multilabel),
         test_loader=None if built.data.test is None else lambda: _test_loader(built, resolved, accelerator, workspace),
     )
 
@@ -291,10 +292,16 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
         metric = trainer.config.engine.eval_metric
         why = f"the validation's {metric} was never finite; {ADVICE}" if last else "none was validated; raise --epochs"
         raise UserError(f"epochs: all {state.epoch} epochs of {run} are done, but {why}")
-    say(f"best val_top1 {best['val_top1']:.2f} at epoch {best['epoch'] + 1}, last {last['val_top1']:.2f}", "best",
-        best=best, last=last)  # fmt: skip
+    task = trainer.config.data.task
+    main = f"val_{PERCENT[task][0]}"
+    say(
+        f"best {main} {best[main]:.2f} at epoch {best['epoch'] + 1}, last {last[main]:.2f}",
+        "best",
+        best=best,
+        last=last,
+    )
     if state.test:
-        say(_test_line(state.test, trainer.config.model.num_classes), "test", test=state.test)
+        say(_test_line(state.test, task, trainer.config.model.num_classes), "test", test=state.test)
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
         raise UserError(
             f"resume: the model/ of {str(run)!r} is gone, and only a new best epoch writes it; raise --epochs"
@@ -402,12 +409,14 @@ def _build(
     hub = resolve_hub(config, model, teacher.facts if teacher is not None else None)
     if reachable:
         on_main(accelerator, lambda: check_card(hub, config.flat()))
-    exporter = Exporter(model, prep, names, hub) if accelerator.is_main_process else None
+    exporter = Exporter(model, prep, names, hub, config.data.multilabel) if accelerator.is_main_process else None
     if config.model.split_bn:  # after the exporter's copy, which has the plain model's keys
         model = split_batchnorm(model, max(2, config.aug.aug_splits))
     size, device = prep.input_size, accelerator.device
     loss = config.loss.form(
-        config.aug.aug_splits, resolve_class_weights(config.loss.class_weights, data.train, num_classes, names)
+        config.aug.aug_splits,
+        resolve_class_weights(config.loss.class_weights, data.train, num_classes, names),
+        config.data.multilabel,
     )
     if task is not None and loss != LossForm():
         raise UserError(f"loss: a custom task computes its own; leave out {loss.describe()}")
@@ -432,10 +441,11 @@ def _test_loader(built: Built, config: RunConfig, accelerator: Any, workspace: W
     return loader
 
 
-def _test_line(test: dict[str, Any], num_classes: int | None) -> str:
+def _test_line(test: dict[str, Any], task: str, num_classes: int | None) -> str:
     """Returns the line with the test scores, which ends a run."""
-    top5 = f", top5 {test['top5']:.2f}" if (num_classes or 1000) > 5 else ""
-    return (f"test top1 {test['top1']:.2f}{top5}, loss {test['loss']:.4f}, ECE {test['ece']:.4f} on {test['images']} images of "
+    percents = ", ".join(f"{name} {test[name]:.2f}" for name in shown_percents(task, num_classes))
+    ece = f", ECE {test['ece']:.4f}" if "ece" in test else ""
+    return (f"test {percents}, loss {test['loss']:.4f}{ece} on {test['images']} images of "
             f"split {test['split']!r}, scored once with the weights of epoch {test['epoch'] + 1}")  # fmt: skip
 
 
@@ -588,8 +598,8 @@ def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str
     if not has_own_memory(accelerator.device):
         default = fitted or f"batch size {config.data.batch}, the default"
         return config, f"{default}; --batch-size {AUTO} probes the memory of GPUs, not that of the CPU"
-    train, device, mixup = built.data.train, accelerator.device, create_mixup(config.aug, built.num_classes)
-
+    train, device = built.data.train, accelerator.device
+    mixup = create_mixup(config.aug, built.num_classes, config.data.multilabel)
     views, (channels, height, width) = max(1, config.aug.aug_splits), built.prep.input_size
     dtype = getattr(torch, config.model.model_dtype or "float32")
     if config.sizes.train_img_sizes is not None:
@@ -598,6 +608,8 @@ def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str
     def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
         images = torch.randn(size * views, channels, height, width, device=device, dtype=dtype)
         target = torch.randint(built.num_classes, (size,), device=device).repeat(views)
+        if config.data.multilabel:
+            target = torch.nn.functional.one_hot(target, built.num_classes).float()
         return augment(images, target, None, mixup, config.model.channels_last)
 
     most = power_of_two(MOST if train.streamed else min(MOST, len(train.dataset) // accelerator.num_processes))
@@ -619,6 +631,11 @@ def _num_classes(config: RunConfig, train: Split) -> int:
                 f"data: expected at least 2 classes; got {len(train.class_names)}: {list(train.class_names)}"
             )
         return len(train.class_names)
+    if config.data.multilabel and len(train.class_names or ()) != config.model.num_classes:
+        raise UserError(
+            f"num-classes: expected {len(train.class_names or ())}, the classes of the labels; got {config.model.num_classes}; "
+            "leave the option out"
+        )
     if train.class_names and len(train.class_names) > config.model.num_classes:
         raise UserError(
             f"num-classes: the data has {len(train.class_names)} classes; got {config.model.num_classes}; leave the option out"

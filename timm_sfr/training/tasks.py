@@ -22,7 +22,7 @@ from timm.task import (
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from timm_sfr.method.classification import ClassificationLoss, jsd_terms, soft_targets
+from timm_sfr.method.classification import ClassificationLoss, flat_target, jsd_terms, soft_targets
 from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.method.probe import model_name
 from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, smooth
@@ -35,7 +35,7 @@ class PlainLoss(nn.Module):
     """The classification loss in float32 with constant uniform smoothing, for class indices or mixtures of classes.
 
     Args:
-        smoothing: eps; the targets are (1 - eps) y + eps / K.
+        smoothing: eps; the targets are (1 - eps) y + eps / K; of several labels, (1 - eps) y + eps / 2.
         form: The form of the loss; by default cross-entropy.
     """
 
@@ -53,7 +53,7 @@ class PlainLoss(nn.Module):
             if not criterion.form.bce and criterion.class_weights is None:
                 return nn.functional.cross_entropy(logits, target, label_smoothing=self.smoothing)
             classes = logits.shape[-1]
-            uniform = logits.new_full((classes,), 1 / classes)
+            uniform = logits.new_full((classes,), flat_target(classes, criterion.form))
             return criterion(logits, smooth(soft_targets(target, classes), self.smoothing, uniform), target)
 
 

@@ -23,6 +23,7 @@ from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.runs.folder import Workspace
 from timm_sfr.runs.predictions import Predictions
 from timm_sfr.runs.records import epoch_row
+from timm_sfr.runs.scores import metrics_of, shown_percents
 from timm_sfr.training.evaluate import evaluate
 from timm_sfr.training.final_test import exported, score_split
 from timm_sfr.training.guards import ADVICE, Signals, interrupted, stopped, write_event
@@ -68,8 +69,8 @@ class Trainer(Learner):
     def __post_init__(self) -> None:
         steps = len(self.batches), length_of(self.val_loader)
         engine, main = self.config.engine, self.accelerator.is_main_process
-        top5 = (self.config.model.num_classes or 1000) > 5
-        self.progress = Progress(self.end, steps, engine.val_interval, engine.log_interval, main, top5)
+        shown = shown_percents(self.config.data.task, self.config.model.num_classes)
+        self.progress = Progress(self.end, steps, engine.val_interval, engine.log_interval, main, shown)
 
     @property
     def end(self) -> int:
@@ -156,7 +157,7 @@ class Trainer(Learner):
         model = self.exported_model()
         if self.config.optim.model_ema_force_cpu:
             model = copy.deepcopy(model).to(self.accelerator.device)
-        scores = evaluate(model, self.val_loader, self.prep, self.accelerator, self.seen, watch)
+        scores = evaluate(model, self.val_loader, self.prep, self.accelerator, self.seen, watch, self.config.threshold)
         if scores["nonfinite"]:
             found = (
                 f"non-finite outputs in validation, after update {self.state.updates}: of {scores['nonfinite']} of "
@@ -207,7 +208,7 @@ class Trainer(Learner):
             val = self.validate() if due else None
             self.schedule.after_epoch(epoch, val[engine.eval_metric] if val else None)
             state.epoch, state.seconds = epoch + 1, time.perf_counter() - self._started
-            state.rows.append(epoch_row(epoch, state.lr, train, val))
+            state.rows.append(epoch_row(epoch, state.lr, train, val, self.config.data.task))
             improved = val is not None and self._record(epoch, val)
             done = self.done
             self._write(improved, done)
@@ -232,7 +233,7 @@ class Trainer(Learner):
         if self.test_loader is None or not state.best or state.test:
             return False
         model = exported(self.exported_model(), self.workspace.run / "model", self.accelerator)
-        scores, nonfinite = score_split(model, self.test_loader(), self.prep, self.accelerator)
+        scores, nonfinite = score_split(model, self.test_loader(), self.prep, self.accelerator, self.config.threshold)
         if nonfinite:
             self.workspace.say(f"warning: non-finite outputs for {nonfinite} images of the test split; they count as wrong")
         state.test = {"split": self.config.data.test_split, "epoch": state.best["epoch"], **scores}
@@ -310,8 +311,9 @@ class Trainer(Learner):
 
     def _record(self, epoch: int, val: dict[str, float]) -> bool:
         """Records the scores of an epoch; returns whether they are the best so far."""
-        scores = {"epoch": epoch, "images": val["images"], "ece": val["ece"],
-                  **{f"val_{name}": val[name] for name in ("top1", "top5", "loss")}}  # fmt: skip
+        calibration = {name: val[name] for name in ("ece",) if name in val}
+        scores = {"epoch": epoch, "images": val["images"], **calibration,
+                  **{f"val_{name}": val[name] for name in metrics_of(self.config.data.task)}}  # fmt: skip
         self.state.last = scores
         metric = f"val_{self.config.engine.eval_metric}"
         sign = -1 if metric == "val_loss" else 1
