@@ -37,7 +37,7 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "device": ("cuda", "the GPU if there is one"),
 }
 # Defaults that are written in another way and mean the same.
-SAME = ("decay_epochs", "drop", "checkpoint_interval", "output")
+SAME = ("decay_epochs", "drop", "checkpoint_interval", "output", "eval_metric")
 
 
 @dataclass(frozen=True)

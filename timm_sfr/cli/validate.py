@@ -19,8 +19,8 @@ from timm_sfr.data.datasets import open_validation
 from timm_sfr.data.folders import SPLIT_FILE, lists_all
 from timm_sfr.data.loaders import eval_loader
 from timm_sfr.data.transforms import check_mode, preprocessing
-from timm_sfr.models.loading import create_model
 from timm_sfr.models.files import several_labels
+from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import hardware, recorded
 from timm_sfr.runs.scores import MULTILABEL, TITLES, recorded_scores, shown_percents
 from timm_sfr.training.devices import make_accelerator
