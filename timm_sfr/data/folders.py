@@ -178,7 +178,8 @@ def choose_split(scan: FolderScan, share: float, seed: int) -> tuple[FolderScan,
     """Returns the training and the validation part of a folder without splits.
 
     Each class gives the images with the smallest SHA-256 of seed and path to validation: the share, and at least one image if
-    the class has two. If an image may have several classes, all images are one class here. Adding files moves few images between the parts. The order of the listing has no effect.
+    the class has two. If an image may have several classes, all images are one class here. Adding files moves few images
+    between the parts. The order of the listing has no effect.
     """
     val: set[str] = set()
     of_class: dict[str, list[str]] = {}
