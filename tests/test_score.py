@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TORCHRUN, cut, run, summary, train
+from conftest import ROOT, TORCHRUN, cut, finished_run, run, summary, train
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
@@ -125,6 +125,14 @@ def test_a_finished_run_is_scored_when_it_was_not_and_once(tested, tmp_path):
     longer = train("--resume", folder, "--epochs", 3).stdout
     best = metrics(folder)["best"]["epoch"]
     assert ("test top1 12.50" in longer) == (best == test["epoch"]) and metrics(folder)["test"]["epoch"] == best
+
+
+def test_a_run_with_split_batchnorm_is_tested_with_its_plain_model(table, tmp_path):
+    words = (*TINY, "--dataset", f"csv/{table}", "--epochs", 1, "--test-split", "test", "--aug-splits", 2, "--split-bn")
+    run, said = finished_run(tmp_path, *words, "--report-interval", 0)
+    files, target = labelled(table, "test")
+    assert "scored once" in said
+    assert metrics(run)["test"]["loss"] == pytest.approx(expected_scores(probabilities(run, files), target)["loss"], abs=1e-5)
 
 
 @pytest.mark.slow
