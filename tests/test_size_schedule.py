@@ -197,6 +197,14 @@ def test_the_gradients_scale_with_the_batch():
         assert Trainer._scaled(trainer, torch.tensor(2.0), 0.25) == 2 * expected
 
 
+def test_a_batch_of_views_has_the_share_of_its_images():
+    learner = Learner.__new__(Learner)
+    learner.batches = SimpleNamespace(sizes=schedule(train_batch_sizes=(40, 32, 20, 10)))
+    for splits in (0, 3):
+        learner.config = RunConfig.from_flat({"dataset": "digits", "aug_splits": splits})
+        assert learner.share(max(1, splits) * 20) == 20 / learner.sizes.average_batch
+
+
 def test_sizes_that_the_model_or_the_data_do_not_have_are_one_line(tmp_path):
     quick = ("--epochs", 1, "--device", "cpu", "--output", tmp_path, "--input-size", 3, 32, 32, "--train-img-sizes", 32, 48)
     done = train("--model", "vit_tiny_patch16_224", *quick, ok=False)
