@@ -416,6 +416,8 @@ def _build(
         made.smoothing.passes = max(1.0, config.data.epoch_repeats)
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
+    if config.model.low_precision:
+        made.trainable_module.to(getattr(torch, config.model.model_dtype or "float32"))
     return Built(data, model, prep, num_classes, teacher, exporter, made, loss)
 
 
@@ -481,8 +483,6 @@ def _optimisation(
         module = module.to(memory_format=torch.channels_last)
     if config.engine.sync_bn and accelerator.num_processes > 1:
         module = convert_sync_batchnorm(module)
-    if config.model.low_precision:
-        module = module.to(getattr(torch, config.model.model_dtype or "float32"))
     task.trainable_module = module
     if optim.model_ema:
         if optim.model_ema_force_cpu and accelerator.num_processes > 1:
