@@ -281,6 +281,18 @@ def test_predictions_as_a_table(tested, folder, tmp_path, capsys):
     assert "csv: cannot write" in capsys.readouterr().err
 
 
+def test_a_run_that_ends_at_its_stop_epoch_is_published_without_local_paths(tested, tmp_path):
+    folder = shutil.copytree(tested[0], tmp_path / "run")
+    paths = {name: f"/home/me/{name}" for name in ("class_map", "class_weights", "pretrained_path", "initial_checkpoint")}
+    options = yaml.safe_load((folder / "args.yaml").read_text()) | {"stop_epoch": 2, "wandb_resume_id": "mine"} | paths
+    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    (folder / "metrics.json").write_text(json.dumps(metrics(folder) | {"epochs": 9}))
+    files = run_files(folder, "user/name", tmp_path)
+    args = yaml.safe_load(files["args.yaml"].read_text())
+    assert {name: args[name] for name in paths} == {name: name for name in paths} and "wandb_resume_id" not in args
+    assert "9 epochs, stopped after 2 (`stop_epoch`), opt sgd" in files["README.md"].read_text()
+
+
 def test_local_paths_of_the_data_are_not_published(tested, tmp_path):
     folder, place = tested[0], tmp_path
     files = run_files(folder, "user/name", place)
