@@ -194,7 +194,7 @@ def test_the_gradients_scale_with_the_batch():
         values = {"dataset": "digits", "train_img_sizes": (8, 16), "variable_batch_loss_scale": mode}
         trainer = Trainer.__new__(Trainer)
         trainer.config = RunConfig.from_flat(values)
-        assert Trainer._scaled(trainer, torch.tensor(2.0), 0.25) == 2 * expected
+        assert Trainer.scaled(trainer, torch.tensor(2.0), 0.25) == 2 * expected
 
 
 def test_a_batch_of_views_has_the_share_of_its_images():

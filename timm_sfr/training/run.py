@@ -362,8 +362,7 @@ def _forecast(trainer: Trainer) -> None:
     config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.end, trainer.state
     model, processes = trainer.exported_model(), trainer.accelerator.num_processes
     images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
-    mean_batch = trainer.global_batch if trainer.sizes is None else trainer.sizes.average_batch * processes
-    update = round(mean_batch * config.optim.grad_accum_steps)
+    update = round(trainer.mean_batch * config.optim.grad_accum_steps)
     run = Circumstances(model, images, update, config.optim.lr or 0.0, epochs, cores(), processes)
     for line in advice(config, run):
         say(line)
