@@ -62,6 +62,12 @@ def test_the_rate_is_for_the_size_that_was_found(small, tmp_path):
     assert learner.config.optim.lr == pytest.approx(0.1 * 32 / 256) and learner.batches.sampler.batch_size == 16
 
 
+def test_weights_of_16_bits_are_probed_as_they_are_trained(small):
+    config = RunConfig.from_flat({"batch_size": "auto", "model_dtype": "bfloat16", "train_img_sizes": (16, 24)})
+    learner, _, _ = training.assemble(config, training.start(config))
+    assert learner.config.data.batch_size == 16 and next(learner.module.parameters()).dtype == torch.bfloat16
+
+
 def test_nothing_is_left_of_a_probe():
     """Parameters, buffers, gradients and random numbers, also if it fails."""
     module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Dropout())

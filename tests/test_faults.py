@@ -262,6 +262,15 @@ def test_auto_takes_the_newest_run_of_the_same_options(digits_run, tmp_path, mon
     assert parse(["--output", str(tmp_path), "--lr", "0.1"])[1] == first
 
 
+@pytest.mark.parametrize("words", ["--input-size 3 16 16", "--amp --device cpu", "--start-epoch 1", "--no-resume-opt"])
+def test_auto_knows_options_that_a_run_records_otherwise(words, digits_run, tmp_path):
+    run = shutil.copytree(digits_run[0], tmp_path / "20260101-000000-resnet20_cifar")
+    args = yaml.safe_load((run / "args.yaml").read_text())
+    (run / "args.yaml").write_text(yaml.safe_dump({**args, "start_epoch": 1, "device": "cpu", "mixed_precision": "bf16"}))
+    for more, found in ((words.split(), run), (["--input-size", "3", "16", "24"], None), (["--start-epoch", "2"], None)):
+        assert parse(["--resume", "auto", "--output", str(tmp_path), *more])[1] == found
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """The same in two processes, half a batch each."""

@@ -51,6 +51,22 @@ def test_when_the_test_ends():
     assert not diverged([2.0, 1.0, 1.5, 3.99 * lowest], 10) and diverged([2.0, 1.0, 1.5, 4.01 * lowest], 10)
 
 
+def test_gradients_scale_with_the_batch_as_in_training():
+    """A batch of half the mean size has half the gradient with linear scaling; SGD's step shows it."""
+    steps = {}
+    for mode in ("none", "linear"):
+        options = {"batch_size": 32, "device": "cpu", "train_img_sizes": (8, 16), "train_batch_sizes": (16, 48),
+                   "weight_decay": 0.0, "train_size_probs": (1, 1), "variable_batch_loss_scale": mode}  # fmt: skip
+        config = RunConfig.from_flat(options)
+        learner, _, _ = assemble(config, start(config))
+        before = learner.module.model.fc.weight.detach().clone()
+        range_test(learner, None, [1e-3])
+        steps[mode] = learner.module.model.fc.weight.detach() - before
+    share = learner.share(len(next(iter(learner.batches.epoch(0)))[1]))
+    assert share != 1 and torch.allclose(steps["linear"], share * steps["none"], rtol=1e-4, atol=1e-8)
+    assert learner.mean_batch == learner.sizes.average_batch == 32
+
+
 def test_an_update_is_one_of_the_run(monkeypatch):
     """At rates that are all the same, the losses are those of a plain loop over the run's own batches, task and optimizer."""
     options = {"batch_size": 16, "device": "cpu", "opt": "adamw", "clip_grad": 1.0, "mixup": 0.2, "grad_accum_steps": 2,

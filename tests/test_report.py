@@ -351,6 +351,6 @@ def test_a_picture_has_numbers_where_its_font_lacks_the_names(finished, monkeypa
 
 def test_the_templates_are_packaged():
     text = (ROOT / "pyproject.toml").read_text()
-    assert '"timm_sfr.reporting" = ["*.html"]' in text and '"timm_sfr.hub" = ["*.md"]' in text
+    assert '"timm_sfr.reporting" = ["*.html"]' in text and '"timm_sfr.hub" = ["*.md", "space/*"]' in text
     with pytest.raises(UserError, match="has no args"):
         write_report(ROOT / "docs")

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TORCHRUN, cut, run, summary, train
+from conftest import ROOT, TORCHRUN, cut, finished_run, run, summary, train
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
@@ -125,6 +125,14 @@ def test_a_finished_run_is_scored_when_it_was_not_and_once(tested, tmp_path):
     longer = train("--resume", folder, "--epochs", 3).stdout
     best = metrics(folder)["best"]["epoch"]
     assert ("test top1 12.50" in longer) == (best == test["epoch"]) and metrics(folder)["test"]["epoch"] == best
+
+
+def test_a_run_with_split_batchnorm_is_tested_with_its_plain_model(table, tmp_path):
+    words = (*TINY, "--dataset", f"csv/{table}", "--epochs", 1, "--test-split", "test", "--aug-splits", 2, "--split-bn")
+    run, said = finished_run(tmp_path, *words, "--report-interval", 0)
+    files, target = labelled(table, "test")
+    assert "scored once" in said
+    assert metrics(run)["test"]["loss"] == pytest.approx(expected_scores(probabilities(run, files), target)["loss"], abs=1e-5)
 
 
 @pytest.mark.slow
@@ -271,6 +279,18 @@ def test_predictions_as_a_table(tested, folder, tmp_path, capsys):
     assert [float(rows[0][f"probability{k}"]) for k in (1, 2)] == pytest.approx(found[order].tolist(), abs=1e-5)
     assert main([*words, "--csv", str(tmp_path / "none" / "out.csv")]) == 2
     assert "csv: cannot write" in capsys.readouterr().err
+
+
+def test_a_run_that_ends_at_its_stop_epoch_is_published_without_local_paths(tested, tmp_path):
+    folder = shutil.copytree(tested[0], tmp_path / "run")
+    paths = {name: f"/home/me/{name}" for name in ("class_map", "class_weights", "pretrained_path", "initial_checkpoint")}
+    options = yaml.safe_load((folder / "args.yaml").read_text()) | {"stop_epoch": 2, "wandb_resume_id": "mine"} | paths
+    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    (folder / "metrics.json").write_text(json.dumps(metrics(folder) | {"epochs": 9}))
+    files = run_files(folder, "user/name", tmp_path)
+    args = yaml.safe_load(files["args.yaml"].read_text())
+    assert {name: args[name] for name in paths} == {name: name for name in paths} and "wandb_resume_id" not in args
+    assert "9 epochs, stopped after 2 (`stop_epoch`), opt sgd" in files["README.md"].read_text()
 
 
 def test_local_paths_of_the_data_are_not_published(tested, tmp_path):

@@ -195,7 +195,15 @@ def test_the_gradients_scale_with_the_batch():
         values = {"dataset": "digits", "train_img_sizes": (8, 16), "variable_batch_loss_scale": mode}
         trainer = Trainer.__new__(Trainer)
         trainer.config = RunConfig.from_flat(values)
-        assert Trainer._scaled(trainer, torch.tensor(2.0), 0.25) == 2 * expected
+        assert Trainer.scaled(trainer, torch.tensor(2.0), 0.25) == 2 * expected
+
+
+def test_a_batch_of_views_has_the_share_of_its_images():
+    learner = Learner.__new__(Learner)
+    learner.batches = SimpleNamespace(sizes=schedule(train_batch_sizes=(40, 32, 20, 10)))
+    for splits in (0, 3):
+        learner.config = RunConfig.from_flat({"dataset": "digits", "aug_splits": splits})
+        assert learner.share(max(1, splits) * 20) == 20 / learner.sizes.average_batch
 
 
 def test_sizes_that_the_model_or_the_data_do_not_have_are_one_line(tmp_path):

@@ -20,7 +20,8 @@ from timm_sfr.utils.errors import UserError
 # Options that do not make two runs different experiments.
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
               "hub_dataset", "workers", "log_interval", "report_interval", "report_to", "json_logs", "checkpoint_hist",
-              "checkpoint_interval", "test_split", "test_num_samples")  # fmt: skip
+              "checkpoint_interval", "save_epochs", "save_images", "synchronize_step", "wandb_project", "wandb_tags",
+              "wandb_resume_id", "test_split", "test_num_samples")  # fmt: skip
 Row = tuple[str, ...]
 FEWEST = 3  # seeds for an interval: with two, it would be several times as wide as the difference between them
 

@@ -14,7 +14,8 @@ from timm_sfr.utils.errors import UserError
 
 # Options that a user may give for the training that follows, and that a range test has no use for.
 UNUSED = ("lr", "lr_base", "lr_base_size", "lr_base_scale", "sched", "output", "experiment", "push_to_hub", "report_to",
-          "checkpoint_interval")  # fmt: skip
+          "checkpoint_interval", "checkpoint_hist", "save_epochs", "save_images", "start_epoch", "stop_epoch", "patience",
+          "test_split", "test_num_samples", "tta")  # fmt: skip
 
 
 ENDINGS = (".png", ".svg", ".pdf")

@@ -14,11 +14,11 @@ from timm_sfr.cli.parser import INTERRUPTED, PUSH_FAILED, fail
 from timm_sfr.cli.timm_options import translate
 from timm_sfr.config import AUTO, DEFAULT_MODEL, RunConfig, merged
 from timm_sfr.runs.folder import newest_run, read_run
+from timm_sfr.training.devices import precision
 from timm_sfr.training.run import fit
 from timm_sfr.utils.console import logger, show_log
 from timm_sfr.utils.errors import HubError, Interrupted, UserError, one_line
 from timm_sfr.utils.files import read_yaml
-from timm_sfr.utils.options import plain
 from timm_sfr.utils.processes import launch_id, restarts
 
 
@@ -45,6 +45,7 @@ def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
             return _configured(_stored(config), given, config, "no run with these options has a checkpoint to resume; "
                                "starting a new run"), None  # fmt: skip
         config, resume = None, str(found)
+        given.pop("start_epoch", None)  # it was for the run's start
         if restarts() > 0:
             given.pop("resume_opt", None)  # it was for the resume before
     if resume is None:
@@ -81,7 +82,13 @@ def _newest(values: dict[str, Any], where: str | None) -> Path | None:
     """Returns the newest run with these options that has a checkpoint, or None."""
     wanted, launch = RunConfig.from_flat(values, where=where or "options"), launch_id() if restarts() > 0 else None
     model = wanted.model.model or DEFAULT_MODEL
-    same = {name: value for name, value in plain(values).items() if (name, value) != ("batch_size", AUTO)}
+    names = {*values, "img_size", "in_chans"} if values.get("input_size") else {*values}
+    same = {name: value for name, value in wanted.flat().items() if name in names and value is not None}
+    same.pop("resume_opt", None)  # it is for the resume, not for the run
+    if same.get("batch_size") == AUTO:
+        del same["batch_size"]
+    if same.get("mixed_precision") == "amp":
+        same["mixed_precision"] = precision(wanted)
     return newest_run(wanted.engine.output, wanted.engine.experiment, model, same, launch)
 
 

@@ -40,7 +40,8 @@ from timm_sfr.utils.hub_client import bounded_xet, check_token, hub_errors, retr
 from timm_sfr.version import __version__
 
 # Options on where the run is stored and published, which do not belong in the published args.yaml.
-LOCAL_OPTIONS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment")
+LOCAL_OPTIONS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment", "wandb_resume_id")
+LOCAL_PATHS = ("data_dir", "class_map", "class_weights", "pretrained_path", "initial_checkpoint")  # published without folders
 RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
 CARD_PICTURES = ("pictures/curves.png", "pictures/confusion.png", "pictures/reliability.png")
 PICKLES = ("pytorch_model.bin",)
@@ -229,9 +230,9 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         raise UserError(f"run: {str(run)!r} is not a finished run: it has no {', '.join(missing)}; give the folder that "
                         "the training printed")  # fmt: skip
     options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in LOCAL_OPTIONS}
-    for name in ("data_dir", "class_weights"):
+    for name in LOCAL_PATHS:
         if options.get(name):
-            options[name] = PurePath(options[name]).name  # local paths stay private
+            options[name] = PurePath(options[name]).name
     if options.get("dataset"):
         options["dataset"] = DataConfig(dataset=options["dataset"]).public_name()
     with _reading(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
@@ -250,7 +251,7 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         # Only figures: we may have no right to publish images of the data.
         pictures = {name: run / name for name in CARD_PICTURES if (run / name).is_file()}
         card = render(config, Facts(metrics, options, rows, source, tuple(pictures)))
-    done, asked = metrics["last"]["epoch"] + 1, metrics["epochs"]
+    done, asked = metrics["last"]["epoch"] + 1, min(metrics["epochs"], options.get("stop_epoch") or metrics["epochs"])
     if done < asked and not metrics.get("stopped_early"):
         raise UserError(
             f"run: {str(run)!r} stopped after {done} of {asked} epochs; finish it with --resume {run}, then publish it"

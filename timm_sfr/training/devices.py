@@ -120,6 +120,15 @@ def explained_errors(kept: Callable[[], str]) -> Iterator[None]:
         raise explanation from error
 
 
+def precision(config: RunConfig) -> str | None:
+    """Returns Accelerate's name of the precision; ``amp`` is fp16, or bf16 on the CPU."""
+    if config.model.low_precision:
+        return "no"
+    if config.engine.mixed_precision != "amp":
+        return config.engine.mixed_precision
+    return "bf16" if config.engine.device == "cpu" or not torch.accelerator.is_available() else "fp16"
+
+
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Returns Accelerate's object for devices, processes and precision.
 
@@ -135,10 +144,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if cpu and several:
         join_restarted_cpu_processes()
     _choose_device(engine.device, several)
+    kind = precision(config)
+    if engine.mixed_precision == "amp" and kind == "bf16" and os.environ.get("RANK", "0") == "0":
+        logger.info("note: --amp is bf16 here, because the run is on the CPU")
     try:
         accelerator = Accelerator(
             cpu=cpu,
-            mixed_precision=_precision(config, cpu),
+            mixed_precision=kind,
             dynamo_plugin=TorchDynamoPlugin(engine.torchcompile, engine.torchcompile_mode)
             if engine.torchcompile
             else None,
@@ -184,19 +196,6 @@ def _choose_device(name: str | None, several: bool) -> None:
         logger.info(f"note: --device {name} has no number here: each process has a device of its own")
     elif index:
         torch.accelerator.set_device_index(int(index))
-
-
-def _precision(config: RunConfig, cpu: bool) -> str | None:
-    """Returns Accelerate's name of the precision; ``amp`` is fp16, or bf16 on the CPU, which is said."""
-    if config.model.low_precision:
-        return "no"
-    if config.engine.mixed_precision != "amp":
-        return config.engine.mixed_precision
-    if torch.accelerator.is_available() and not cpu:
-        return "fp16"
-    if os.environ.get("RANK", "0") == "0":
-        logger.info("note: --amp is bf16 here, because the run is on the CPU")
-    return "bf16"
 
 
 def _worker_error(error: Exception) -> Exception:

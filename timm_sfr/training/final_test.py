@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.models.files import WEIGHTS
+from timm_sfr.models.split_bn import without_auxiliary
 from timm_sfr.runs.scores import CLASSIFICATION, MULTILABEL, recorded_scores
 from timm_sfr.training.evaluate import evaluate
 from timm_sfr.training.progress import watched
@@ -29,10 +30,12 @@ def exported(model: nn.Module, folder: Path, accelerator: Any) -> nn.Module:
         UserError: on every process, if the weights cannot be read or do not fit.
     """
     chosen = copy.deepcopy(model)
+    own = chosen.state_dict()
+    auxiliary = {name: own[name] for name in own.keys() - without_auxiliary(own).keys()}  # not exported, and not used to score
 
     def read() -> None:
         try:
-            chosen.load_state_dict(load_file(folder / WEIGHTS))
+            chosen.load_state_dict({**load_file(folder / WEIGHTS), **auxiliary})
         except (OSError, RuntimeError, SafetensorError) as error:
             raise UserError(f"test-split: cannot score the weights in {str(folder)!r}: {brief(error)}") from error
 

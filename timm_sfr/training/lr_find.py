@@ -103,9 +103,9 @@ def range_test(learner: Learner, mixup: Any, rates: Sequence[float]) -> list[flo
             group["lr"] = rate * group.get("lr_scale", 1.0)  # as timm's schedules do, for --layer-decay
         total = torch.zeros((), device=accelerator.device)
         for image, target in itertools.islice(batches, accum):
-            loss = task(image, target)["loss"] / accum
-            accelerator.backward(loss)
-            total += loss.detach().float()
+            loss = task(image, target)["loss"]
+            accelerator.backward(learner.scaled(loss, learner.share(len(target))) / accum)
+            total += loss.detach().float() / accum
         clip_gradients(optim, accelerator, task)
         learner.optimizer.step()
         learner.optimizer.zero_grad()
@@ -133,7 +133,7 @@ def find_rate(config: RunConfig, low: float, high: float, count: int) -> RangeTe
         rates = exponential_rates(low, high, count)
         mixup = create_mixup(learner.config.aug, learner.config.model.num_classes, learner.config.data.multilabel)
         losses = range_test(learner, mixup, rates)
-        images = learner.global_batch * learner.config.optim.grad_accum_steps
+        images = round(learner.mean_batch * learner.config.optim.grad_accum_steps)
         main = accelerator.is_main_process
         accelerator.end_training()
     kept = losses[:-1] if diverged(losses, count) else losses

@@ -369,8 +369,7 @@ def _forecast(trainer: Trainer) -> None:
     config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.end, trainer.state
     model, processes = trainer.exported_model(), trainer.accelerator.num_processes
     images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
-    mean_batch = trainer.global_batch if trainer.sizes is None else trainer.sizes.average_batch * processes
-    update = round(mean_batch * config.optim.grad_accum_steps)
+    update = round(trainer.mean_batch * config.optim.grad_accum_steps)
     run = Circumstances(model, images, update, config.optim.lr or 0.0, epochs, cores(), processes)
     for line in advice(config, run):
         say(line)
@@ -425,6 +424,8 @@ def _build(
         made.smoothing.passes = max(1.0, config.data.epoch_repeats)
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
+    if config.model.low_precision:
+        made.trainable_module.to(getattr(torch, config.model.model_dtype or "float32"))
     return Built(data, model, prep, num_classes, teacher, exporter, made, loss)
 
 
@@ -491,8 +492,6 @@ def _optimisation(
         module = module.to(memory_format=torch.channels_last)
     if config.engine.sync_bn and accelerator.num_processes > 1:
         module = convert_sync_batchnorm(module)
-    if config.model.low_precision:
-        module = module.to(getattr(torch, config.model.model_dtype or "float32"))
     task.trainable_module = module
     if optim.model_ema:
         if optim.model_ema_force_cpu and accelerator.num_processes > 1:

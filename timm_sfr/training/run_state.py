@@ -106,13 +106,26 @@ class Learner:
         return self.config.data.batch * self.accelerator.num_processes
 
     @property
+    def mean_batch(self) -> float:
+        """Images in one batch over all processes, in the mean over the sizes of images."""
+        return self.global_batch if self.sizes is None else self.sizes.average_batch * self.accelerator.num_processes
+
+    @property
     def sizes(self) -> SizeSchedule | None:
         """The schedule of image sizes; None if they do not change."""
         return getattr(self.batches, "sizes", None)
 
     def share(self, batch: int) -> float:
-        """Returns a batch's size relative to the schedule's mean; 1 if sizes do not change."""
-        return 1.0 if self.sizes is None else batch / self.sizes.average_batch
+        """Returns a batch's size, with all views of its images, relative to the schedule's mean; 1 if sizes do not change."""
+        views = max(1, self.config.aug.aug_splits)
+        return 1.0 if self.sizes is None else batch / (views * self.sizes.average_batch)
+
+    def scaled(self, loss: Tensor, share: float) -> Tensor:
+        """Returns the loss scaled by its batch's share of the mean batch size, as the options say, for the gradients only."""
+        mode = self.config.sizes.variable_batch_loss_scale
+        if mode == "none" or share == 1:
+            return loss
+        return loss * (share if mode == "linear" else share**0.5)
 
     def images_before(self, epoch: int, step: int) -> int:
         """Returns the number of images in the first `step` batches of an epoch, over all processes."""

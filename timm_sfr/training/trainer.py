@@ -115,7 +115,7 @@ class Trainer(Learner):
                 result = self.task(image, target)
                 terms = torch.stack([_term(result, name) for name in names])
                 self.guard.terms.send(terms)
-                self.accelerator.backward(self._scaled(result["loss"], share) / group)
+                self.accelerator.backward(self.scaled(result["loss"], share) / group)
             if self.guard.check_terms():
                 total[:-1] += share * terms
                 total[-1] += share
@@ -139,13 +139,6 @@ class Trainer(Learner):
         rate = images * self.accelerator.num_processes / max(elapsed, 1e-9)
         pixels = {} if self.sizes is None else {"train_img_size": self.sizes.mean_size(epoch)}
         return {**dict(zip(names, means, strict=True)), "images_per_second": rate, **pixels}
-
-    def _scaled(self, loss: Tensor, share: float) -> Tensor:
-        """Returns the loss scaled by its batch's share of the mean batch size, as the options say, for the gradients only."""
-        mode = self.config.sizes.variable_batch_loss_scale
-        if mode == "none" or share == 1:
-            return loss
-        return loss * (share if mode == "linear" else share**0.5)
 
     def validate(self) -> dict[str, float]:
         """Returns the scores of the exported model: the moving average if there is one.
