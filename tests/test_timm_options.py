@@ -439,7 +439,8 @@ def test_low_precision_weights_and_the_models_own_size(folder, tmp_path):
     """The size of --model-kwargs is that of the run; weights in bfloat16 train, resume to the same bits, and load."""
     words = (folder, "--model", "vit_tiny_patch16_224", "--model-kwargs", "img_size=(16,24)", "patch_size=8", "depth=3",
              "embed_dim=24", "num_heads=2", "--model-dtype", "bfloat16", "-b", 16, "-j", 0, "--epochs", 2, "--opt", "adamw",
-             "--lr", 1e-3, "--model-ema", "--model-ema-force-cpu", "--opt-kwargs", "betas=(0.9,0.99)")  # fmt: skip
+             "--lr", 1e-3, "--model-ema", "--model-ema-decay", 0.5, "--model-ema-force-cpu",
+             "--opt-kwargs", "betas=(0.9,0.99)")  # fmt: skip
     whole, _ = finished_run(tmp_path / "whole", *words)
     part, _ = finished_run(tmp_path / "part", *words, "--stop-epoch", 1)
     train("--resume", part, "--stop-epoch", 2)

@@ -498,7 +498,9 @@ def _optimisation(
             raise UserError("model-ema-force-cpu: expected one process, because several average over the GPUs; got "
                             f"{accelerator.num_processes}; leave the option out")  # fmt: skip
         device = "cpu" if optim.model_ema_force_cpu else None
-        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup, device=device)
+        # In float32: 16 bits are too coarse for its small steps, and timm rounds those by random numbers that no checkpoint has.
+        kind = {"dtype": torch.float32} if config.model.low_precision else {}
+        task.setup_ema(decay=optim.model_ema_decay, use_warmup=optim.model_ema_warmup, device=device, **kind)
     lr = learning_rate(optim, batch * accelerator.num_processes * optim.grad_accum_steps)
     optimizer = create_optimizer(optim, module, lr)
     updates = -(-batches // optim.grad_accum_steps)
