@@ -110,7 +110,7 @@ class Shell:
         self.hub.close()
 
     def make_data(self) -> None:
-        """DIR, images.csv, TARS, SHARDS and NAME, of the digits in five forms; pictures to predict on."""
+        """DIR, images.csv, labels.csv, TARS, SHARDS and NAME, of the digits in six forms; pictures to predict on."""
         import datasets
 
         files = {}
@@ -130,6 +130,8 @@ class Shell:
         images = sorted((self.given / "DIR").glob("*/*/*.png"))
         rows = [f"{path.relative_to(self.given)},{path.parent.name},{path.parent.parent.name}" for path in images]
         (self.given / "images.csv").write_text("\n".join(["path,label,split", *rows]) + "\n")
+        several = [row.replace(",", f",{('even', 'odd')[int(row.split(',')[1]) % 2]}|", 1) for row in rows]
+        (self.given / "labels.csv").write_text("\n".join(["path,label,split", *several]) + "\n")
         for name in ("TARS", "SHARDS", "NAME"):
             (self.given / name).mkdir()
         features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=[*"0123456789"])})
