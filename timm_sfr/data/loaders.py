@@ -250,7 +250,7 @@ def _options(config: DataConfig) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
-        "pin_memory": config.pin_mem,
+        "pin_memory": config.pin_mem and torch.accelerator.is_available(),
         "collate_fn": collate,
         "worker_init_fn": _ignore_signals,
         # A separate generator, because starting workers draws a number and a resumed run starts them in another epoch.

@@ -166,6 +166,8 @@ def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
     if workers > run.cores:
         found.append(f"workers: {workers} loading processes for {counted(run.cores, 'core')}; "
                      f"--workers {max(1, run.cores // run.processes)} is enough")  # fmt: skip
+    if config.data.pin_mem and not torch.accelerator.is_available():
+        found.append("pin-mem: it speeds up copies to a GPU, and there is none here, so it has no effect")
     aug = config.aug
     if aug.aug_splits and aug.aa is None and not aug.color_jitter:
         found.append("aug-splits: without --aa and --color-jitter, all views of an image are the same")
