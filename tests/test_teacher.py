@@ -165,7 +165,7 @@ def test_the_teacher_is_no_part_of_what_is_trained_kept_or_exported(kind, tmp_pa
     assert made.recorder.facts["parameters"] == plain.recorder.facts["parameters"] == student
     assert sum(p.numel() for group in made.optimizer.param_groups for p in group["params"]) == student + extra
     assert sum(p.numel() for p in made.task.get_clip_parameters()) == student + extra
-    with pytest.raises(UserError, match="5 terms of the loss, expected 9: a teacher was added or removed"):
+    with pytest.raises(UserError, match="5 terms of the loss, expected 9: a teacher or --jsd-loss was added or removed"):
         restore(made, collect(made, 0, 4, torch.zeros(6)))
     state = collect(made, 1, 0, None)
     assert set(state["module"]) == set(state["ema"]) and not any(key.startswith("base") for key in state["module"])
@@ -245,7 +245,7 @@ def test_classes_of_another_order_are_refused_and_of_other_names_told(digits_run
 
 @pytest.mark.parametrize("words,said", [
     (("--kd-temperature", 2), "kd-temperature: it needs a teacher; give --kd-model-name too"),
-    (("--task-loss-weight", 0.5), "task-loss-weight: it is for a teacher"),
+    (("--task-loss-weight", 0.5), "task-loss-weight: it needs a teacher"),
     (("--kd-model-name", "resnet20_cifra.sfr_digits"), "did you mean 'resnet20_cifar.sfr_digits'"),
     (("--kd-model-name", "resnet20_cifar"), "kd-model-name: "),
     (("--kd-model-name", "./nowhere"), "kd-model-name: there is no folder './nowhere'"),
@@ -255,7 +255,7 @@ def test_classes_of_another_order_are_refused_and_of_other_names_told(digits_run
     (("--kd-model-name", NAME, "--kd-distill-type", "logits"), "expected one of logit, feature, token"),
     (("--kd-model-name", NAME, "--kd-loss-type", "mse"), "expected one of kl"),
     (("--kd-model-name", NAME, "--kd-temperature", 0), "kd-temperature: expected more than 0"),
-    (("--kd-model-name", NAME, "--task-loss-weight", 2), "expected at most 1, or --distill-loss-weight too"),
+    (("--kd-model-name", NAME, "--task-loss-weight", 2), "expected at most 1, because the distillation gets"),
     (("--kd-model-name", NAME, "--distill-loss-weight", -1), "expected at least 0"),
     (("--kd-model-name", NAME, "--kd-token-distill-type", "hard"), "it is for --kd-distill-type token"),
     (("--kd-model-name", NAME, "--kd-student-feature-dim", 64), "they are for --kd-distill-type feature"),
