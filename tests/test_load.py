@@ -88,7 +88,7 @@ def test_names_of_classes_travel(hub, folder, tmp_path):
         config["label_names"]
     )
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "| last epoch | 3 |" in card and "in the folder above" in card
+    assert "| validation, last epoch | 3 |" in card and "in the folder above" in card
 
 
 def load_error(hub, home, name="user/bad", **env):
