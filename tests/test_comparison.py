@@ -124,6 +124,7 @@ def test_partners_are_of_the_same_class(root):
         assert torch.equal(torch.cdist(centres, colours).argmin(1), y)
 
 
+@pytest.mark.slow
 def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypatch, capsys):
     tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, batch=16, net=presets.SMALL)
     monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
@@ -172,6 +173,7 @@ def test_every_set_is_a_valid_run(preset, name, tmp_path):
     assert config.model.pretrained == (accuracy.PRESETS[preset][name].source is not None)
 
 
+@pytest.mark.slow
 def test_methods_are_timed_in_turns(root, monkeypatch, tmp_path, capsys):
     tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=presets.SMALL)
     monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})

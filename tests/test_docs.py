@@ -70,7 +70,12 @@ def fill(code):
     return code
 
 
-@pytest.mark.parametrize("path", NAMED, ids=[str(page.relative_to(ROOT)) for page in NAMED])
+LONG = {"docs/train.md"}  # with about fifty trainings
+PAGES = {str(page.relative_to(ROOT)): page for page in NAMED}
+
+
+@pytest.mark.parametrize("path", [pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in LONG))
+                                  for name, page in PAGES.items()])  # fmt: skip
 def test_every_block_runs(path, shell, tmp_path, request):
     folder, printed = shell.folder(tmp_path / "here"), ""
     names = request.getfixturevalue("names") if any(block.kind == "python" for block in blocks(path)) else None

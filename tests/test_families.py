@@ -231,7 +231,8 @@ def test_checkpointing_layout_and_precision(name):
     assert torch.allclose(other, plain, atol=1e-4 * plain.abs().max())
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "crossvit_tiny_240", "coat_lite_tiny", "efficientvim_m1"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", *(pytest.param(name, marks=pytest.mark.slow)
+                                  for name in ("crossvit_tiny_240", "coat_lite_tiny", "efficientvim_m1"))])  # fmt: skip
 def test_compiles_without_graph_breaks(name):
     torch._dynamo.reset()
     task = SFRTask(timm.create_model(name, num_classes=CLASSES).eval(), verbose=False)

@@ -142,7 +142,7 @@ def test_a_loss_that_diverges_ends_it(tmp_path):
         (("--lr-low", "1", "--lr-high", "0.1"), "expected two rates above 0, --lr-low the smaller"),
         (("--lr-updates", "3"), "10 --lr-updates or more"),
         (("--picture", "x.jpeg"), "picture: expected a file that ends in .png, .svg, .pdf; got 'x.jpeg'"),
-        (("--resume", "RUN"), "unrecognized arguments: --resume RUN"),
+        (("--resume", "RUN"), "unrecognized arguments: --resume"),
         (("--lr-lwo", "1"), "did you mean '--lr-low'"),
     ],
 )

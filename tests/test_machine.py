@@ -37,6 +37,7 @@ def second_time(asked: bool, **environment: str) -> tuple[str, int]:
     return told, int(faults)
 
 
+@pytest.mark.slow
 def test_large_blocks_are_used_again() -> None:
     told, faults = second_time(True)
     assert told == "True"

@@ -28,6 +28,7 @@ def test_a_ratio_is_of_the_second_to_the_first_and_speed_the_other_way_round():
     assert 1 / 25 < ratio_row("part", "what", work(4), work(40), 3, speed=True).value < 1 / 4
 
 
+@pytest.mark.slow
 def test_steps_are_measured_written_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(steps, "CPU", (steps.Setting("resnet20_cifar", 32, 4, target=1e-9),))
     threads = torch.get_num_threads()
@@ -60,6 +61,7 @@ def test_steps_are_measured_written_and_shown(tmp_path, monkeypatch, capsys):
     assert "to be of this benchmark" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_the_step_alone():
     assert 200 < steps.peak(steps.Setting("resnet20_cifar", 32, 2), True, "cpu") < 3000
 

@@ -314,8 +314,10 @@ def test_a_teacher_that_comes_later(finished):
 
 @pytest.mark.parametrize("words", [
     ("--channels-last", "--img-size", 32, "--mean", 0.5, "--std", 0.5),
-    ("--torchcompile", "aot_eager", "--no-sfr", "--kd-distill-type", "feature", "--in-chans", 1, "--model-ema"),
-    ("--sfr-weight", 0, "--kd-distill-type", "feature", "--mixed-precision", "bf16", "--torchcompile", "aot_eager"),
+    pytest.param(("--torchcompile", "aot_eager", "--no-sfr", "--kd-distill-type", "feature", "--in-chans", 1, "--model-ema"),
+                 marks=pytest.mark.slow),
+    pytest.param(("--sfr-weight", 0, "--kd-distill-type", "feature", "--mixed-precision", "bf16", "--torchcompile", "aot_eager"),
+                 marks=pytest.mark.slow),
     ("--kd-distill-type", "token", "--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "depth=2", "--img-size", 32,
      "--opt", "adamw", "--lr", 1e-3, "--layer-decay", 0.7),
 ], ids=["resized", "compiled-feature-grey", "smoothing-alone", "token"])  # fmt: skip
