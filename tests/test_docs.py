@@ -70,12 +70,15 @@ def fill(code):
     return code
 
 
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
 LONG = {"docs/train.md"}  # with about fifty trainings
-PAGES = {str(page.relative_to(ROOT)): page for page in NAMED}
 
 
-@pytest.mark.parametrize("path", [pytest.param(page, id=name, marks=[pytest.mark.slow] * (name in LONG))
-                                  for name, page in PAGES.items()])  # fmt: skip
+@pytest.mark.parametrize("path", [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in LONG))
+                                  for page in NAMED])  # fmt: skip
 def test_every_block_runs(path, shell, tmp_path, request):
     folder, printed = shell.folder(tmp_path / "here"), ""
     names = request.getfixturevalue("names") if any(block.kind == "python" for block in blocks(path)) else None
