@@ -161,6 +161,11 @@ class DataConfig(Checked):
         return {"train": self.train_num_samples, "val": self.val_num_samples, "test": self.test_num_samples}[part]
 
     @property
+    def batch_or_default(self) -> int:
+        """The batch size, or the default also where ``auto`` has yet to find one: both are powers of two."""
+        return DEFAULT_BATCH if self.batch_size == AUTO else self.batch
+
+    @property
     def batch(self) -> int:
         """The batch size, or the default.
 
@@ -764,8 +769,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.data.batch_size == AUTO and self.sizes.train_batch_sizes is not None:
             raise UserError(f"train_batch_sizes: they do not go with --batch-size {AUTO}; leave out one of the two")
-        # The automatic size is a power of two.
-        batches = self.sizes.train_batch_sizes or (DEFAULT_BATCH if self.data.batch_size == AUTO else self.data.batch,)
+        batches = self.sizes.train_batch_sizes or (self.data.batch_or_default,)
         odd = [batch for batch in batches if batch % 2]
         if self.aug.mixes and odd:
             name = "batch-size" if self.sizes.train_batch_sizes is None else "train-batch-sizes"
@@ -828,7 +832,7 @@ class RunConfig:
 
     def _check_views(self) -> None:
         """Checks that views and their BatchNorm go with the other options."""
-        splits, batch = self.aug.aug_splits, DEFAULT_BATCH if self.data.batch_size == AUTO else self.data.batch
+        splits, batch = self.aug.aug_splits, self.data.batch_or_default
         if splits and self.sizes.train_img_sizes is not None:
             raise UserError("aug_splits: views of an image do not go with train_img_sizes; leave out one of the two")
         if self.loss.jsd_loss and not splits:

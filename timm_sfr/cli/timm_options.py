@@ -119,7 +119,7 @@ _EMPTY = {"dist_bn": "none", "train_interpolation": "", "val_split": ""}
 
 def also(name: str) -> list[str]:
     """Returns timm's other flags for our option `name`."""
-    return ["--" + other.replace("_", "-") for other, ours in RENAMED.items() if ours == name and other != "data"]
+    return [_flag(other) for other, ours in RENAMED.items() if ours == name and other != "data"]
 
 
 def add_timm_options(parser: argparse.ArgumentParser) -> None:
@@ -232,7 +232,7 @@ def _words(value: Any) -> list[str]:
 
 def tables() -> dict[str, str]:
     """Returns the tables of docs/timm.md in Markdown by label."""
-    renamed = [(also(name), "--" + name.replace("_", "-")) for name in dict.fromkeys(RENAMED.values()) if also(name)]
+    renamed = [(also(name), _flag(name)) for name in dict.fromkeys(RENAMED.values()) if also(name)]
     same = [("`DIR`", "`--data-dir DIR`"), *((_code(flags), f"`{ours}`") for flags, ours in renamed if ours != "--amp")]
     same += [(_code([flag, *also(flag[2:])]), text) for flag, (text, _) in TRANSLATED.items()]
     return {

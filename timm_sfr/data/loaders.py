@@ -94,9 +94,7 @@ class EpochSampler(Sampler[int]):
     def keys(self, epoch: int) -> list[int]:
         """Returns all keys of this process in an epoch, batch by batch."""
         keys = self.order.keys(epoch)[: len(self) * self.processes]
-        if self.order.repeats > 1:
-            return keys.view(-1, self.processes)[:, self.process].tolist()
-        return keys.view(-1, self.processes, self.batch_size)[:, self.process].flatten().tolist()
+        return self.order.part(keys, self.batch_size, self.process, self.processes).tolist()
 
 
 class TrainBatches:

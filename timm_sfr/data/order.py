@@ -100,9 +100,17 @@ class EpochOrder:
             parts.append(((epoch * passes + number) * self._variants + before) * self.count + index)
         return torch.cat(parts)[: len(self)]
 
-    def part(self, keys: Tensor, process: int, processes: int) -> Tensor:
-        """Returns the keys of one process, (n / processes,), of a global batch's keys, (n,): the r-th part for process r.
+    def part(self, keys: Tensor, size: int, process: int, processes: int) -> Tensor:
+        """Returns the keys of process `process`, (n / processes,), of whole global batches: the r-th part of each for process r.
 
         If the order repeats images, it is every `processes`-th key instead, which spreads the repeats over the processes.
+
+        Args:
+            keys: The keys of the global batches, (n,).
+            size: Samples in a batch of one process.
+            process: The number of the process, from 0.
+            processes: Their number.
         """
-        return keys[process::processes] if self.repeats > 1 else keys.chunk(processes)[process]
+        if self.repeats > 1:
+            return keys[process::processes]
+        return keys.view(-1, processes, size)[:, process].flatten()

@@ -121,7 +121,7 @@ class SizedBatches(Sampler[list[SizedKey]]):
                 fresh = self.order.keys(epoch + REPEAT * passes)[: len(self.order) // processes * processes]
                 keys, passes = torch.cat([keys, fresh]), passes + 1
             batch, keys = keys[: size * processes], keys[size * processes :]
-            yield [(key, choice) for key in self.order.part(batch, self.process, processes).tolist()]
+            yield [(key, choice) for key in self.order.part(batch, size, self.process, processes).tolist()]
 
     def indices(self, epoch: int, step: int) -> list[int]:
         """Returns the indices of the images in batch `step` of an epoch."""

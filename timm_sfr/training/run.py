@@ -47,7 +47,7 @@ from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run_state import Learner, restore
-from timm_sfr.training.step import augment
+from timm_sfr.training.step import augment, image_dtype
 from timm_sfr.training.tasks import create_task
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
@@ -425,7 +425,7 @@ def _build(
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
     if config.model.low_precision:
-        made.trainable_module.to(getattr(torch, config.model.model_dtype or "float32"))
+        made.trainable_module.to(image_dtype(config.model))
     return Built(data, model, prep, num_classes, teacher, exporter, made, loss)
 
 
@@ -602,7 +602,7 @@ def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str
     train, device = built.data.train, accelerator.device
     mixup = create_mixup(config.aug, built.num_classes, config.data.multilabel)
     views, (channels, height, width) = max(1, config.aug.aug_splits), built.prep.input_size
-    dtype = getattr(torch, config.model.model_dtype or "float32")
+    dtype = image_dtype(config.model)
     if config.sizes.train_img_sizes is not None:
         height = width = max(config.sizes.train_img_sizes)
 

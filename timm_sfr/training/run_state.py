@@ -18,6 +18,7 @@ from timm_sfr.config import RunConfig
 from timm_sfr.data.sizes import SizeSchedule
 from timm_sfr.training.guards import FiniteGuard
 from timm_sfr.training.optimizer import Schedule
+from timm_sfr.training.step import image_dtype
 from timm_sfr.utils.errors import UserError, brief
 
 # What one process alone knows in mid-epoch: kind ("total", "sums", "ema" or "module"), then name, then tensor.
@@ -98,7 +99,7 @@ class Learner:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the images that the model takes."""
-        return getattr(torch, self.config.model.model_dtype or "float32")
+        return image_dtype(self.config.model)
 
     @property
     def global_batch(self) -> int:

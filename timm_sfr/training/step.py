@@ -9,7 +9,12 @@ import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
-from timm_sfr.config import OptimConfig
+from timm_sfr.config import ModelConfig, OptimConfig
+
+
+def image_dtype(config: ModelConfig) -> torch.dtype:
+    """Returns the type of the model's weights, and of the images that it takes."""
+    return getattr(torch, config.model_dtype or "float32")
 
 
 def augment(
