@@ -28,6 +28,7 @@ class Set:
 # One block per stage, widest where the feature maps are small: one core needs only minutes to overfit 3,000 images.
 SMALL = (("layers", (1, 1, 1, 1)), ("channels", (16, 32, 128, 256)))
 WIDE = (("layers", (1, 1, 1, 1)), ("channels", (32, 64, 256, 512)))
+NARROW = (("layers", (1, 1, 1, 1)), ("channels", (8, 16, 32, 64)))
 MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
 
 
@@ -90,6 +91,12 @@ PRESETS: dict[str, dict[str, Set]] = {
             (),
             "imagenet-lite0",
         ),
+    },
+    # From a network that can memorise its images (25 a class) to one that is too small to: 84,000 parameters for
+    # 166,000 bits of labels (250 a class). The epochs are those of `tin100-3k`.
+    "narrow": {
+        f"tin100-narrow-{count}": Set("tin100", 32, count, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, NARROW)
+        for count in (25, 50, 100, 250)
     },
     "gpu": {
         "tin100-r18": Set("tin100", 64, None, "resnet18_cifar", 30),
