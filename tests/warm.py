@@ -32,7 +32,8 @@ SLOW = ("torch", "torch._dynamo", "torchvision.transforms", "sklearn.datasets", 
         "matplotlib.figure", "matplotlib.backends.backend_agg", "jinja2", "psutil", "yaml", "safetensors.torch",
         "huggingface_hub.hf_api", "timm", "accelerate")  # fmt: skip
 HUB = ("HF_", "NO_PROXY")  # read again by `read_hub_settings`
-LATER = (*HUB, "WANDB_", "TRACKIO_", "TIMM_SFR_", "PYTEST_")  # read by nothing in SLOW when it is imported
+# Read by nothing in SLOW when it is imported; sklearn sets KMP_ itself, in this process and in the server.
+LATER = (*HUB, "WANDB_", "TRACKIO_", "TIMM_SFR_", "PYTEST_", "KMP_")
 
 
 class Warm:
