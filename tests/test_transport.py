@@ -271,6 +271,21 @@ def test_unit_length_and_cost():
     assert torch.allclose(cost_matrix(u, v), torch.cdist(u, v).square(), atol=1e-5)
 
 
+def test_the_gradient_of_unit_length_is_autograds():
+    """Of features of all sizes; a dead one gets none."""
+    x = torch.randn(3, 5, 8) * 10.0 ** torch.arange(-5, 10)[:, None].view(3, 5, 1)
+    x[1, 2] = 1e-7
+    x.requires_grad_()
+    given = torch.randn(3, 5, 8)
+    unit(x).backward(given)
+    plain = x.detach().double().requires_grad_()
+    torch.nn.functional.normalize(plain, dim=-1).backward(given.double())
+    assert (x.grad[1, 2] == 0).all()
+    plain.grad[1, 2] = 0
+    size = plain.detach().abs().amax(-1, keepdim=True)
+    assert torch.allclose(x.grad * size, plain.grad * size, atol=1e-5)
+
+
 def test_cross_marginals_by_hand():
     u, v = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]), torch.tensor([[[1.0, 0.0]]])
     a, b = cross_marginals(u, v)

@@ -29,7 +29,7 @@ def group_channels(deep: Tensor, channels: int) -> Tensor:
     if count == channels:
         return deep
     if count > channels:
-        return F.adaptive_avg_pool1d(deep, channels)
+        return F.adaptive_avg_pool1d(deep, channels).contiguous()
     return deep[..., torch.arange(channels, device=deep.device) * count // channels]
 
 

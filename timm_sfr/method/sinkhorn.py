@@ -5,6 +5,8 @@ Shapes: B problems in the batch, N shallow nodes (rows), M deep nodes (columns),
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,22 +31,43 @@ def unit(x: Tensor) -> Tensor:
     including fp16's largest and smallest values. A feature whose entries are all at most 1e-6 in magnitude becomes
     zero and gets no gradient.
     """
-    x = x.float()
-    scale = x.detach().abs().amax(-1, keepdim=True)
-    x = x / scale.clamp_min(1e-12)
-    # The clamps matter only for dead features: any other has a norm of at least 1 after the division.
-    # `scale <= _DEAD` is false for NaN, so NaN stays visible.
-    return torch.where(scale <= _DEAD, 0.0, x * x.square().sum(-1, keepdim=True).clamp_min(1e-6).rsqrt())
+    return _Unit.apply(x.float())
+
+
+class _Unit(torch.autograd.Function):
+    """`unit` of float32 features u = x / ||x||, with its gradient (g - u (u . g)) / ||x|| in closed form.
+
+    It takes half the time of the gradient that autograd derives operation by operation.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True)
+        inverse = 1 / scale.clamp_min(1e-12)
+        x = x * inverse
+        # The clamp matters only for dead features: any other has a norm of at least 1 after the division.
+        # `scale <= _DEAD` is false for NaN, so NaN stays visible.
+        length = torch.where(scale <= _DEAD, 0.0, x.square().sum(-1, keepdim=True).clamp_min(1e-6).rsqrt())
+        u = x * length
+        ctx.save_for_backward(u, length * inverse)
+        return u
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        u, inverse = ctx.saved_tensors
+        return (gradient - u * (u * gradient).sum(-1, keepdim=True)) * inverse
 
 
 def cost_matrix(u: Tensor, v: Tensor) -> Tensor:
-    """Returns the squared distances C_ij = ||u_i - v_j||^2 (B, N, M) of u (B, N, C) and v (B, M, C).
+    """Returns the squared distances C_ij = ||u_i - v_j||^2 (B, N, M) of u (B, N, C) and v (B, M, C), which `unit` has scaled.
 
     Computed as ||u_i||^2 + ||v_j||^2 - 2 u_i . v_j with one batched matrix product. Rounding can make this negative, so it
-    is clamped at 0.
+    is clamped at 0. The squared lengths, 1 or 0, are constants: no change of the features that `unit` scales moves them.
     """
-    products = torch.baddbmm(v.square().sum(-1)[:, None, :], u, v.transpose(1, 2), alpha=-2)
-    return (products + u.square().sum(-1)[:, :, None]).clamp_min(0)
+    with torch.no_grad():
+        lengths_u, lengths_v = u.square().sum(-1), v.square().sum(-1)
+    products = torch.baddbmm(lengths_v[:, None, :], u, v.transpose(1, 2), alpha=-2)
+    return (products + lengths_u[:, :, None]).clamp_min(0)
 
 
 def uniform_marginals(cost: Tensor) -> tuple[Tensor, Tensor]:
