@@ -20,10 +20,10 @@ NAMES = classifiers()
 EVERY = sorted(set(timm.list_models()) - set(SMALL_IMAGE_MODELS))
 # The page says which model is the smallest, which takes minutes to find out; a module that it lacks is searched.
 LISTED = {row[0]: row for line in PAGE.read_text().splitlines() if (row := line.strip("| ").split(" | "))[0] in NAMES}
-# The default run's share: odd ones first, then every fifth.
+# The default run's share: odd ones first, then every twelfth.
 ODD = ("coat", "crossvit", "efficientvim", "hiera", "hrnet", "levit", "naflexvit", "pit", "tnt", "tresnet", "xcit", "mvitv2",
        "rexnet", "efficientnet", "mlp_mixer", "swin_transformer", "repvit", "densenet")  # fmt: skip
-USUAL = {*ODD, *sorted(NAMES)[::6]} - {"convmixer"}  # whose smallest model takes as long as ten others
+USUAL = {*ODD, *sorted(NAMES)[::12]} - {"convmixer"}  # whose smallest model takes as long as ten others
 # Built for real they would not fit into the time of a test.
 BIG = 25e6
 
