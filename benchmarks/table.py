@@ -17,6 +17,7 @@ from statistics import mean, stdev
 
 from benchmarks import timing
 from benchmarks.accuracy import HERE, RESULTS, read
+from benchmarks.overview import OVERVIEWS, overview
 from benchmarks.pages import fill, labels
 from benchmarks.presets import PRESETS
 from timm_sfr.cli.compare import FEWEST, spread
@@ -220,7 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
         ratios = {row["method"]: float(row["ratio"]) for row in times}
         body = f"{table(found, ratios)}\n\n{caption(chosen, times)}\n\n![top-1 by method]({picture.name})\n"
         text = fill(text, label, body)
-    made = {"-".join(kind) for kind in placed}
+    for label in labels(text) & OVERVIEWS.keys():
+        text = fill(text, label, overview(rows, *OVERVIEWS[label]))
+    made = {"-".join(kind) for kind in placed} | OVERVIEWS.keys()
     for label in sorted(labels(text) - made):
         print(f"warning: {args.document} has a table {label} that no run is behind; remove it", file=sys.stderr)
     args.document.write_text(text)

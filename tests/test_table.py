@@ -6,7 +6,7 @@ import math
 import pytest
 from scipy.stats import ttest_1samp
 
-from benchmarks import accuracy, table, timing
+from benchmarks import accuracy, overview, table, timing
 
 SCORES = {"ls": (20.0, 21.0, 22.0), "sfr": (21.5, 22.0, 23.5), "ce": (19.0, 20.5, 20.0)}
 
@@ -70,6 +70,18 @@ def test_other_lengths_are_rows_of_their_own_and_a_lone_seed_has_no_interval(pat
     assert lines[2].startswith("| ls, 13 epochs | 1 | 23.00 |  |")
     assert lines[2].split("|")[-3].strip() == "1.43", "1.1 a batch for 13 epochs in place of 10"
     assert sum("ls" in line for line in lines[2:]) == 2
+
+
+def test_an_overview_pairs_by_seed_and_counts_the_pairs(path):
+    rows = accuracy.read(path)
+    rows = [row for row in rows if (row["method"], row["seed"]) != ("ce", "1")]
+    column = overview.Column("digits", "digits", epochs=10)
+    methods = {"ls": "smoothing", "ce": "plain", "byot": "not run"}
+    lines = overview.overview(rows, [column], methods).splitlines()
+    own, to_ls = table.interval([21.5, 22.0, 23.5]), table.interval([1.5, 1.0, 1.5])
+    assert lines[2:] == [
+        f"| **SFR** | **22.3 ± {own:.1f}**; 3 |", f"| smoothing | 21.0 (+1.3 ± {to_ls:.1f}; 3) |", "| plain | 19.5 (+3.0; 2) |",
+    ]  # fmt: skip
 
 
 def test_the_document_is_renewed_between_its_markers_alone(path, tmp_path):
