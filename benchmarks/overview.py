@@ -34,7 +34,8 @@ class Column:
 SETS = ("tin100-3k", "cifar10-2k", "tin100-6k")
 PEERS = {
     "ce": "cross-entropy", "ls": "label smoothing 0.1", "ls-0.5": "label smoothing 0.5", "ols": "OLS", "cskd": "CS-KD",
-    "byot": "BYOT", "deepsup": "deep supervision", "pskd": "PS-KD", "tfkd": "Tf-KD", "tffd": "Tf-FD", "dlb": "DLB (twice the time)",
+    "byot": "BYOT", "deepsup": "deep supervision", "pskd": "PS-KD", "tfkd": "Tf-KD", "tffd": "Tf-FD",
+    "dlb": "DLB (twice the time)",
 }  # fmt: skip
 PARTS = {
     "sfr:smoothing=0": "no smoothing",
