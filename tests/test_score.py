@@ -299,5 +299,16 @@ def test_local_paths_of_the_data_are_not_published(tested, tmp_path):
     args = yaml.safe_load(files["args.yaml"].read_text())
     assert args["dataset"] == metrics(folder)["dataset"] == "csv/digits.csv"
     assert "--dataset csv/FILE" in files["README.md"].read_text()
-    named = {source: RunConfig.from_flat({"dataset": source}).data.public_name() for source in ("hfds/a/b", "hfds//x/b")}
-    assert named == {"hfds/a/b": "hfds/a/b", "hfds//x/b": "hfds/b"}
+    names = {"hfds/a/b": "hfds/a/b", "hfds//x/b": "hfds/b", "csv/mine/a.csv": "csv/a.csv"}
+    assert {source: RunConfig.from_flat({"dataset": source}).data.public_name() for source in names} == names
+
+
+@pytest.mark.parametrize("name,published", [("local-dir:/home/me/one/model", "model"), ("runs/one", "one"),
+                                            ("hf-hub:user/base", None), ("test_resnet.r160_in1k", None)])  # fmt: skip
+def test_a_local_model_is_published_without_its_folder(name, published, tested, tmp_path):
+    folder = shutil.copytree(tested[0], tmp_path / "run")
+    options = yaml.safe_load((folder / "args.yaml").read_text()) | {"model": name}
+    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    files = run_files(folder, "user/name", tmp_path)
+    assert yaml.safe_load(files["args.yaml"].read_text())["model"] == (published or name)
+    assert "/home/me" not in files["README.md"].read_text()

@@ -154,7 +154,8 @@ class DataConfig(Checked):
         kind, _, name = (self.dataset or "").partition("/")
         if self.dataset is None:
             return self.data_dir and (PurePath(self.data_dir).name or self.data_dir)
-        return f"{kind}/{PurePath(name).name}" if name.startswith(("/", "..", "~")) else self.dataset
+        local = kind == "csv" or name.startswith(("/", "..", "~"))
+        return f"{kind}/{PurePath(name).name}" if local else self.dataset
 
     def num_samples(self, part: str) -> int | None:
         """Returns the given number of samples of a part of the data: train, val or test."""

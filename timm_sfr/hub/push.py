@@ -233,6 +233,9 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     for name in LOCAL_PATHS:
         if options.get(name):
             options[name] = PurePath(options[name]).name
+    model = str(options.get("model") or "").removeprefix("local-dir:")
+    if "/" in model and ":" not in model:  # a folder: neither timm's names nor hf-hub:USER/NAME
+        options["model"] = PurePath(model).name
     if options.get("dataset"):
         options["dataset"] = DataConfig(dataset=options["dataset"]).public_name()
     with _reading(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
