@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
 from sklearn.metrics import top_k_accuracy_score
+from timm.data.auto_augment import posterize
 
 from timm_sfr import UserError
 from timm_sfr.config import AugConfig, DataConfig, ModelConfig
 from timm_sfr.data.cache import Cached
 from timm_sfr.data.datasets import open_splits
 from timm_sfr.data.loaders import EpochSampler, TrainBatches, eval_loader
-from timm_sfr.data.transforms import Preprocessing, preprocessing
+from timm_sfr.data.transforms import Preprocessing, _operations, preprocessing
 from timm_sfr.models.loading import new_model
 from timm_sfr.training.evaluate import Scores
 from timm_sfr.utils.processes import one_at_a_time
@@ -236,3 +237,20 @@ def test_processes_open_the_data_one_at_a_time(tmp_path, monkeypatch):
         answers = list(pool.map(lambda _: one_at_a_time(SimpleNamespace(num_processes=4), work), range(4)))
     assert answers == [7] * 4 and max(most) == 1 and list(tmp_path.glob("*.lock"))
     assert one_at_a_time(SimpleNamespace(num_processes=1), work) == 7
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m15-inc1", "rand-m12-mmax20-inc1", "v0", "original",
+                                    "augmix-m10", "rand-m0"])  # fmt: skip
+def test_every_posterization_of_timms_policies_works(policy):
+    """As with Pillow before 13, which refuses 0 bits: a black image then, otherwise timm's own."""
+    made = PREP.train_transform(AugConfig(aa=policy))
+    steps = [step for step in _operations(made) if step.name.startswith("Posterize")]
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    assert steps
+    for step in steps:
+        step.prob, step.magnitude_std = 1.0, 0
+        for magnitude in (0, 3, step.magnitude, 10, 20):
+            step.magnitude = magnitude
+            (bits,) = step.level_fn(min(step.magnitude, step.magnitude_max or 10), step.hparams)
+            expected = Image.new("RGB", (8, 8)) if bits <= 0 else posterize(image, bits)
+            assert (np.asarray(step(image)) == np.asarray(expected)).all()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from PIL import ImageMode
+from PIL import Image, ImageMode
 from timm.data import Mixup, create_transform, resolve_input_data_config
+from timm.data.auto_augment import AugmentOp, posterize
 from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Compose, FiveCrop, TenCrop
 
@@ -70,6 +71,9 @@ class Preprocessing:
         """
         try:
             made = self._train_transform(aug)
+            for step in _operations(made):
+                if step.aug_fn is posterize:
+                    step.aug_fn = posterize_to_black
             return AugSplits(*made, aug.aug_splits) if aug.aug_splits else made
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise UserError(f"aa: timm cannot make the training transform: {error}; give a policy such as "
@@ -97,6 +101,26 @@ class Preprocessing:
             use_prefetcher=True,
             separate=aug.aug_splits > 0,
         )
+
+
+def posterize_to_black(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """Returns timm's ``posterize`` of an image, also for 0 bits, which Pillow refuses since version 13: a black image.
+
+    timm's policies ask for 0 bits at the highest magnitude, which rand-m9-mstd0.5-inc1 reaches in one draw of fifty.
+    """
+    return posterize(image, bits, **options) if bits > 0 else image.point([0] * 256 * len(image.getbands()))
+
+
+def _operations(transform: Any) -> Iterator[AugmentOp]:
+    """Yields the operations of the augmentation policies in a transform of timm's, or in a tuple of them."""
+    if isinstance(transform, AugmentOp):
+        yield transform
+        return
+    parts = transform if isinstance(transform, (list, tuple)) else [
+        part for name in ("transforms", "policy", "ops") for part in getattr(transform, name, ())
+    ]  # fmt: skip
+    for part in parts:
+        yield from _operations(part)
 
 
 class AugSplits:
