@@ -2,16 +2,19 @@
 
     python -m benchmarks.accuracy --preset cpu --data-root DIR --jobs 2
 
-Each run adds one row to a CSV. A run (set, method, seed, epochs, split) that is already in the CSV is skipped.
+Each run adds one row to a CSV. A run (set, method, seed, epochs, split) that is already in the CSV is skipped, and one that was
+stopped goes on after its last epoch.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +29,8 @@ from benchmarks.presets import PRESETS, SOURCES, Set
 from timm_sfr.runs.records import versions
 
 if TYPE_CHECKING:
-    from timm_sfr.training.trainer import Trainer
+    from timm_sfr.config import RunConfig
+    from timm_sfr.training.run import Data, TaskMaker
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "accuracy.csv"
@@ -37,6 +41,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
+UNFINISHED = HERE / "results" / "unfinished"  # the folders of runs whose process has ended early
+# Peers with more state than weights, which a checkpoint lacks: their runs start anew.
+FORGETFUL = ("dlb", "pskd")
 # The split that is scored, and the part of the training images that is used.
 SPLITS = {"val": 1, "val-part2": 2, "heldout": 1}
 
@@ -84,14 +91,14 @@ class Cell:
         return json.loads(json.dumps(options | find(self.method).recorded()))
 
 
-def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None = None) -> Trainer:
-    """Returns the trainer of one cell; `limit` is the largest number of batches per epoch."""
+def parts(cell: Cell, root: Path, threads: int, output: str, limit: int | None = None) -> tuple[RunConfig, TaskMaker, Data]:
+    """Returns the options, the task and the data of one cell; `limit` is the largest number of batches per epoch."""
     import torch
 
     from benchmarks.images import DeviceBatches, open_sets, val_batches
     from benchmarks.methods import COMPANIONS, find
     from timm_sfr.config import RunConfig
-    from timm_sfr.training.run import Data, prepare
+    from timm_sfr.training.run import Data
 
     torch.set_num_threads(threads)
     data, make = cell.data, find(cell.method)
@@ -99,29 +106,58 @@ def build(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
         SOURCES[data.source](cell.weights(output))
     splits = open_sets(root, data.name, data.pixels, data.per_class, cell.split == "heldout", SPLITS[cell.split])
     batches = partial(DeviceBatches, companions=COMPANIONS.get(cell.method.partition(":")[0]), limit=limit)
-    return prepare(RunConfig.from_flat(cell.options(output)), task=make, data=Data(*splits, batches, val_batches))
+    return RunConfig.from_flat(cell.options(output)), make, Data(*splits, batches, val_batches)
 
 
-def run(cell: Cell, root: Path, threads: int, limit: int | None = None) -> dict[str, Any]:
-    """Trains one cell with at most `limit` batches per epoch; returns its row of the CSV."""
+def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinished: Path | None = None) -> dict[str, Any]:
+    """Trains one cell with at most `limit` batches per epoch; returns its row of the CSV.
 
-    data, started_from = cell.data, commit()
-    with tempfile.TemporaryDirectory() as output:
-        trainer = build(cell, root, threads, output, limit)
-        trainer.fit()
-    images = len(trainer.batches) * data.batch
-    last, best = trainer.state.last, trainer.state.best
-    total = sum(p.numel() for p in trainer.module.parameters())
+    If its process ends early, the next call with the same `unfinished` folder and commit goes on after the last epoch.
+    """
+    from timm_sfr.runs.checkpoints import checkpoints
+    from timm_sfr.runs.records import read_summary
+    from timm_sfr.training.run import fit
+
+    started_from = commit()
+    with contextlib.ExitStack() as stack:
+        output = _folder(unfinished, cell, started_from) or stack.enter_context(tempfile.TemporaryDirectory())
+        config, make, data = parts(cell, root, threads, output, limit)
+        trained = []  # the task, whose module has the parameters that are trained beside the model's
+
+        def task(*arguments: Any) -> Any:
+            trained.append(make(*arguments))
+            return trained[0]
+
+        begun = Path(output, "run")
+        if not checkpoints(begun / "checkpoints"):
+            shutil.rmtree(begun, ignore_errors=True)  # it has not finished an epoch
+        folder = fit(config, begun if begun.is_dir() else None, task=task, data=data)
+        found = json.loads((folder / "metrics.json").read_text())
+        rows = read_summary(folder / "summary.csv", cell.epochs)
+        if unfinished is not None:
+            shutil.rmtree(output)
+    batch = cell.data.batch
+    images = min(len(data.train.dataset) // batch, limit or len(data.train.dataset)) * batch
+    last, best = found["last"], found["best"]
     return {
         **dataclasses.asdict(cell),
         "top1": last["val_top1"], "top5": last["val_top5"], "nll": last["val_loss"], "ece": last["ece"],
         "best_top1": best["val_top1"], "best_epoch": best["epoch"] + 1,
-        "train_seconds": sum(images / row["images_per_second"] for row in trainer.state.rows),
-        "extra_parameters": total - trainer.recorder.facts["parameters"],
-        "images": images, "model": data.model, "pixels": data.pixels, "hardware": trainer.recorder.facts["hardware"],
+        "train_seconds": sum(images / float(row["images_per_second"]) for row in rows),
+        "extra_parameters": sum(p.numel() for p in trained[0].trainable_module.parameters()) - found["parameters"],
+        "images": images, "model": cell.data.model, "pixels": cell.data.pixels, "hardware": found["hardware"],
         "versions": json.dumps(versions()), "commit": started_from, "date": time.strftime("%Y-%m-%d"),
         "args": json.dumps(cell.recorded() | {"threads": threads}),
     }  # fmt: skip
+
+
+def _folder(unfinished: Path | None, cell: Cell, started_from: str) -> str | None:
+    """Returns the folder in which an ended process left the cell, or may leave it; None if it has to start anew then."""
+    if unfinished is None or cell.method.partition(":")[0] in FORGETFUL:
+        return None
+    place = unfinished / "-".join(map(str, (started_from, *dataclasses.astuple(cell))))
+    place.mkdir(parents=True, exist_ok=True)
+    return str(place)
 
 
 def commit() -> str:
@@ -198,6 +234,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=positive, default=2, help="runs at the same time")
     parser.add_argument("--minutes", type=float, help="start no new run after this many minutes; running ones end")
     parser.add_argument("--limit", type=positive, help="batches per epoch, for a trial; needs another --csv")
+    parser.add_argument("--unfinished", type=Path, default=UNFINISHED, help="folder of the runs that were stopped; the same "
+                        "command at the same commit goes on after their last epoch (default: results/unfinished)")  # fmt: skip
     parser.add_argument("--csv", type=Path, help=f"default: {RESULTS.name}, or {HELD_OUT.name}, in {HERE.name}/results")
     args = parser.parse_args(arguments)
     if args.heldout and args.part == 2:
@@ -295,7 +333,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return
             yield cell
 
-    for cell, row in side_by_side(run, due(), args.jobs, args.data_root, threads, args.limit):
+    for cell, row in side_by_side(run, due(), args.jobs, args.data_root, threads, args.limit, args.unfinished):
         name = f"{cell.set} {cell.method} seed {cell.seed}"
         if isinstance(row, str):
             failed += 1

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.accuracy import HERE, Cell, asked, build, commit, positive, read
+from benchmarks.accuracy import HERE, Cell, asked, commit, parts, positive, read
 from benchmarks.presets import PRESETS
 from timm_sfr.runs.records import versions
 
@@ -88,6 +88,7 @@ def measure(
     preset: str, name: str, methods: list[str], root: Path, threads: int, rounds: int, batches: int
 ) -> list[dict[str, Any]]:
     """Times the methods on one set; returns the rows of the CSV."""
+    from timm_sfr.training.run import prepare
 
     started_from = commit()
     with contextlib.ExitStack() as stack:
@@ -96,7 +97,8 @@ def measure(
             output = stack.enter_context(tempfile.TemporaryDirectory())
             with contextlib.redirect_stdout(io.StringIO()):
                 cell = Cell(preset, name, method, 0, "val", PRESETS[preset][name].epochs)
-                trainers[method] = build(cell, root, threads, output, batches)
+                config, make, data = parts(cell, root, threads, output, batches)
+                trainers[method] = prepare(config, task=make, data=data)
         for trainer in trainers.values():
             for epoch in range(SECOND + 1):
                 trainer.train_epoch(epoch)

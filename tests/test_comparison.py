@@ -153,6 +153,29 @@ def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypa
     assert "did you mean" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("method", ["sfr", "dlb"])
+def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(method, root, tmp_path, monkeypatch):
+    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 3, batch=16, net=presets.SMALL)
+    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+    cell, threads = accuracy.Cell("cpu", "colours", method, 0, "val", 3), torch.get_num_threads()
+    whole = accuracy.run(cell, root, threads, 4)
+    plain, trained = DeviceBatches.epoch, []
+
+    def epoch(self, number, start=0):
+        trained.append(number)
+        if trained == [0, 1]:
+            raise RuntimeError("stopped")
+        return plain(self, number, start)
+
+    monkeypatch.setattr(DeviceBatches, "epoch", epoch)
+    with pytest.raises(RuntimeError, match="stopped"):
+        accuracy.run(cell, root, threads, 4, tmp_path)
+    assert len(list(tmp_path.iterdir())) == (method == "sfr")
+    row = accuracy.run(cell, root, threads, 4, tmp_path)
+    assert trained == [0, 1, *([1, 2] if method == "sfr" else [0, 1, 2])] and not list(tmp_path.iterdir())
+    assert [row[name] for name in ("top1", "nll", "ece")] == [whole[name] for name in ("top1", "nll", "ece")]
+
+
 def test_a_trial_is_short_and_stays_out_of_the_results(root, monkeypatch, capsys):
     tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=presets.SMALL, more=presets.MIX)
     monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
