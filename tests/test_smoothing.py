@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy
 
-from timm_sfr import DynamicLabelSmoothing, SFRConfig, UserError
-from timm_sfr.method.smoothing import own_epsilon, ramp
+from timm_sfr import DynamicLabelSmoothing, RunConfig, SFRConfig, UserError
+from timm_sfr.method.smoothing import label_capacity, own_epsilon, ramp
 from timm_sfr.method.task import weight_at
+from timm_sfr.training.run import prepare
 
 OWN = (None, None, "constant")  # SFR's default: it finds its own strength
 OPTIONS = [(source, schedule) for source in ("uniform", "classes") for schedule in ("constant", "ramp", "confidence")]
@@ -57,6 +58,25 @@ def test_own_strength_is_near_nothing_in_short_training_and_whole_in_long():
     assert own_epsilon(10, 48) == pytest.approx(10 / 109 * (1 - math.exp(-((48 / 32) ** 3))))
     strengths = [own_epsilon(100, epochs) for epochs in range(1, 100)]
     assert strengths == sorted(strengths)
+
+
+def test_own_strength_follows_what_the_network_can_memorise():
+    """1,024 images of 8 classes are 3,072 bits."""
+    assert label_capacity(30720, 1024, 8) == pytest.approx(10) and label_capacity(30720, 2048, 64) == pytest.approx(2.5)
+    whole = own_epsilon(100, 48)
+    found = [own_epsilon(100, 48, capacity) for capacity in (0.0, 0.16, 4, 16, 500)]
+    assert found == pytest.approx([0, whole / 10, whole / 2, whole, whole])
+
+
+def test_a_run_counts_its_parameters_images_and_classes(tmp_path):
+    options = {"dataset": "digits", "device": "cpu", "epochs": 40, "output": str(tmp_path), "batch_size": 64, "workers": 0}
+    small = prepare(RunConfig.from_flat({**options, "model_kwargs": {"channels": [4, 8, 16]}}))
+    count = sum(p.numel() for p in small.exported_model().parameters())
+    expected = own_epsilon(10, 40, count / (1437 * math.log2(10)))
+    assert 0 < expected < 0.8 * own_epsilon(10, 40)
+    small.task.set_epoch(39, 40)
+    assert small.task.smoothing.epsilon_t.item() == pytest.approx(expected)
+    assert small.recorder.facts["smoothing"] == pytest.approx(expected)
 
 
 def test_own_strength_rises_over_the_first_epochs_as_lambda_does():

@@ -10,7 +10,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_sfr.config import in_words
 from timm_sfr.data.transforms import img_mode
-from timm_sfr.method.smoothing import own_epsilon
 from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES, shown_percents, task_of
 
@@ -112,7 +111,6 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         ours=config["architecture"] in SMALL_IMAGE_MODELS,
         imports=imports(config["architecture"]),
         in_words=in_words,
-        own_epsilon=own_epsilon,
     )
     return f"{card}\n"
 

@@ -15,9 +15,10 @@ from timm_sfr.method.classification import ClassificationLoss, check_dense, flat
 from timm_sfr.method.config import SCHEDULES, SOURCES, LossForm
 from timm_sfr.utils.errors import UserError
 
-# Of `own_epsilon`: how many times as probable as any other class the target makes the right one; the largest eps; and the
-# passes over the images after which eps reaches 63 % of its full value.
-ODDS, MOST, PASSES = 100, 0.5, 32
+# Of `own_epsilon`: how many times as probable as any other class the target makes the right one; the largest eps; the passes
+# over the images after which eps reaches 63 % of its full value; and the parameters per bit of the labels from which on eps
+# has its full value.
+ODDS, MOST, PASSES, CAPACITY = 100, 0.5, 32, 16
 # Above this many classes, the class table must be asked for: the table and the sums for the next one take 8 K^2 bytes, and a
 # checkpoint within an epoch holds the sums of every process.
 TABLE_CLASSES = 1024
@@ -28,23 +29,36 @@ def ramp(epsilon: float, epoch: int, epochs: int) -> float:
     return epsilon * min(1.0, epoch / (epochs - 1)) if epochs > 1 else epsilon
 
 
-def own_epsilon(num_classes: int, epochs: float | None = None) -> float:
-    """Returns the smoothing eps that the method chooses itself, for K classes and T passes over the images.
+def own_epsilon(num_classes: int, epochs: float | None = None, capacity: float | None = None) -> float:
+    """Returns the smoothing eps that the method chooses itself, for K classes, T passes over the images and capacity r.
 
-        eps = min(1/2, K / (K + 99)) (1 - exp(-(T / 32)^3))
+        eps = min(1/2, K / (K + 99)) (1 - exp(-(T / 32)^3)) min(1, sqrt(r / 16))
 
     The first factor asks for the same margin at every K: smoothed uniformly by K / (K + 99), the target makes the right
-    class 100 times as probable as any other. That is 0.09 for 10 classes, capped at 1/2 from 99 on. The second factor
-    reflects that smoothing slows learning, which costs accuracy in short training and prevents the network from
-    memorising its images in long training. It is 0.12 at 16 passes and 0.97 at 48. docs/results.md has the runs behind the
-    constants.
+    class 100 times as probable as any other. That is 0.09 for 10 classes, capped at 1/2 from 99 on. The other factors
+    reflect that smoothing prevents the network from memorising its images, and otherwise slows learning. Passes: 0.12 at
+    16 of them and 0.97 at 48. Capacity: a network with few parameters per bit of its labels is too small to memorise them.
+    docs/results.md has the runs behind the constants.
 
     Args:
         num_classes: K.
-        epochs: T. None if it is long or unknown: the second factor is then 1.
+        epochs: T. None if it is long or unknown: its factor is then 1.
+        capacity: r, `label_capacity`. None if it is unknown: its factor is then 1.
     """
     passes = 1.0 if epochs is None else 1 - math.exp(-((epochs / PASSES) ** 3))
-    return min(MOST, num_classes / (num_classes + ODDS - 1)) * passes
+    memory = 1.0 if capacity is None else min(1.0, math.sqrt(capacity / CAPACITY))
+    return min(MOST, num_classes / (num_classes + ODDS - 1)) * passes * memory
+
+
+def label_capacity(parameters: int, images: float, num_classes: int) -> float:
+    """Returns a network's parameters per bit of the labels that it trains on: r = P / (N log2 K).
+
+    Args:
+        parameters: P, the parameters of the network.
+        images: N, the training images.
+        num_classes: K, at least 2.
+    """
+    return parameters / (max(images, 1) * math.log2(num_classes))
 
 
 def confidence(logits: Tensor, epsilon: float) -> Tensor:
@@ -120,7 +134,7 @@ class DynamicLabelSmoothing(nn.Module):
     Args:
         num_classes: K.
         epsilon: The smoothing eps. None: `timm_sfr.method.smoothing.own_epsilon` chooses it, and eps_t rises to it over
-            the first fifth of the epochs, at most 5. Without `set_epoch` it is at most 0.1. A number is timm's
+            the first fifth of the epochs, at most 5 of them. Without `set_epoch` it is at most 0.1. A number is timm's
             ``--smoothing``; 0 is plain cross-entropy.
         source: q. ``"uniform"``: 1/K. ``"classes"``: the model's mean prediction for the sample's class over the
             samples that it classified correctly in the last epoch that had any (uniform until then); for a mixture,
@@ -137,6 +151,7 @@ class DynamicLabelSmoothing(nn.Module):
 
     Attributes:
         passes: Passes over the images in an epoch, 1 unless set; `own_epsilon` counts passes, not epochs.
+        capacity: The network's `label_capacity`, for `own_epsilon`; None unless set.
 
     Raises:
         UserError: if an option is out of bounds, a schedule is given without an epsilon, there is not one weight for each
@@ -166,6 +181,7 @@ class DynamicLabelSmoothing(nn.Module):
         if epsilon is None and schedule != "constant":
             raise UserError(f"schedule: {schedule!r} needs a given epsilon, such as 0.1 (--smoothing 0.1); got None")
         self.num_classes, self.epsilon, self.schedule, self.passes = num_classes, epsilon, schedule, 1.0
+        self.capacity: float | None = None
         weights = loss.class_weights if loss is not None else None
         if weights is not None and len(weights) != num_classes:
             raise UserError(f"class_weights: expected {num_classes}, one for each class; got {len(weights)}")
@@ -192,16 +208,20 @@ class DynamicLabelSmoothing(nn.Module):
         """Sets eps_t for epoch `epoch` (from 0) of `epochs`."""
         if self.epsilon is None:
             warmup = default_warmup(epochs)
-            now = own_epsilon(self.choices, epochs * self.passes) * min(1.0, (epoch + 1) / (warmup + 1))
+            now = self.strength(epochs) * min(1.0, (epoch + 1) / (warmup + 1))
         else:
             now = ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon
         self.epsilon_t.fill_(now)
+
+    def strength(self, epochs: int) -> float:
+        """Returns the largest eps of a run of `epochs` epochs."""
+        return own_epsilon(self.choices, epochs * self.passes, self.capacity) if self.epsilon is None else self.epsilon
 
     def describe(self, epochs: int) -> str:
         """Returns a few words on the strength and the form of the smoothing in a run of `epochs` epochs."""
         if self.epsilon is None:
             towards = "by class" if self.source == "classes" else self.source
-            return f"up to {own_epsilon(self.choices, epochs * self.passes):.2g} {towards}"
+            return f"up to {self.strength(epochs):.2g} {towards}"
         return f"{self.epsilon:g} {self.source} {self.schedule}"
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from timm_sfr.hub.model_folder import Exporter, resolve_hub
 from timm_sfr.hub.push import check_card, check_push, loading_line, published, push_to_hub
 from timm_sfr.method.config import LossForm
 from timm_sfr.method.probe import check_input
-from timm_sfr.method.smoothing import default_warmup
+from timm_sfr.method.smoothing import default_warmup, label_capacity
 from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.files import CONFIG
 from timm_sfr.models.loading import new_model
@@ -422,11 +422,25 @@ def _build(
     made = create_task(model, config.sfr, size, device, teacher, loss) if task is None else task(model, size, device)
     if isinstance(made, SFRTask):
         made.smoothing.passes = max(1.0, config.data.epoch_repeats)
+        made.smoothing.capacity = _capacity(config, data.train, model, num_classes)
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
     if config.model.low_precision:
         made.trainable_module.to(image_dtype(config.model))
     return Built(data, model, prep, num_classes, teacher, exporter, made, loss)
+
+
+def _capacity(config: RunConfig, train: Split, model: nn.Module, num_classes: int) -> float | None:
+    """Returns the model's `label_capacity`; None of several labels, or of a stream that does not say its number of images."""
+    images = config.data.train_num_samples if train.streamed else len(train.dataset)
+    if config.data.multilabel or not images:
+        return None
+    return label_capacity(_count(model), images, num_classes)
+
+
+def _count(model: nn.Module) -> int:
+    """Returns the number of the model's parameters, of split BatchNorm only the exported ones."""
+    return sum(p.numel() for p in without_auxiliary(dict(model.named_parameters())).values())
 
 
 def _loader(built: Built, split: Split, config: RunConfig, accelerator: Any) -> DataLoader:
@@ -548,6 +562,7 @@ def _facts(config: RunConfig, accelerator: Any, built: Built) -> dict[str, Any]:
     """Returns the content of metrics.json other than the scores."""
     name, model, teacher = config.model.model or DEFAULT_MODEL, built.model, built.teacher
     images = summary.facts(*built.data.splits)
+    smoothing = built.task.smoothing if isinstance(built.task, SFRTask) else None
     return {
         "model": name,
         "dataset": config.data.public_name(),
@@ -555,7 +570,8 @@ def _facts(config: RunConfig, accelerator: Any, built: Built) -> dict[str, Any]:
         "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),
         **({"images": images} if images else {}),
-        "parameters": sum(p.numel() for p in without_auxiliary(dict(model.named_parameters())).values()),
+        "parameters": _count(model),
+        **({"smoothing": smoothing.strength(config.optim.epochs)} if smoothing is not None else {}),
         "seed": config.engine.seed,
         "hardware": hardware(accelerator.device, accelerator.num_processes),
         "mixed_precision": accelerator.mixed_precision,
