@@ -61,6 +61,7 @@ def test_help_names_every_verb(capsys):
         (("taps", "resnet81"), "did you mean 'resnet18'"),
         (("taps", "resnet18", "--sfr-channels", "group"), "did you mean 'groups'"),
         (("taps", "resnet18", "--picture", "/does/not/exist.png"), "picture: cannot write"),
+        (("validate", "testss"), "model: there is no folder 'testss'; did you mean 'tests'?"),
         (("validate", NAME), "expected --data-dir DIR, or --dataset NAME"),
         (("validate", "resnet20_cifra", "--dataset", "digits"), "did you mean 'resnet20_cifar'"),
         (("compare", "tests"), "two or more"),
@@ -176,6 +177,12 @@ def test_compare_pairs_by_seed(capsys, tmp_path):
     assert "have the same options and seed 0" in said(capsys, "compare", runs[0], runs[0], status=2)
     (runs[0] / "metrics.json").write_text("{}")
     assert "are damaged" in said(capsys, "compare", *runs, status=2)
+
+
+def test_compare_says_that_runs_were_validated_on_other_images(capsys, tmp_path):
+    runs = [fake_run(tmp_path / name, 50.0, seed=0, val_split=name) for name in ("val", "test")]
+    note = "note: the runs may have been validated on different images (val_split); differences then mean little"
+    assert note in said(capsys, "compare", *runs).splitlines()
 
 
 def test_compare_real_runs(digits_run, capsys):

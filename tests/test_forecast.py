@@ -84,6 +84,11 @@ def lines_on(model="resnet20_cifar", **options):
         ({"model": "resnet18", "img_size": 96, "pretrained": True}, "img-size: 96 px is far from the 224 px"),
         ({"model": "resnet18", "img_size": 160, "pretrained": True}, None),
         ({"model": "resnet18", "img_size": 96}, None),
+        ({"images": 6000, "epochs": 4, "model_ema": True}, "model-ema: .* after 187 updates at decay 0.9998 the initial weights "
+                                                         "are 96 % of it; use --model-ema-warmup, or --model-ema-decay 0.947"),
+        ({"images": 6000, "epochs": 4, "model_ema": True, "model_ema_warmup": True}, None),
+        ({"images": 6000, "epochs": 4, "model_ema": True, "model_ema_decay": 0.95}, None),
+        ({"model_ema": True, "epochs": 100}, None),
     ],
     ids=str,
 )  # fmt: skip

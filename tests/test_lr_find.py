@@ -5,14 +5,16 @@ import itertools
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, run
 
 from timm_sfr import RunConfig
+from timm_sfr.cli.lr_find import free_path, lines
 from timm_sfr.training import lr_find
-from timm_sfr.training.lr_find import diverged, exponential_rates, range_test, smooth_losses, steepest
+from timm_sfr.training.lr_find import RangeTest, diverged, exponential_rates, range_test, smooth_losses, steepest
 from timm_sfr.training.run import assemble, start
 
 LR_FIND = [sys.executable, "-m", "timm_sfr.cli.main", "lr-find"]
@@ -150,3 +152,21 @@ def test_bad_input_is_refused_before_anything(words, said):
     done = run(*LR_FIND, *words)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
     assert not (ROOT / "lr-find.png").exists()
+
+
+def test_a_fall_that_is_no_larger_than_the_scatter_is_uncertain():
+    rates = exponential_rates(1e-4, 1, 40)
+    for fall, uncertain in ((2.0, False), (0.1, True)):
+        losses = [3 - fall * i / 40 + (0.1 if i % 2 else -0.1) for i in range(40)]
+        smoothed = smooth_losses(losses, 40)
+        test = RangeTest(rates, losses, smoothed, steepest(rates, smoothed), 32)
+        said = "\n".join(lines(test, 40, (Path("a.png"), Path("a.csv"))))
+        assert ("single updates scatter by 0.1" in said) == uncertain and "suggestion: --lr" in said
+
+
+def test_an_earlier_curve_is_kept(tmp_path):
+    path = tmp_path / "lr-find.png"
+    assert free_path(path) == path
+    path.touch()
+    (tmp_path / "lr-find-2.csv").touch()
+    assert free_path(path) == tmp_path / "lr-find-3.png"

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -11,7 +12,7 @@ from conftest import ALONE, TORCHRUN, TRAIN, run
 from benchmarks.faults import EVERYTHING, differences
 from timm_sfr.cli.parser import INTERRUPTED
 from timm_sfr.runs.checkpoints import checkpoints
-from timm_sfr.training.guards import ECHO, Signals
+from timm_sfr.training.guards import ECHO, Signals, _command
 
 DIGITS_PAIR = ("--epochs", "200", "-b", "32", "--checkpoint-interval", "5", "--device", "cpu", "--val-interval", "50")
 
@@ -75,6 +76,17 @@ def test_a_stop_for_the_whole_group_spares_the_loading_processes(folder, tmp_pat
 
 class Alone:
     num_processes = 1
+
+
+@pytest.mark.parametrize("started,processes,cpu,expected", [
+    ("/x/timm-sfr", 1, True, "timm-sfr train"), ("train_sfr.py", 1, True, "python train_sfr.py"),
+    ("../a b/train_sfr.py", 1, False, "python '../a b/train_sfr.py'"), ("/x/pytest", 1, True, "python train_sfr.py"),
+    ("/x/timm-sfr", 2, True, "torchrun --nproc-per-node 2 --no-python timm-sfr train"),
+    ("train_sfr.py", 4, False, "accelerate launch --num_processes 4 train_sfr.py"),
+])  # fmt: skip
+def test_the_command_to_go_on_with_is_the_one_that_was_given(started, processes, cpu, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [started])
+    assert _command(processes, cpu) == expected
 
 
 def test_signals_are_noted_and_a_second_interrupt_is_not():

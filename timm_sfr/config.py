@@ -501,7 +501,9 @@ class OptimConfig(Checked):
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
     model_ema: bool = option(False, "keep an exponential moving average of the weights, and evaluate and export it")
     model_ema_decay: float = option(0.9998, "decay of that average", low=0, high=1)
-    model_ema_warmup: bool = option(False, "warm that decay up")
+    model_ema_warmup: bool = option(
+        False, "raise that decay from a small one, so that the average soon leaves the initial weights behind"
+    )
     model_ema_force_cpu: bool = option(
         False, "keep that average on the CPU, to save memory of the GPU (one process only)"
     )

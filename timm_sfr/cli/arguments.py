@@ -76,8 +76,8 @@ def _lr_find(parser: ArgumentParser) -> None:
     own.add_argument("--lr-low", type=float, default=1e-5, metavar="RATE", help="first learning rate (default: 1e-5)")
     own.add_argument("--lr-high", type=float, default=10.0, metavar="RATE", help="last learning rate (default: 10)")
     own.add_argument("--lr-updates", type=int, default=100, metavar="N", help="updates between them (default: 100)")
-    own.add_argument("--picture", type=Path, default=Path("lr-find.png"), metavar="FILE",
-                     help="the curve, a .png, .svg or .pdf; its figures are a .csv beside it (default: lr-find.png)")  # fmt: skip
+    own.add_argument("--picture", type=Path, metavar="FILE", help="the curve, a .png, .svg or .pdf; its figures are a .csv "
+                     "beside it (default: lr-find.png, or lr-find-2.png and so on if there is one)")  # fmt: skip
     own.add_argument("--json", action="store_true", help="print one JSON object")
     _training_options(parser)
 

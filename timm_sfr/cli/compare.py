@@ -23,6 +23,7 @@ INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub
               "checkpoint_interval", "save_epochs", "save_images", "synchronize_step", "wandb_project", "wandb_tags",
               "wandb_resume_id", "test_split", "test_num_samples")  # fmt: skip
 Row = tuple[str, ...]
+VALIDATED_ON = ("dataset", "data_dir", "val_split", "val_share", "val_num_samples")
 FEWEST = 3  # seeds for an interval: with two, it would be several times as wide as the difference between them
 
 
@@ -131,6 +132,9 @@ def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
     notes = ["at the last epoch, percent; ± half the 95 % interval over 3 or more seeds; the best epoch is chosen on val"]
     if any(tested):
         notes.append("test: scored once, at the end, with the best epoch's weights: the honest figure")
+    if other := [name for name in VALIDATED_ON if name in base.options]:
+        notes.append(f"note: the runs may have been validated on different images ({', '.join(other)}); differences then mean "
+                     "little")  # fmt: skip
     notes += [f"{group.name}: {', '.join(_name(run) for _, run in sorted(group.runs.items()))}" for group in groups]
     options: list[Row] = [("", *(group.name for group in groups))]
     options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]

@@ -83,7 +83,9 @@ def table(found: dict[str, Any]) -> str:
         part = found[split]
         kinds = ", ".join(f"{count} {kind}" for kind, count in part["sampled"].items())
         small, large = ("x".join(map(str, part[name] or ())) for name in ("smallest", "largest"))
-        lines.append(f"{split}: a sample has {kinds}; {small}" + (f" to {large}" if large != small else "") + " pixels")
+        size = f"{small} to {large}" if large != small else small
+        count = sum(part["sampled"].values())
+        lines.append(f"{split}: {count} of the images opened, the others only counted: {kinds}; {size} pixels")
         passed = [f"{count} {ending or 'without an ending'}" for ending, count in part["passed_over"].items()]
         for label, values in (
             ("no images in the sample", part["unreadable"]),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
+from statistics import pstdev
 
 from timm_sfr.cli.train import read_options
 from timm_sfr.config import DEFAULT_MODEL
@@ -19,6 +21,7 @@ UNUSED = ("lr", "lr_base", "lr_base_size", "lr_base_scale", "sched", "output", "
 
 
 ENDINGS = (".png", ".svg", ".pdf")
+SURE = 2  # a fall of the loss by fewer deviations of the single losses is uncertain
 
 
 def write_figures(test: RangeTest, path: Path) -> None:
@@ -49,6 +52,17 @@ def picture(test: RangeTest, title: str, path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
+def scatter_of(test: RangeTest) -> float:
+    """Returns the standard deviation of the losses around the smoothed ones."""
+    return pstdev(loss - smooth for loss, smooth in zip(test.losses, test.smoothed, strict=False))
+
+
+def free_path(path: Path) -> Path:
+    """Returns `path`, or if that file or its figures exist, the first of NAME-2, NAME-3 and so on that does not."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2)))
+    return next(one for one in names if not one.exists() and not one.with_suffix(".csv").exists())
+
+
 def lines(test: RangeTest, asked: int, files: tuple[Path, Path]) -> list[str]:
     """Returns what to print."""
     end = min(range(len(test.smoothed)), key=test.smoothed.__getitem__)
@@ -61,6 +75,10 @@ def lines(test: RangeTest, asked: int, files: tuple[Path, Path]) -> list[str]:
         f"smoothed loss: {test.smoothed[0]:.3f} at first, lowest {test.smoothed[end]:.3f} at {test.rates[end]:.2g}",
         f"curve: {files[0]}; figures: {files[1]}",
     ]
+    fall, scatter = test.smoothed[0] - test.smoothed[end], scatter_of(test)
+    if test.rate is not None and fall < SURE * scatter:
+        found.append(f"warning: the smoothed loss falls by {fall:.2g}, and single updates scatter by {scatter:.2g}: the "
+                     "suggestion is uncertain; give more --lr-updates, or a larger --batch-size")  # fmt: skip
     if test.rate is not None:
         found += [
             f"suggestion: --lr {test.rate:.2g}, where the smoothed loss falls fastest; a start, not an answer: look at the "
@@ -73,7 +91,8 @@ def lines(test: RangeTest, asked: int, files: tuple[Path, Path]) -> list[str]:
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
     own = {name: vars(args).pop(name) for name in ("lr_low", "lr_high", "lr_updates", "picture", "json")}
-    low, high, count, path = own["lr_low"], own["lr_high"], own["lr_updates"], own["picture"]
+    low, high, count = own["lr_low"], own["lr_high"], own["lr_updates"]
+    path = own["picture"] or free_path(Path("lr-find.png"))
     if not 0 < low < high or count < 10:
         raise UserError(
             f"lr-low: expected two rates above 0, --lr-low the smaller, and 10 --lr-updates or more; got {low:g}, {high:g} "

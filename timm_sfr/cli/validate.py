@@ -40,7 +40,9 @@ def run(args: Namespace) -> int:
     options = merged(own, chosen)
     if not options.get("data_dir") and not options.get("dataset"):
         near = "" if Path(args.model).exists() else near_paths(args.model)
-        raise UserError(f"data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data{near}")
+        if near:
+            raise UserError(f"model: there is no folder {args.model!r}{near}")
+        raise UserError("data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data")
     with console_output(False):
         model = create_model(args.model, revision=args.revision)
         if several_labels(model):

@@ -201,7 +201,7 @@ def _from_hub(name: str, where: dict[str, Any], weights: bool) -> Path:
     """Downloads ``[hf-hub:]USER/NAME[@REVISION]``; returns its folder in the cache."""
     repo_id, _, at = name.removeprefix("hf-hub:").removeprefix("hf_hub:").partition("@")
     if repo_id.count("/") != 1 and name == repo_id:
-        raise UserError(f"model: {name!r} is not a folder{near_paths(name)} and not a USER/NAME on the Hub")
+        raise UserError(f"model: {name!r} is neither a folder nor a USER/NAME on the Hub{near_paths(name)}")
     check_repo_id(repo_id, "model")
     return _download(repo_id, where | {"revision": where["revision"] or at or None}, weights)
 

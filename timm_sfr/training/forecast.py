@@ -27,6 +27,7 @@ RATES = {
 }
 UNKNOWN = ("adagrad", "adadelta", "adafactor")  # their rates are not comparable with those of Adam
 FAR = 1.8  # warn if the images are this many times larger or smaller than those of pretraining
+UNTRAINED = 0.05  # warn if more than this share of the moving average is still the initial weights at the end
 FEW = 32  # images: the rate is usually not lowered further for smaller batches
 SMALL_IMAGES = 64  # pixels: up to this size, timm_sfr has architectures of its own
 
@@ -62,6 +63,7 @@ def advice(config: RunConfig, run: Circumstances) -> list[str]:
         _batch(run),
         _rate(config, run),
         _warmup(config, run),
+        _average(config, run),
         *_odd(config, run),
     ]
     return [f"warning: {line}" for line in found if line]
@@ -152,6 +154,18 @@ def _warmup(config: RunConfig, run: Circumstances) -> str | None:
         return (f"sfr-warmup-epochs: {sfr.warmup_epochs} of {run.epochs} epochs: lambda never reaches {sfr.weight:g}; "
                 f"--sfr-warmup-epochs {default_warmup(run.epochs)} is usual")  # fmt: skip
     return None
+
+
+def _average(config: RunConfig, run: Circumstances) -> str | None:
+    """A moving average with a long memory is still the initial weights after a short run."""
+    optim = config.optim
+    updates = (run.images or 0) * run.epochs // max(1, run.global_batch)
+    rest = optim.model_ema_decay**updates
+    if not optim.model_ema or optim.model_ema_warmup or not updates or rest < UNTRAINED:
+        return None
+    return (f"model-ema: the average is what is scored and exported, and after {updates} updates at decay "
+            f"{optim.model_ema_decay:g} the initial weights are {100 * rest:.0f} % of it; use --model-ema-warmup, or "
+            f"--model-ema-decay {max(0.5, 1 - 10 / updates):.3g}")  # fmt: skip
 
 
 def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:

@@ -6,6 +6,7 @@ import json
 import math
 import shlex
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -225,11 +226,23 @@ class Signals:
 
 def interrupted(number: int, updates: int, workspace: Workspace, accelerator: Any) -> Interrupted:
     """Returns the exception for a run that signal `number` stopped after `updates` updates."""
-    launcher, count = "python", accelerator.num_processes
-    if count > 1:
-        cpu = accelerator.device.type == "cpu"
-        launcher = f"torchrun --nproc-per-node {count}" if cpu else f"accelerate launch --num_processes {count}"
+    command = _command(accelerator.num_processes, accelerator.device.type == "cpu")
     return Interrupted(
         f"stopped by {signal.Signals(number).name} after update {updates}, {workspace.kept()}; continue with: "
-        f"{launcher} train_sfr.py --resume {shlex.quote(str(workspace.run))}"
+        f"{command} --resume {shlex.quote(str(workspace.run))}"
     )
+
+
+def _command(processes: int, cpu: bool) -> str:
+    """Returns the command that trains, as this process was started."""
+    started = Path(sys.argv[0])
+    script = shlex.quote(str(started)) if started.name == "train_sfr.py" else "train_sfr.py"
+    installed = {"timm-sfr": "timm-sfr train", "train-sfr": "train-sfr"}.get(started.name)
+    if processes == 1:
+        return installed or f"python {script}"
+    launcher, plain = (
+        (f"torchrun --nproc-per-node {processes}", "--no-python")
+        if cpu
+        else (f"accelerate launch --num_processes {processes}", "--no_python")
+    )
+    return f"{launcher} {plain} {installed}" if installed else f"{launcher} {script}"

@@ -189,7 +189,7 @@ class Recorder:
         count = 0 if self.bad is None else len(self.bad.names())
         if self.bad is not None and count > self._bad_before:
             self.workspace.say(
-                f"warning: {count} images do not decode and were replaced by others: {self.bad.path}"
+                f"warning: images that do not decode and were replaced by others: {count}, listed in {self.bad.path}"
             )
         self._bad_before = count
 

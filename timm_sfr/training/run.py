@@ -307,7 +307,7 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
             f"resume: the model/ of {str(run)!r} is gone, and only a new best epoch writes it; raise --epochs"
         )
     say(f"the model is in {run / 'model'}")
-    line = loading_line(run, f"local-dir:{run / 'model'}")
+    line = loading_line(run, f"local-dir:{(run / 'model').absolute()}")  # for any folder that it is used in
     say(f"load it with: {line}", "done", run=str(run), model=str(run / "model"), load=line)
     hub = trainer.config.hub
     if hub.push_to_hub is not None and trainer.workspace.main:
