@@ -50,6 +50,7 @@ OTHER = (
     Column("60 images a class, 48 epochs", "tin100-6k", epochs=48),
     Column("mixup and CutMix", "tin100-3k-mix", "regimes"),
     Column("twice as wide", "tin100-3k-wide", "regimes"),
+    Column("a narrow network", "tin100-narrow-250", "narrow"),
     Column("fine-tuning", "cifar10-2k-finetune", "regimes"),
 )
 # Each table by its label: its columns, and its rows as method and title.
