@@ -79,7 +79,7 @@ class Cell:
             "epochs": self.epochs, "lr": data.lr, "weight_decay": 5e-4, "opt": "sgd", "sched": "cosine",
             "opt_kwargs": {"nesterov": True}, "seed": self.seed, "mixed_precision": data.precision,
             "channels_last": True, "model_kwargs": net or None, "pretrained": data.source is not None,
-            "val_interval": data.val_interval, "checkpoint_hist": 1, "output": output, "experiment": "run",
+            "val_interval": data.val_interval, "checkpoint_hist": 1, "report_interval": 0, "output": output, "experiment": "run",
             **dict(data.more),
         }  # fmt: skip
 
