@@ -119,8 +119,7 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinish
     from timm_sfr.training.run import fit
 
     started_from = commit()
-    with contextlib.ExitStack() as stack:
-        output = _folder(unfinished, cell, started_from) or stack.enter_context(tempfile.TemporaryDirectory())
+    with _folder(unfinished, cell, started_from) as output:
         config, make, data = parts(cell, root, threads, output, limit)
         trained = []  # the task, whose module has the parameters that are trained beside the model's
 
@@ -134,8 +133,6 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinish
         folder = fit(config, begun if begun.is_dir() else None, task=task, data=data)
         found = json.loads((folder / "metrics.json").read_text())
         rows = read_summary(folder / "summary.csv", cell.epochs)
-        if unfinished is not None:
-            shutil.rmtree(output)
     batch = cell.data.batch
     images = min(len(data.train.dataset) // batch, limit or len(data.train.dataset)) * batch
     last, best = found["last"], found["best"]
@@ -151,13 +148,17 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinish
     }  # fmt: skip
 
 
-def _folder(unfinished: Path | None, cell: Cell, started_from: str) -> str | None:
-    """Returns the folder in which an ended process left the cell, or may leave it; None if it has to start anew then."""
+@contextlib.contextmanager
+def _folder(unfinished: Path | None, cell: Cell, started_from: str) -> Iterator[str]:
+    """A context with the folder of the cell's run; it is kept if the run ends early and can go on."""
     if unfinished is None or cell.method.partition(":")[0] in FORGETFUL:
-        return None
-    place = unfinished / "-".join(map(str, (started_from, *dataclasses.astuple(cell))))
-    place.mkdir(parents=True, exist_ok=True)
-    return str(place)
+        with tempfile.TemporaryDirectory() as place:
+            yield place
+        return
+    kept = unfinished / "-".join(map(str, (started_from, *dataclasses.astuple(cell))))
+    kept.mkdir(parents=True, exist_ok=True)
+    yield str(kept)
+    shutil.rmtree(kept)
 
 
 def commit() -> str:

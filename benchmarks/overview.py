@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 from benchmarks.pages import markdown
+from benchmarks.presets import PRESETS
 from timm_sfr.cli.compare import spread
 
 Rows = Iterable[dict[str, str]]
@@ -23,8 +25,6 @@ class Column:
 
     def scores(self, rows: Rows, method: str) -> dict[int, float]:
         """Returns top-1 at the last epoch of one method, by seed."""
-        from benchmarks.presets import PRESETS
-
         epochs = self.epochs or PRESETS[self.preset][self.set].epochs
         wanted = (self.preset, self.set, self.split, str(epochs), method)
         found = (row for row in rows if tuple(row[key] for key in ("preset", "set", "split", "epochs", "method")) == wanted)
@@ -78,11 +78,11 @@ def overview(rows: Rows, columns: Sequence[Column], methods: dict[str, str]) -> 
         for column, own in zip(columns, ours, strict=True):
             theirs = column.scores(rows, method)
             gains = [own[seed] - theirs[seed] for seed in sorted(own.keys() & theirs.keys())]
-            value = f"{sum(theirs.values()) / len(theirs):.1f}" if theirs else ""
-            cells.append(f"{value} ({spread(gains, 1, '+')}{_count(gains, '; ')})" if gains else value)
+            value = f"{mean(theirs.values()):.1f}" if theirs else ""
+            cells.append(f"{value} ({spread(gains, 1, '+')}{_count(gains)})" if gains else value)
         lines.append([title, *cells])
     return markdown(["", *(column.title for column in columns)], [line for line in lines if any(line[1:])])
 
 
-def _count(values: Sequence | dict, before: str = "; ") -> str:
-    return f"{before}{len(values)}" if len(values) != 5 else ""
+def _count(values: Sequence | dict) -> str:
+    return f"; {len(values)}" if len(values) != 5 else ""

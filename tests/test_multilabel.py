@@ -419,7 +419,7 @@ def test_bad_images_are_replaced_by_the_next(labels, tmp_path):
     first.write_text("junk")
     words = (*WORDS, "--dataset", f"csv/{bad / 'digits.csv'}", "--epochs", 1, "--output", tmp_path, "--on-bad-image")
     assert first.name in train(*words, "stop", ok=False).stderr
-    assert "images that do not decode and were replaced by others: 1, listed in" in train(*words, "skip").stdout
+    assert "warning: images that do not decode and were replaced by others: 1, listed in" in train(*words, "skip").stdout
 
 
 @pytest.mark.slow

@@ -277,13 +277,14 @@ EVERYTHING = ("--mixup", 0.2, "--cutmix", 1, "--model-ema", "--model-ema-decay",
 def test_a_run_with_a_teacher_goes_on_to_the_same_bits(digits_run, tmp_path):
     """The teacher is another run; the cut is in mid-epoch, and the teacher is made anew from its name."""
     teacher = digits_run[0]
-    train(*EVERYTHING, "--kd-model-name", teacher, "-b", 64, "--output", tmp_path, "--experiment", "whole")
+    words = (*EVERYTHING, "--model-ema-decay", 0.8, "--kd-model-name", teacher, "-b", 64)
+    train(*words, "--output", tmp_path, "--experiment", "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for path in checkpoints(tmp_path / "cut" / "checkpoints")[-3:]:
         shutil.rmtree(path)
     assert load_checkpoint(checkpoints(tmp_path / "cut" / "checkpoints")[-1])["step"] > 0
     done = train("--resume", tmp_path / "cut")
-    assert "the teacher is not the one" not in done.stdout and not differences(tmp_path / "whole", tmp_path / "cut")
+    assert "warning" not in done.stdout and not differences(tmp_path / "whole", tmp_path / "cut")
     rows = summary(tmp_path / "cut")
     assert len(rows) == 2 and all(tuple(row) == columns(True) and adds_up(row) for row in rows)
     args = yaml.safe_load((tmp_path / "cut" / "args.yaml").read_text())

@@ -75,11 +75,11 @@ def lines(test: RangeTest, asked: int, files: tuple[Path, Path]) -> list[str]:
         f"smoothed loss: {test.smoothed[0]:.3f} at first, lowest {test.smoothed[end]:.3f} at {test.rates[end]:.2g}",
         f"curve: {files[0]}; figures: {files[1]}",
     ]
-    fall, scatter = test.smoothed[0] - test.smoothed[end], scatter_of(test)
-    if test.rate is not None and fall < SURE * scatter:
-        found.append(f"warning: the smoothed loss falls by {fall:.2g}, and single updates scatter by {scatter:.2g}: the "
-                     "suggestion is uncertain; give more --lr-updates, or a larger --batch-size")  # fmt: skip
     if test.rate is not None:
+        fall, scatter = test.smoothed[0] - test.smoothed[end], scatter_of(test)
+        if fall < SURE * scatter:
+            found.append(f"warning: the smoothed loss falls by {fall:.2g}, and single updates scatter by {scatter:.2g}: the "
+                         "suggestion is uncertain; give more --lr-updates, or a larger --batch-size")  # fmt: skip
         found += [
             f"suggestion: --lr {test.rate:.2g}, where the smoothed loss falls fastest; a start, not an answer: look at the "
             "curve, and compare runs at a third and at three times that rate",
