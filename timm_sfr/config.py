@@ -23,10 +23,7 @@ from timm_sfr.utils.options import Checked, option, outside_name, plain
 DEFAULT_MODEL = "resnet18"
 DEFAULT_BATCH = 128
 AUTO = "auto"
-
-
 TRACKERS = ("tensorboard", "wandb", "trackio")
-VIEWS = (2, 5, 10)  # numbers of views in test-time augmentation
 
 
 @dataclass(frozen=True)
@@ -34,30 +31,24 @@ class DataConfig(Checked):
     """The data to train on."""
 
     data_dir: str | None = option(
-        None,
-        "path to the dataset: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or only CLASS/*.jpg, or with tars or "
-        "shards, ...",
+        None, "path to the dataset: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or only CLASS/*.jpg; or tars, or shards"
     )
     dataset: str | None = option(
         None,
-        "timm dataset type and name, such as torch/cifar10, hfds/NAME, wds/NAME; csv/FILE is a CSV or Parquet file of image "
-        "paths and labels; "
-        "'digits' is built in and the default when no data is given",
+        "timm dataset type and name, such as torch/cifar10, hfds/NAME or wds/NAME; csv/FILE is a CSV or Parquet file of image "
+        "paths and labels; 'digits' is built in, and the default without data",
     )
     task: str = option(
-        CLASSIFICATION,
-        "what an image's label is: one class; or, for multilabel, any number of classes (in csv/ and hfds/ datasets)",
-        choices=TASKS,
+        CLASSIFICATION, "an image's label: one class, or with multilabel any number (in csv/ and hfds/ datasets)", choices=TASKS
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split")
     test_split: str | None = option(
-        None, "name of a third split, scored once at the end with the exported weights: the honest score (default: none)"
+        None, "name of a third split, scored once at the end with the exported weights: the honest score"
     )
     val_share: float | None = option(
         None,
-        "share of each class's training images to validate on, if the folder has no validation split (default: 0.1 for a "
-        "folder without any split)",
+        "share of each class's training images to validate on without a val split (default: 0.1 in a folder without any split)",
         low=0,
         high=0.9,
     )
@@ -71,8 +62,8 @@ class DataConfig(Checked):
     image_background: tuple[int, ...] = option((255, 255, 255), "RGB colour, 0 to 255, that transparent images are laid on")
     image_range: tuple[float, ...] | None = option(
         None,
-        "values that become black and white in images of more than 8 bits (default: 0 and 65535 for 16 bits, 0 and 1 for "
-        "floats in that range, otherwise each image's smallest and largest value)",
+        "values that become black and white in images of more than 8 bits (default: 0 65535 for 16 bits, 0 1 for floats in that "
+        "range, otherwise each image's smallest and largest value)",
     )
     input_key: str | None = option(
         None,
@@ -81,8 +72,8 @@ class DataConfig(Checked):
     )
     target_key: str | None = option(
         None,
-        "key of the label in hfds/ and wds/ datasets; column of it in csv/ (default: label, class or target); with --task "
-        "multilabel also several, such as 'cat,dog', whose values are 0 or 1",
+        "key of the label in hfds/ and wds/ datasets; its column in csv/ (default: label, class or target); with --task "
+        "multilabel also several columns of 0 and 1, such as 'cat,dog'",
     )
     dataset_trust_remote_code: bool = option(
         False, "let hfds/ and hfids/ datasets run code from their repository (older versions of datasets only)"
@@ -100,22 +91,16 @@ class DataConfig(Checked):
     workers: int | None = option(
         None, "data loading processes per process (default: 4, or as many as there are CPU cores)", short="-j", low=0
     )
-    epoch_repeats: float = option(
-        0.0, "passes over the images in one epoch, each with other augmentations (default: one)", low=0
-    )
+    epoch_repeats: float = option(0.0, "passes over the images in one epoch, each augmented anew (0: one)", low=0)
     sampler: str = option(
         "shuffle",
         "what an epoch consists of: every image once, in random order; or as many images, of each class equally many",
         choices=("shuffle", "balanced"),
     )
     on_bad_image: str = option(
-        "stop",
-        "if an image does not decode: stop, or skip it and use the next one of its class",
-        choices=("stop", "skip"),
+        "stop", "if an image does not decode: stop, or skip it and use the next one of its class", choices=("stop", "skip")
     )
-    cache_dataset: bool = option(
-        False, "decode every image once, at the start, and keep all in memory: for sets of small images"
-    )
+    cache_dataset: bool = option(False, "decode every image once, at the start, and keep all in memory: for sets of small images")
     pin_mem: bool = option(False, "pin memory for faster copies to the GPU")
 
     def check(self) -> None:
@@ -133,9 +118,7 @@ class DataConfig(Checked):
         if self.test_split is None and self.test_num_samples is not None:
             raise UserError("test-num-samples: it is for a test split; give --test-split too")
         if self.multilabel and self.sampler == "balanced":
-            raise UserError(
-                "sampler: balanced needs images of one class each, and --task multilabel has several; leave it out"
-            )
+            raise UserError("sampler: balanced needs images of one class each, and --task multilabel has several; leave it out")
         for what, name in (("training", self.train_split), ("validation", self.val_split)):
             if self.test_split == name:
                 raise UserError(f"test-split: {name!r} is the {what} split; expected another, whose images are only tested on")
@@ -147,7 +130,11 @@ class DataConfig(Checked):
 
     def split(self, part: str) -> str:
         """Returns the name of the split for a part of the data: train, val or test."""
-        return {"train": self.train_split, "val": self.val_split, "test": self.test_split or ""}[part]
+        return getattr(self, f"{part}_split") or ""
+
+    def num_samples(self, part: str) -> int | None:
+        """Returns the given number of samples of a part of the data: train, val or test."""
+        return getattr(self, f"{part}_num_samples")
 
     def public_name(self) -> str | None:
         """Returns the dataset's type and name, or the folder's name; without the local path to a file or folder."""
@@ -156,10 +143,6 @@ class DataConfig(Checked):
             return self.data_dir and (PurePath(self.data_dir).name or self.data_dir)
         local = kind == "csv" or name.startswith(("/", "..", "~"))
         return f"{kind}/{PurePath(name).name}" if local else self.dataset
-
-    def num_samples(self, part: str) -> int | None:
-        """Returns the given number of samples of a part of the data: train, val or test."""
-        return {"train": self.train_num_samples, "val": self.val_num_samples, "test": self.test_num_samples}[part]
 
     @property
     def batch_or_default(self) -> int:
@@ -185,8 +168,7 @@ class ModelConfig(Checked):
     model: str | None = option(None, "name of any timm model (default: resnet18; resnet20_cifar on the digits)")
     pretrained: bool = option(False, "start from timm's pretrained weights")
     pretrained_path: str | None = option(
-        None,
-        "with --pretrained: load this file of weights as if timm published it, with timm's adaptation to the model",
+        None, "with --pretrained: load this file of weights as if timm published it, with timm's adaptation to the model"
     )
     initial_checkpoint: str | None = option(None, "load these weights into the model before training")
     num_classes: int | None = option(None, "number of classes (default: as in the dataset)", low=2)
@@ -203,26 +185,17 @@ class ModelConfig(Checked):
     drop: float | None = option(None, "dropout rate", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
     drop_block: float | None = option(None, "DropBlock rate, for models that have it", low=0, high=1)
-    bn_momentum: float | None = option(
-        None, "momentum of BatchNorm, for EfficientNets and their kin (default: the model's)", low=0, high=1
-    )
-    bn_eps: float | None = option(
-        None, "epsilon of BatchNorm, for EfficientNets and their kin (default: the model's)", low=0
-    )
+    bn_momentum: float | None = option(None, "BatchNorm's momentum, for EfficientNet's kin (default: the model's)", low=0, high=1)
+    bn_eps: float | None = option(None, "BatchNorm's epsilon, for EfficientNet's kin (default: the model's)", low=0)
     head_init_scale: float | None = option(None, "multiply the classifier's initial weights and biases by this")
     head_init_bias: float | None = option(None, "initial value of the classifier's biases")
     model_kwargs: dict | None = option(
         None, "further model arguments as KEY=VALUE; values are Python's, such as img_size=(48,64), or else text"
     )
-    fast_norm: bool = option(
-        False, "compute normalisation layers at the lower precision under mixed precision, as timm can"
-    )
+    fast_norm: bool = option(False, "compute normalisation layers at the lower precision under mixed precision, as timm can")
     grad_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     channels_last: bool = option(False, "use the channels_last memory layout")
-    split_bn: bool = option(
-        False,
-        "in training, give each of the views of --aug-splits BatchNorm layers of its own; those of the first are exported",
-    )
+    split_bn: bool = option(False, "separate BatchNorm layers for each view of --aug-splits; those of the first are exported")
     model_dtype: str | None = option(
         None,
         "type of the model's weights, without mixed precision (default: float32)",
@@ -240,9 +213,7 @@ class ModelConfig(Checked):
         Sets those options: a square size is kept as img_size alone.
         """
         if self.pretrained_path is not None and not self.pretrained:
-            raise UserError(
-                "pretrained-path: it is used with --pretrained only; give that too, or --initial-checkpoint"
-            )
+            raise UserError("pretrained-path: it is used with --pretrained only; give that too, or --initial-checkpoint")
         if self.input_size is None:
             return
         if len(self.input_size) != 3 or min(self.input_size) < 1:
@@ -285,18 +256,10 @@ class AugConfig(Checked):
     reprob: float = option(0.0, "random erase probability", low=0, high=1)
     remode: str = option("pixel", "random erase mode", choices=("const", "rand", "pixel"))
     recount: int = option(1, "random erase count")
-    resplit: bool = option(
-        False, "erase nothing in the first view of --aug-splits (without it: in the first half of a batch)"
-    )
-    aug_repeats: float = option(
-        0.0,
-        "how often an image is in an epoch, each time augmented anew; the epoch's length stays (default: once)",
-        low=0,
-    )
+    resplit: bool = option(False, "erase nothing in the first view of --aug-splits (without it: in the first half of a batch)")
+    aug_repeats: float = option(0.0, "how often an image is in an epoch, augmented anew; the length stays (0: once)", low=0)
     aug_splits: int = option(
-        0,
-        "views of each image in a batch: the first one cropped and flipped, the others also augmented; 0 or 2 and more",
-        low=0,
+        0, "views of each image in a batch: the first one cropped and flipped, the others also augmented; 0 or 2 and more", low=0
     )
     train_interpolation: str = option("random", "training interpolation; empty: as in validation")
     mixup: float = option(0.0, "mixup alpha, on if > 0", low=0)
@@ -321,9 +284,7 @@ class AugConfig(Checked):
                 raise UserError(f"{name}: expected two positive numbers, smaller first; got {value}")
         low, high = self.cutmix_minmax or (0, 1)
         if not low < high <= 1:
-            raise UserError(
-                f"cutmix_minmax: expected two different shares up to 1, smaller first; got {self.cutmix_minmax}"
-            )
+            raise UserError(f"cutmix_minmax: expected two different shares up to 1, smaller first; got {self.cutmix_minmax}")
 
     @property
     def mixes(self) -> bool:
@@ -343,13 +304,10 @@ class LossConfig(Checked):
 
     bce_loss: bool = option(False, "binary cross-entropy of every class, in place of cross-entropy")
     bce_sum: bool = option(False, "sum it over the classes (default: their mean)")
-    bce_target_thresh: float | None = option(
-        None, "make the smoothed or mixed targets of it 1 above this value, otherwise 0", low=0, high=1
-    )
+    bce_target_thresh: float | None = option(None, "make its smoothed or mixed targets 1 above this, else 0", low=0, high=1)
     bce_pos_weight: float | None = option(None, "weight of its positive part (default: 1)", low=0)
     jsd_loss: bool = option(
-        False,
-        "cross-entropy on the first of the views of --aug-splits, and 12 times the Jensen-Shannon divergence of all",
+        False, "cross-entropy on the first view of --aug-splits, and 12 times the Jensen-Shannon divergence of all"
     )
     class_weights: str | None = option(
         None,
@@ -365,9 +323,7 @@ class LossConfig(Checked):
     def form(self, splits: int, class_weights: tuple[float, ...] | None, multi_label: bool = False) -> LossForm:
         """Returns the form of the loss, for `splits` views of each image and a weight for each class, if given."""
         bce, views = self.bce_loss or multi_label, splits if self.jsd_loss else 0
-        return LossForm(
-            bce, self.bce_sum, self.bce_target_thresh, self.bce_pos_weight, views, class_weights, multi_label
-        )
+        return LossForm(bce, self.bce_sum, self.bce_target_thresh, self.bce_pos_weight, views, class_weights, multi_label)
 
 
 @dataclass(frozen=True)
@@ -378,12 +334,10 @@ class SizeConfig(Checked):
     train_batch_sizes: tuple[int, ...] | None = option(
         None, "batch size per process for each of --train-img-sizes (default: --batch-size for all)"
     )
-    train_size_probs: tuple[float, ...] | None = option(
-        None, "share of the batches for each of --train-img-sizes (default: equal)"
-    )
+    train_size_probs: tuple[float, ...] | None = option(None, "share of batches for each of --train-img-sizes (default: equal)")
     train_size_schedule: str = option(
         "constant",
-        "how sizes are chosen: with constant shares, or progressive, from the first size to the last over the epochs",
+        "how sizes are chosen: with constant shares, or progressive, from the first to the last over the epochs",
         choices=("constant", "progressive"),
     )
     train_size_schedule_spread: float = option(
@@ -400,8 +354,7 @@ class SizeConfig(Checked):
     )
     variable_batch_loss_scale: str = option(
         "none",
-        "how gradients scale with a batch's size relative to the mean size with --train-batch-sizes: not, with the root, or "
-        "linearly",
+        "how gradients scale with the size of a batch of --train-batch-sizes, relative to the mean size",
         choices=("none", "sqrt", "linear"),
     )
 
@@ -409,7 +362,7 @@ class SizeConfig(Checked):
         """Checks that the options agree with the number of sizes, and that there are sizes at all."""
         sizes = self.train_img_sizes
         if sizes is None:
-            changed = [item.name for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+            changed = self.changed()
             if changed:
                 raise UserError(f"{changed[0]}: it is for images whose size changes; give --train-img-sizes too")
             return
@@ -439,19 +392,13 @@ class OptimConfig(Checked):
     epochs: int = option(100, "epochs to train (20 on the digits)", low=1)
     start_epoch: int | None = option(None, "epoch, counted from 0, at which a new run begins in the schedule", low=0)
     stop_epoch: int | None = option(
-        None,
-        "stop after so many epochs, with the schedule of --epochs; --resume RUN --stop-epoch MORE continues",
-        low=1,
+        None, "stop after so many epochs of the schedule of --epochs; --resume RUN --stop-epoch MORE continues", low=1
     )
     opt: str = option("sgd", "optimizer, any of timm's")
     lr: float | None = option(None, "learning rate; overrides lr-base", low=0)
-    lr_base: float = option(
-        0.1, "base rate: lr = lr_base * global_batch / lr_base_size (square root for adaptive ones)", low=0
-    )
+    lr_base: float = option(0.1, "base rate: lr = lr_base * global_batch / lr_base_size (square root for adaptive ones)", low=0)
     lr_base_size: int = option(256, "batch size that lr-base is meant for", low=1)
-    lr_base_scale: str | None = option(
-        None, "how lr scales with the batch (default: by optimizer)", choices=("linear", "sqrt")
-    )
+    lr_base_scale: str | None = option(None, "how lr scales with the batch (default: by optimizer)", choices=("linear", "sqrt"))
     momentum: float = option(0.9, "momentum", low=0, high=1)
     weight_decay: float = option(5e-4, "weight decay", low=0)
     opt_eps: float | None = option(None, "optimizer epsilon")
@@ -465,34 +412,23 @@ class OptimConfig(Checked):
     grad_accum_steps: int = option(1, "batches per update", low=1)
     sched: str = option("cosine", "learning rate schedule, any of timm's")
     sched_on_updates: bool = option(True, "step the schedule every update rather than every epoch")
-    warmup_epochs: int | None = option(
-        None, "epochs of linear warm-up (default: a fifth of the epochs, at most 5)", low=0
-    )
+    warmup_epochs: int | None = option(None, "epochs of linear warm-up (default: a fifth of the epochs, at most 5)", low=0)
     warmup_lr: float = option(1e-5, "learning rate where the warm-up starts")
     warmup_prefix: bool = option(False, "do not count the warm-up in the schedule")
     min_lr: float = option(0.0, "lowest learning rate", low=0)
     cooldown_epochs: int = option(0, "epochs at min-lr after the schedule", low=0)
     decay_epochs: float | None = option(
-        None,
-        "epochs between decays of the step schedule (default: 90), or epochs or share of the decay at the end of wsd and rsqrt "
-        "(default: 0.2)",
+        None, "epochs between decays of step (default: 90); epochs or share of the final decay of wsd and rsqrt (default: 0.2)"
     )
     decay_milestones: tuple[int, ...] = option((90, 180, 270), "epochs of the multistep schedule's decays")
     decay_rate: float = option(0.1, "decay rate of step, multistep and poly")
     patience_epochs: int = option(10, "patience of the plateau schedule; --patience is what stops a run")
     patience: int | None = option(
-        None,
-        "stop early: end the run at the first validation that is this many epochs after the best one by --eval-metric; "
-        "--patience-epochs is another thing, the plateau schedule's (default: train all epochs)",
-        low=1,
+        None, "stop at the first validation that is this many epochs after the best one by --eval-metric (default: never)", low=1
     )
-    lr_decay_fn: str | None = option(
-        None, "form of the decay at the end of wsd (default: 1-sqrt) and rsqrt (default: linear)"
-    )
+    lr_decay_fn: str | None = option(None, "form of the final decay of wsd (default: 1-sqrt) and rsqrt (default: linear)")
     lr_stable_timescale: float | None = option(None, "timescale of rsqrt in epochs (default: the warm-up)")
-    lr_noise: tuple[float, ...] | None = option(
-        None, "shares of the schedule at which noise on the learning rate begins and ends"
-    )
+    lr_noise: tuple[float, ...] | None = option(None, "shares of the schedule where noise on the learning rate begins and ends")
     lr_noise_pct: float = option(0.67, "largest noise, as a share of the learning rate")
     lr_noise_std: float = option(1.0, "standard deviation of that noise")
     lr_cycle_mul: float = option(1.0, "factor from the length of one cycle to that of the next")
@@ -501,12 +437,8 @@ class OptimConfig(Checked):
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
     model_ema: bool = option(False, "keep an exponential moving average of the weights, and evaluate and export it")
     model_ema_decay: float = option(0.9998, "decay of that average", low=0, high=1)
-    model_ema_warmup: bool = option(
-        False, "raise that decay from a small one, so that the average soon leaves the initial weights behind"
-    )
-    model_ema_force_cpu: bool = option(
-        False, "keep that average on the CPU, to save memory of the GPU (one process only)"
-    )
+    model_ema_warmup: bool = option(False, "raise that decay from a small one, to forget the initial weights soon")
+    model_ema_force_cpu: bool = option(False, "keep that average on the CPU, to save memory of the GPU (one process only)")
 
     def check(self) -> None:
         """Checks what bounds alone do not."""
@@ -515,9 +447,7 @@ class OptimConfig(Checked):
         if self.opt_betas is not None and len(self.opt_betas) < 2:
             raise UserError(f"opt_betas: expected two numbers or more; got {self.opt_betas}")
         if self.lr_noise is not None and len(self.lr_noise) not in (1, 2):
-            raise UserError(
-                f"lr_noise: expected a share where the noise begins, and one where it ends; got {self.lr_noise}"
-            )
+            raise UserError(f"lr_noise: expected a share where the noise begins, and one where it ends; got {self.lr_noise}")
         if not self.lr_noise_pct > 0 or not self.lr_noise_std > 0:
             raise UserError(
                 f"lr_noise_pct and lr_noise_std: expected more than 0; got {self.lr_noise_pct} and {self.lr_noise_std}"
@@ -553,9 +483,7 @@ class EngineConfig(Checked):
         choices=("reduce", "broadcast", "none"),
     )
     ddp_bb: bool = option(True, "before each step, give all processes the BatchNorm statistics of the first one")
-    log_interval: int = option(
-        50, "without a terminal: batches between checks whether to print a progress line", low=1
-    )
+    log_interval: int = option(50, "without a terminal: batches between checks whether to print a progress line", low=1)
     json_logs: bool = option(False, "every line on standard output is one JSON object (docs/logs.md)")
     report_to: tuple[str, ...] = option(
         ("none",), "where an epoch's figures go too: none, or any of tensorboard, wandb and trackio"
@@ -565,26 +493,18 @@ class EngineConfig(Checked):
     wandb_resume_id: str | None = option(
         None, "with --resume: id of the run in Weights & Biases to continue (default: that of this run)"
     )
-    save_images: bool = option(
-        False, "write the batch as it is trained on, every --log-interval batches, to RUN/train-batch-BATCH.jpg"
-    )
+    save_images: bool = option(False, "write the batch as trained on to RUN/train-batch-BATCH.jpg every --log-interval batches")
     val_interval: int = option(1, "epochs between validations", low=1)
     report_interval: int | None = option(
-        None,
-        "epochs between refreshes of RUN/report.html (default: as often as 2 % of the time allows; 0: no report at all)",
-        low=0,
+        None, "epochs between refreshes of RUN/report.html (default: as often as 2 % of the time allows; 0: no report)", low=0
     )
     checkpoint_hist: int = option(2, "resumable checkpoints to keep, beside the best one's", low=1)
     checkpoint_interval: int | None = option(
         None, "updates between checkpoints (default: none; one is kept after every epoch anyway)", low=0
     )
     save_epochs: tuple[int, ...] | None = option(None, "keep the checkpoints that follow so many epochs too")
-    resume_opt: bool = option(
-        True, "resume the optimizer's state with the weights (--no-resume-opt: the optimizer starts anew)"
-    )
-    on_nonfinite: str = option(
-        "stop", "if a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip")
-    )
+    resume_opt: bool = option(True, "resume the optimizer's state with the weights (--no-resume-opt: it starts anew)")
+    on_nonfinite: str = option("stop", "if a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip"))
     on_full_disk: str = option(
         "stop", "if a checkpoint does not fit on the disk: stop, or skip it and continue", choices=("stop", "skip")
     )
@@ -592,22 +512,19 @@ class EngineConfig(Checked):
         None, "what the best model is chosen by (default: top1; with --task multilabel: map)", choices=METRICS
     )
     multilabel_threshold: float = option(
-        0.5,
-        "with --task multilabel: the probability from which on a class is predicted, for the F1 scores",
-        low=0,
-        high=1,
+        0.5, "with --task multilabel: probability from which on a class is predicted, for the F1 scores", low=0, high=1
     )
     tta: int = option(
         0,
-        "score with test-time augmentation too, the mean of the logits of N views: 2 (as it is and mirrored), 5 (corners and "
-        "centre) or 10 (those and mirrored); for timm-sfr validate alone",
+        "test-time augmentation: score the mean logits of N views too: 2 (as it is and mirrored), 5 (corners and centre) or 10 "
+        "(those and mirrored); for timm-sfr validate alone",
     )
 
     def check(self) -> None:
         """Checks the device, the trackers, the number of views, and that options which need another have it."""
         if not 0 < self.multilabel_threshold < 1:
             raise UserError(f"multilabel_threshold: expected a value between 0 and 1; got {self.multilabel_threshold}")
-        if self.tta not in (0, 1, *VIEWS):
+        if self.tta not in (0, 1, 2, 5, 10):
             raise UserError(f"tta: expected 0 (none), 2, 5 or 10 views of an image; got {self.tta}")
         if self.device is not None and not re.fullmatch(r"[a-z]+(:\d+)?", self.device):
             raise UserError(f"device: expected cpu, cuda, or cuda:NUMBER; got {self.device!r}")
@@ -657,9 +574,7 @@ class KDConfig(Checked):
     )
     temperature: float = option(4.0, "temperature of the softmax in distillation")
     token_distill_type: str = option(
-        "soft",
-        "token distillation: KL divergence, or cross-entropy with the teacher's argmax",
-        choices=("soft", "hard"),
+        "soft", "token distillation: KL divergence, or cross-entropy with the teacher's argmax", choices=("soft", "hard")
     )
 
     student_feature_dim: int | None = option(None, "width of the student's features (default: measured)", low=1)
@@ -667,12 +582,9 @@ class KDConfig(Checked):
 
     def check(self) -> None:
         """Checks that the options fit a teacher, and that there is one."""
-        changed = [outside_name(item, self.prefix) for item in dataclasses.fields(self)
-                   if getattr(self, item.name) != item.default]  # fmt: skip
+        changed = self.changed()
         if self.model_name is None and changed:
-            raise UserError(
-                f"{changed[0].replace('_', '-')}: it needs a teacher; give --kd-model-name too"
-            )
+            raise UserError(f"{changed[0].replace('_', '-')}: it needs a teacher; give --kd-model-name too")
         if self.model_name is not None and not self.model_name.strip():
             raise UserError("kd-model-name: expected the name or the folder of a teacher; got an empty word")
         if not self.temperature > 0:
@@ -699,9 +611,7 @@ class HubConfig(Checked):
     )
     private: bool = option(False, "create that repository as private; an existing public one is refused")
     revision: str | None = option(None, "branch to publish on (default: main)")
-    license: str | None = option(
-        None, "licence of the weights (default: apache-2.0; that of the pretrained weights, if any)"
-    )
+    license: str | None = option(None, "licence of the weights (default: that of the pretrained weights, or apache-2.0)")
     tag: str | None = option(None, "timm tag of the weights (default: sfr_DATASET)")
     dataset: str | None = option(None, "id of the dataset on the Hub, for the model card (default: its name)")
 
@@ -710,9 +620,7 @@ class HubConfig(Checked):
         if self.push_to_hub is not None:
             check_repo_id(self.push_to_hub, "push-to-hub")
         elif self.private or self.revision:
-            raise UserError(
-                "push-to-hub: --hub-private and --hub-revision are for a push; give --push-to-hub USER/NAME too"
-            )
+            raise UserError("push-to-hub: --hub-private and --hub-revision are for a push; give --push-to-hub USER/NAME too")
         check_branch(self.revision, "hub-revision")
 
 
@@ -733,9 +641,8 @@ def check_repo_id(repo_id: str, option: str) -> str:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(
-            f"{option}: expected USER/NAME; got {repo_id!r}: {str(error).split(':')[0].rstrip('.')}"
-        ) from error
+        reason = str(error).split(":")[0].rstrip(".")
+        raise UserError(f"{option}: expected USER/NAME; got {repo_id!r}: {reason}") from error
     if repo_id.count("/") != 1:
         raise UserError(f"{option}: expected USER/NAME; got {repo_id!r}")
     return repo_id
@@ -797,18 +704,12 @@ class RunConfig:
             )
         if not multilabel:
             if engine.multilabel_threshold != EngineConfig().multilabel_threshold:
-                raise UserError(
-                    "multilabel-threshold: it is for --task multilabel; give that too, or leave the option out"
-                )
+                raise UserError("multilabel-threshold: it is for --task multilabel; give that too, or leave the option out")
             return
         lone = "several classes of an image have no"
         for name, given, why in (
             ("jsd_loss", loss.jsd_loss, "the Jensen-Shannon divergence compares distributions over classes"),
-            (
-                "class_weights",
-                loss.class_weights is not None,
-                "an image has several classes; --bce-pos-weight weighs positives",
-            ),
+            ("class_weights", loss.class_weights is not None, "an image has several classes; --bce-pos-weight weighs positives"),
             ("kd_model_name", self.teacher.model_name is not None, "a teacher's classes exclude each other"),
             ("sfr_smoothing_source", self.sfr.smoothing_source == "classes", f"{lone} mean prediction"),
             ("sfr_smoothing_schedule", self.sfr.smoothing_schedule == "confidence", f"{lone} confidence in one class"),
@@ -829,9 +730,7 @@ class RunConfig:
                 "leave out one of the two"
             )
         if self.model.low_precision and self.teacher.model_name is not None:
-            raise UserError(
-                f"model-dtype: a teacher computes in float32, not in {self.model.model_dtype}; use --amp instead"
-            )
+            raise UserError(f"model-dtype: a teacher computes in float32, not in {self.model.model_dtype}; use --amp instead")
 
     def _check_views(self) -> None:
         """Checks that views and their BatchNorm go with the other options."""
@@ -843,15 +742,11 @@ class RunConfig:
         if self.loss.jsd_loss and self.teacher.model_name is not None:
             raise UserError("jsd_loss: it does not go with a teacher; leave out --jsd-loss, or --kd-model-name")
         if self.model.split_bn and not (splits or self.aug.resplit):
-            raise UserError(
-                "split_bn: it is for parts of a batch that are augmented differently; give --aug-splits or --resplit"
-            )
+            raise UserError("split_bn: it is for parts of a batch that are augmented differently; give --aug-splits or --resplit")
         if self.model.split_bn and self.engine.sync_bn:
             raise UserError("split_bn: it does not go with sync_bn; leave out one of the two")
         if self.model.split_bn and not splits and batch % 2:
-            raise UserError(
-                f"batch-size: --split-bn with --resplit halves the batch, which needs an even size; got {batch}"
-            )
+            raise UserError(f"batch-size: --split-bn with --resplit halves the batch, which needs an even size; got {batch}")
 
     @classmethod
     def from_flat(cls, values: dict[str, Any], where: str = "options") -> RunConfig:
@@ -880,9 +775,7 @@ class RunConfig:
         return {name: plain(value) for name, value in values.items()}
 
 
-SECTIONS: dict[str, type] = {
-    item.name: typing.cast(type, item.default_factory) for item in dataclasses.fields(RunConfig)
-}
+SECTIONS: dict[str, type] = {item.name: typing.cast(type, item.default_factory) for item in dataclasses.fields(RunConfig)}
 
 # With 8 x 8 pixel digits, flips change the class and strong crops cut it off; small and short is enough.
 DIGITS: dict[str, Any] = {
@@ -911,8 +804,8 @@ def merged(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 
 def options() -> list[tuple[str, str, dataclasses.Field]]:
     """Returns every option as (section, outside name, field); SFR's have the prefix ``sfr_``."""
-    found = []
-    for section, kind in SECTIONS.items():
-        for item in dataclasses.fields(kind):
-            found.append((section, outside_name(item, kind.prefix), item))
-    return found
+    return [
+        (section, outside_name(item, kind.prefix), item)
+        for section, kind in SECTIONS.items()
+        for item in dataclasses.fields(kind)
+    ]

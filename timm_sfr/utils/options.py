@@ -32,20 +32,15 @@ def option(
         name: The name outside Python, if it differs from the field's.
         short: A short flag, such as ``-b``.
     """
-    return field(
-        default=default,
-        metadata={"help": text, "choices": choices, "low": low, "high": high, "name": name, "short": short},
-    )
+    metadata = {"help": text, "choices": choices, "low": low, "high": high, "name": name, "short": short}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A frozen dataclass that checks each option's type, choices and bounds; subclasses check more in `check`.
+    """A frozen dataclass that checks each option's type, choices and bounds; subclasses check more in `check`."""
 
-    `prefix` is the prefix of the options' names outside Python.
-    """
-
-    prefix: ClassVar[str] = ""
+    prefix: ClassVar[str] = ""  # of the options' names outside Python
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -54,19 +49,22 @@ class Checked:
             value = coerce(getattr(self, item.name), hints[item.name], name)
             object.__setattr__(self, item.name, value)
             if value is not None:
-                _check_value(value, name, **{key: item.metadata.get(key) for key in ("choices", "low", "high")})
+                _check_value(value, name, *(item.metadata[key] for key in ("choices", "low", "high")))
         self.check()
 
     def check(self) -> None:
         """Raises UserError for invalid combinations of values; does nothing here."""
 
+    def changed(self) -> list[str]:
+        """Returns the outside names of the options that differ from their defaults."""
+        return [outside_name(item, self.prefix) for item in dataclasses.fields(self)
+                if getattr(self, item.name) != item.default]  # fmt: skip
 
-def _check_value(value: Any, name: str, choices: tuple[str, ...] | None, low: float | None, high: float | None) -> None:
+
+def _check_value(value: Any, name: str, choices: tuple[str, ...], low: float | None, high: float | None) -> None:
     """Raises UserError if the value is not one of `choices` or not between `low` and `high`."""
     if choices and value not in choices:
-        raise UserError(
-            f"{name}: expected one of {', '.join(choices)}; got {value!r}{near_matches(str(value), choices)}"
-        )
+        raise UserError(f"{name}: expected one of {', '.join(choices)}; got {value!r}{near_matches(str(value), choices)}")
     if isinstance(value, str):
         return
     # `not low <= value` rather than `value < low`, so that NaN is out of bounds.
@@ -106,18 +104,11 @@ def coerce(value: Any, hint: Any, name: str) -> Any:
     expected = typing.get_origin(kind) or kind
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         raise UserError(f"{name}: expected {getattr(kind, '__name__', kind)}; got {value!r}")
-    return _fixed(value) if expected is dict else value
+    return plain(value, tuple) if expected is dict else value  # the same from Python and from YAML, which has no tuples
 
 
-def plain(value: Any) -> Any:
-    """Returns an option's value in the types of YAML: lists for tuples, also within others."""
+def plain(value: Any, sequence: type = list) -> Any:
+    """Returns an option's value with each list and tuple, also within others, as a `sequence`; YAML has lists alone."""
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
-
-
-def _fixed(value: Any) -> Any:
-    """Returns tuples for lists, so that a value is the same whether Python wrote it or YAML, which has no tuples."""
-    if isinstance(value, dict):
-        return {key: _fixed(entry) for key, entry in value.items()}
-    return tuple(_fixed(entry) for entry in value) if isinstance(value, (list, tuple)) else value
+        return {key: plain(entry, sequence) for key, entry in value.items()}
+    return sequence(plain(entry, sequence) for entry in value) if isinstance(value, (list, tuple)) else value
