@@ -1,5 +1,5 @@
 """The command ``timm-sfr``.
 
 `main` finds the verb, `arguments` has what each verb takes, and `parser` reads it, all without importing torch or timm. Then the
-module of the verb's name (``list_zoo`` for ``list``) carries it out.
+module of the verb's name carries it out.
 """

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import dataclass
+from argparse import ArgumentParser
 from pathlib import Path
 
 from timm_sfr.cli.parser import Parser, add_model, add_option, add_options
 from timm_sfr.cli.timm_options import add_timm_options
 from timm_sfr.config import SECTIONS, options
 
-TRAINING = "Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."
 # The run's options that each command has too.
 FOLDER = ("data_dir", "task", "train_split", "val_split", "test_split", "val_share", "class_map", "input_key", "target_key",
           "seed")  # fmt: skip
@@ -29,33 +25,20 @@ MACHINE = ("device", "mixed_precision")
 FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}  # file formats and their endings
 
 
-@dataclass(frozen=True)
-class Verb:
-    """A command.
-
-    Attributes:
-        what: One line of help.
-        add_arguments: Adds its arguments to a parser.
-        module: The module in `timm_sfr.cli` whose ``run`` carries it out.
-    """
-
-    what: str
-    add_arguments: Callable[[ArgumentParser], None]
-    module: str
-
-    def run(self, args: Namespace) -> int:
-        """Carries the command out; returns the exit status."""
-        return importlib.import_module(f"timm_sfr.cli.{self.module}").run(args)
-
-
 def training_parser() -> Parser:
     """Returns the parser of the training options; its result has only the options that the user gave."""
-    parser = Parser(prog="train_sfr.py", description=TRAINING, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(
+        prog="train_sfr.py", description=_train.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     _train(parser)
     return parser
 
 
+# The functions below add a command's arguments to its parser; their docstrings are its help.
+
+
 def _train(parser: ArgumentParser) -> None:
+    """Train any timm model with Self-Feature Regularization. Without data options, trains on the built-in digits."""
     _training_options(parser)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder; 'auto': continue the newest run "
                         "with these options or this --experiment, or start one")  # fmt: skip
@@ -63,15 +46,14 @@ def _train(parser: ArgumentParser) -> None:
 
 def _training_options(parser: ArgumentParser) -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of options (a run's args.yaml repeats it)")
-    groups = {
-        name: parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0]) for name, kind in SECTIONS.items()
-    }
+    groups = {name: parser.add_argument_group(name, kind.__doc__) for name, kind in SECTIONS.items()}
     for section, name, item in options():
         add_option(groups[section], section, name, item)
     add_timm_options(parser)
 
 
 def _lr_find(parser: ArgumentParser) -> None:
+    """Suggest a learning rate for a training: a range test, which raises the rate at every update and draws the loss."""
     own = parser.add_argument_group("range test", "all other options are those of the training")
     own.add_argument("--lr-low", type=float, default=1e-5, metavar="RATE", help="first learning rate (default: 1e-5)")
     own.add_argument("--lr-high", type=float, default=10.0, metavar="RATE", help="last learning rate (default: 10)")
@@ -83,6 +65,7 @@ def _lr_find(parser: ArgumentParser) -> None:
 
 
 def _data(parser: ArgumentParser) -> None:
+    """Show what training finds in a folder or a table: images per class, ignored files, duplicates, modes and sizes."""
     parser.add_argument("source", metavar="DIR", help="a folder with train/CLASS and val/CLASS, or only CLASS; or csv/FILE, a "
                         "table of image paths and labels, whose relative paths begin in --data-dir")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -90,6 +73,7 @@ def _data(parser: ArgumentParser) -> None:
 
 
 def _validate(parser: ArgumentParser) -> None:
+    """Score a run, a model of the Hub or the zoo, or any timm model on a validation split: top-1, top-5, loss, ECE."""
     add_model(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for title, names in (("data (default for a run: its own data)", SCORED), ("input", (*INPUT, "tta")), ("machine", MACHINE)):
@@ -97,6 +81,7 @@ def _validate(parser: ArgumentParser) -> None:
 
 
 def _predict(parser: ArgumentParser) -> None:
+    """Print the most probable classes of images, with a model of the zoo, the Hub, a folder, or timm."""
     add_model(parser)
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=Path, help="image files and folders")
     parser.add_argument("--topk", type=int, default=5, metavar="K", help="classes to print (default: 5)")
@@ -109,6 +94,7 @@ def _predict(parser: ArgumentParser) -> None:
 
 
 def _taps(parser: ArgumentParser) -> None:
+    """Show what SFR would tap in a model: which features teach which, and the cost per step."""
     parser.add_argument("model", metavar="MODEL", help="any timm name, hf-hub:USER/NAME, or local-dir:FOLDER")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the taps to a .png, .svg or .pdf file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -116,17 +102,20 @@ def _taps(parser: ArgumentParser) -> None:
 
 
 def _report(parser: ArgumentParser) -> None:
+    """Write RUN/report.html: curves, scores by class, mistakes, and which features teach which. Needs no network."""
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument("--mistakes", type=int, default=24, metavar="N", help="wrong images to show (default: 24)")
 
 
 def _compare(parser: ArgumentParser) -> None:
+    """Compare runs: the options that differ, the scores, and the differences in the main one, paired by seed."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folders of runs; the first is the base")
     parser.add_argument("--json", action="store_true", help="print one JSON object per group")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with all curves in shared plots")
 
 
 def _export(parser: ArgumentParser) -> None:
+    """Write a model as ONNX, TorchScript or PT2, with its preprocessing and class names, and check it against PyTorch."""
     add_model(parser)
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="file format (default: onnx)")
     parser.add_argument("--output", type=Path, metavar="FILE",
@@ -134,11 +123,10 @@ def _export(parser: ArgumentParser) -> None:
 
 
 def _push(parser: ArgumentParser) -> None:
+    """Publish a finished run on the Hugging Face Hub. Uses the token of `hf auth login` or HF_TOKEN."""
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="folder of the run")
     parser.add_argument("repo_id", metavar="USER/NAME", help="repository; created if it does not exist")
-    parser.add_argument(
-        "--private", "--hub-private", action="store_true", help="make a newly created repository private"
-    )
+    parser.add_argument("--private", "--hub-private", action="store_true", help="make a newly created repository private")
     parser.add_argument("--revision", "--hub-revision", help="branch to publish on (default: main)")
     parser.add_argument("--commit-message", help="title of the commit")
     parser.add_argument("--hub-license", help="licence of the weights (default: what the run recorded)")
@@ -147,51 +135,11 @@ def _push(parser: ArgumentParser) -> None:
 
 
 def _list(parser: ArgumentParser) -> None:
+    """List the models of the zoo with their scores and repositories."""
     parser.add_argument("filter", metavar="PATTERN", nargs="?", default="*", help="such as 'resnet*' (default: all)")
 
 
 VERBS = {
-    "train": Verb(TRAINING, _train, "train"),
-    "lr-find": Verb(
-        "Suggest a learning rate for a training: a range test, which raises the rate at every update and draws the loss.",
-        _lr_find,
-        "lr_find",
-    ),
-    "data": Verb(
-        "Show what training finds in a folder or a table: images per class, ignored files, duplicates, modes and sizes.",
-        _data,
-        "data",
-    ),
-    "validate": Verb(
-        "Score a run, a model of the Hub or the zoo, or any timm model on a validation split: top-1, top-5, loss, ECE.",
-        _validate,
-        "validate",
-    ),
-    "predict": Verb(
-        "Print the most probable classes of images, with a model of the zoo, the Hub, a folder, or timm.",
-        _predict,
-        "predict",
-    ),
-    "taps": Verb(
-        "Show what SFR would tap in a model: which features teach which, and the cost per step.", _taps, "taps"
-    ),
-    "report": Verb(
-        "Write RUN/report.html: curves, scores by class, mistakes, and which features teach which. Needs no network.",
-        _report,
-        "report",
-    ),
-    "compare": Verb(
-        "Compare runs: the options that differ, the scores, and the differences in the main one, paired by seed.",
-        _compare,
-        "compare",
-    ),
-    "export": Verb(
-        "Write a model as ONNX, TorchScript or PT2, with its preprocessing and class names, and check it against PyTorch.",
-        _export,
-        "export",
-    ),
-    "push": Verb(
-        "Publish a finished run on the Hugging Face Hub. Uses the token of `hf auth login` or HF_TOKEN.", _push, "push"
-    ),
-    "list": Verb("List the models of the zoo with their scores and repositories.", _list, "list_zoo"),
-}
+    "train": _train, "lr-find": _lr_find, "data": _data, "validate": _validate, "predict": _predict, "taps": _taps,
+    "report": _report, "compare": _compare, "export": _export, "push": _push, "list": _list,
+}  # fmt: skip

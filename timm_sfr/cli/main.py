@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Callable, Sequence
 
 import shtab
 
@@ -20,14 +22,18 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"timm-sfr {__version__}")
-    shtab.add_argument_to(
-        parser, "--print-completion", help="print a shell completion script: source it in the shell's profile"
-    )
+    text = "print a shell completion script: source it in the shell's profile"
+    shtab.add_argument_to(parser, "--print-completion", help=text)
     places = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
-    for name, verb in VERBS.items():
-        one = places.add_parser(name, help=verb.what, description=verb.what, allow_abbrev=False)
-        verb.add_arguments(one)
+    for name, add_arguments in VERBS.items():
+        what = add_arguments.__doc__
+        add_arguments(places.add_parser(name, help=what, description=what, allow_abbrev=False))
     return parser, places.choices
+
+
+def runner(verb: str) -> Callable[[Namespace], int]:
+    """Returns a function that imports the verb's module and carries the verb out."""
+    return lambda args: importlib.import_module(f"timm_sfr.cli.{verb.replace('-', '_')}").run(args)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,12 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words[0] not in VERBS:
         return call(lambda args: 0, parser, words)
     # The verb's own parser suggests options similar to a mistyped one.
-    return call(VERBS[words[0]].run, parsers[words[0]], words[1:])
+    return call(runner(words[0]), parsers[words[0]], words[1:])
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """Runs ``train_sfr.py``; returns the exit status."""
-    return call(VERBS["train"].run, training_parser(), arguments)
+    return call(runner("train"), training_parser(), arguments)
 
 
 if __name__ == "__main__":

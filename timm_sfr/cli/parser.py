@@ -55,9 +55,7 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds MODEL and --revision, the arguments of `timm_sfr.create_model`."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a run's folder, USER/NAME on the Hub, zoo name, or any timm name"
-    )
+    parser.add_argument("model", metavar="MODEL", help="a run's folder, USER/NAME on the Hub, zoo name, or any timm name")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
 
 
@@ -84,11 +82,11 @@ def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> 
     if kind is dict:
         extra |= {"nargs": "*", "action": _Pairs, "metavar": "KEY=VALUE"}
     elif typing.get_origin(kind) is tuple:
-        extra |= {"nargs": "+", "type": _number(typing.get_args(kind)[0])}
+        extra |= {"nargs": "+", "type": typing.get_args(kind)[0]}
     elif name == "torchcompile":
         extra |= {"nargs": "?", "const": "inductor"}
     else:
-        extra |= {"type": _number_or_word if str in typing.get_args(hint)[1:] else _number(kind)}
+        extra |= {"type": _number_or_word if str in typing.get_args(hint)[1:] else kind}
     group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **extra)
 
 
@@ -111,10 +109,6 @@ def fail(message: str, status: int = 2) -> int:
     """Prints one error line; returns the exit status `status`."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return status
-
-
-def _number(kind: type) -> type:
-    return kind if kind in (int, float) else str
 
 
 def _number_or_word(text: str) -> int | str:
