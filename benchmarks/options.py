@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from benchmarks.pages import fill
-from timm_sfr.cli.timm_options import tables
+from benchmarks.pages import fill, markdown
+from timm_sfr.cli.timm_options import MEANINGLESS, REFUSED, RENAMED, TRANSLATED, also, flag_of
 from timm_sfr.cli.train import training_parser
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "options.md"
@@ -19,6 +21,19 @@ exceptions). In a file of options
 ([train.md](train.md#a-recipe-in-a-file)) `-` is `_`, `--no-sfr` is `sfr: false`, and so with the other `--no-` options. This page
 is made from what the command checks, by `python -m benchmarks.options`.
 """
+# Where defaults differ: option -> (timm's, ours in words). A command that relies on timm's has to give it.
+DEFAULTS: dict[str, tuple[Any, str]] = {
+    "model": ("resnet50", "`resnet18`; on the digits `resnet20_cifar`"),
+    "epochs": (300, "100; on the digits 20"),
+    "batch_size": (128, "128, or less if there are fewer images"),
+    "weight_decay": (2e-5, "0.0005"),
+    "sched_on_updates": (False, "on; `--no-sched-on-updates` steps the schedule every epoch, as timm does"),
+    "warmup_epochs": (5, "a fifth of the epochs, at most 5"),
+    "smoothing": (0.1, "chosen by SFR; with `--no-sfr` 0.1"),
+    "checkpoint_hist": (10, "2, and the best one"),
+    "workers": (4, "4, or as many as there are cores"),
+    "device": ("cuda", "the GPU if there is one"),
+}
 
 
 def cell(text: str) -> str:
@@ -50,10 +65,24 @@ def render() -> str:
 
 def render_timm() -> str:
     """Returns the text of docs/timm.md with its tables made anew."""
+    renamed = [(also(name), flag_of(name)) for name in dict.fromkeys(RENAMED.values()) if also(name)]
+    same = [("`DIR`", "`--data-dir DIR`"), *((code(flags), f"`{ours}`") for flags, ours in renamed if ours != "--amp")]
+    same += [(code([flag, *also(flag[2:])]), text) for flag, (text, _) in TRANSLATED.items()]
+    defaults = [(f"`{flag_of(name)}`", f"`{theirs}`", ours) for name, (theirs, ours) in DEFAULTS.items()]
     text = TIMM.read_text(encoding="utf-8")
-    for label, body in tables().items():
-        text = fill(text, label, body)
+    for label, header, rows in (
+        ("same", ("timm", "here"), same),
+        ("nothing", ("option", "why"), [(code(one.flags), one.why) for one in MEANINGLESS]),
+        ("refused", ("option", "why, and what takes its place"), [(code(one.flags), one.why) for one in REFUSED]),
+        ("defaults", ("option", "timm", "here"), defaults),
+    ):
+        text = fill(text, label, markdown(header, rows).replace("---:", "---"))
     return text
+
+
+def code(flags: Iterable[str]) -> str:
+    """Returns flags in code type."""
+    return ", ".join(f"`{flag}`" for flag in flags)
 
 
 def main() -> int:

@@ -18,8 +18,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ParseKwargs
 
+from benchmarks.options import DEFAULTS
 from timm_sfr import RunConfig, UserError
-from timm_sfr.cli.timm_options import DEFAULTS, FOREIGN, RENAMED, SAME, TRANSLATED, translate
+from timm_sfr.cli.timm_options import FOREIGN, RENAMED, TRANSLATED, translate
 from timm_sfr.cli.train import parse, training_parser
 from timm_sfr.config import ModelConfig, OptimConfig, options
 from timm_sfr.models.loading import new_model
@@ -32,6 +33,8 @@ HERE = Path(__file__).resolve().parent
 IN_WORK: set[str] = set()
 # Options of which the list does not know timm's default.
 UNKNOWN = {"--task", "--multilabel-threshold"}
+# Defaults that are written in another way and mean the same.
+SAME = ("decay_epochs", "drop", "checkpoint_interval", "output", "eval_metric")
 
 
 def read_list():

@@ -1,12 +1,12 @@
 """Options of timm's ``train.py`` that are not options here: other names, options without a meaning here, refused ones.
 
-All other options of timm are fields in `timm_sfr.config` with the same name. docs/timm.md is made from the tables below.
+All other options of timm are fields in `timm_sfr.config` with the same name. `benchmarks.options` makes docs/timm.md from this.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,22 +22,6 @@ RENAMED = {
     "dr": "decay_rate",
     "jsd": "jsd_loss",
 }
-
-# Where defaults differ: option -> (timm's, ours in words). A command that relies on timm's has to give it.
-DEFAULTS: dict[str, tuple[Any, str]] = {
-    "model": ("resnet50", "`resnet18`; on the digits `resnet20_cifar`"),
-    "epochs": (300, "100; on the digits 20"),
-    "batch_size": (128, "128, or less if there are fewer images"),
-    "weight_decay": (2e-5, "0.0005"),
-    "sched_on_updates": (False, "on; `--no-sched-on-updates` steps the schedule every epoch, as timm does"),
-    "warmup_epochs": (5, "a fifth of the epochs, at most 5"),
-    "smoothing": (0.1, "chosen by SFR; with `--no-sfr` 0.1"),
-    "checkpoint_hist": (10, "2, and the best one"),
-    "workers": (4, "4, or as many as there are cores"),
-    "device": ("cuda", "the GPU if there is one"),
-}
-# Defaults that are written in another way and mean the same.
-SAME = ("decay_epochs", "drop", "checkpoint_interval", "output", "eval_metric")
 
 
 @dataclass(frozen=True)
@@ -76,18 +60,11 @@ MEANINGLESS = (
     Foreign(("--device-modules",), "PyTorch loads the modules of installed device backends itself", None, "+"),
     Foreign(("--local_rank", "--local-rank"), "launchers give the rank in the environment", 0, None),
     Foreign(("--use-multi-epochs-loader",), "loading processes stay for the whole run in any case"),
-    Foreign(
-        ("--worker-seeding",),
-        "random numbers depend on the seed, the epoch and the sample, not on workers",
-        "all",
-        None,
-    ),
+    Foreign(("--worker-seeding",), "random numbers depend on the seed, the epoch and the sample, not on workers", "all", None),
 )
 # Not accepted: the line names what takes its place.
 REFUSED = (
-    Foreign(
-        ("--torchscript",), "TorchScript cannot return features; use --torchcompile, and timm-sfr export for deployment"
-    ),
+    Foreign(("--torchscript",), "TorchScript cannot return features; use --torchcompile, and timm-sfr export for deployment"),
     Foreign(("--aot-autograd",), "newer versions of timm do not have it either; use --torchcompile"),
     Foreign(("--apex-amp",), "NVIDIA's Apex is not supported; use --amp"),
     Foreign(("--amp-impl",), "NVIDIA's Apex is not supported; use --amp alone", "native", None),
@@ -119,7 +96,7 @@ _EMPTY = {"dist_bn": "none", "train_interpolation": "", "val_split": ""}
 
 def also(name: str) -> list[str]:
     """Returns timm's other flags for our option `name`."""
-    return [_flag(other) for other, ours in RENAMED.items() if ours == name and other != "data"]
+    return [flag_of(other) for other, ours in RENAMED.items() if ours == name and other != "data"]
 
 
 def add_timm_options(parser: argparse.ArgumentParser) -> None:
@@ -160,7 +137,7 @@ def translate(values: Mapping[str, Any], below: Mapping[str, Any] | None = None)
         if value == "" and name in defaults:
             value = _EMPTY.get(name, defaults[name])
         if found.get(name, value) != value:
-            both = " and ".join(_flag(one) for one in values if RENAMED.get(one, one) == name)
+            both = " and ".join(flag_of(one) for one in values if RENAMED.get(one, one) == name)
             raise UserError(f"{both}: they are one option; got {found[name]!r} and {value!r}; leave one of them out")
         found[name] = value
     return _loss(_report_to(_precision(found, notes))), notes
@@ -204,12 +181,10 @@ def _loss(found: dict[str, Any]) -> dict[str, Any]:
     if loss is None:
         return found
     if loss not in _LOSSES:
-        raise UserError(
-            f"--loss: expected one of {', '.join(_LOSSES)}; got {loss!r}; timm's other losses are not supported"
-        )
+        raise UserError(f"--loss: expected one of {', '.join(_LOSSES)}; got {loss!r}; timm's other losses are not supported")
     others = [name for name in ("bce_loss", "jsd_loss") if found.get(name) and name not in _LOSSES[loss]]
     if others:
-        raise UserError(f"--loss: {loss} is another loss than {_flag(others[0])}; leave one of them out")
+        raise UserError(f"--loss: {loss} is another loss than {flag_of(others[0])}; leave one of them out")
     if loss == "ce" and found.get("task") == "multilabel":
         raise UserError("--loss: several labels have binary cross-entropy; got ce; leave the option out")
     return {**found, "bce_loss": loss == "bce", "jsd_loss": loss == "jsd"}
@@ -221,36 +196,11 @@ def _add(group: Any, flags: list[str], nargs: int | str | None, text: str) -> No
     group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """Returns the flag of an option's name."""
     return "DIR" if name == "data" else "--" + name.replace("_", "-")
 
 
 def _words(value: Any) -> list[str]:
     """Returns a value as the words of a command line."""
     return [str(one) for one in value] if isinstance(value, Iterable) and not isinstance(value, str) else [str(value)]
-
-
-def tables() -> dict[str, str]:
-    """Returns the tables of docs/timm.md in Markdown by label."""
-    renamed = [(also(name), _flag(name)) for name in dict.fromkeys(RENAMED.values()) if also(name)]
-    same = [("`DIR`", "`--data-dir DIR`"), *((_code(flags), f"`{ours}`") for flags, ours in renamed if ours != "--amp")]
-    same += [(_code([flag, *also(flag[2:])]), text) for flag, (text, _) in TRANSLATED.items()]
-    return {
-        "same": _table(("timm", "here"), same),
-        "nothing": _table(("option", "why"), [(_code(one.flags), one.why) for one in MEANINGLESS]),
-        "refused": _table(
-            ("option", "why, and what takes its place"), [(_code(one.flags), one.why) for one in REFUSED]
-        ),
-        "defaults": _table(
-            ("option", "timm", "here"),
-            [(f"`{_flag(name)}`", f"`{theirs}`", ours) for name, (theirs, ours) in DEFAULTS.items()],
-        ),
-    }
-
-
-def _code(flags: Iterable[str]) -> str:
-    return ", ".join(f"`{flag}`" for flag in flags)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
