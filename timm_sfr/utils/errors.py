@@ -29,22 +29,20 @@ class Interrupted(Exception):
     """A signal stopped the run after an update and a checkpoint; the message says how to resume."""
 
 
-def near_matches(name: str, names: Iterable[str], count: int = 4) -> str:
-    """Returns ``"; did you mean 'a' or 'b'?"`` with the `names` closest to `name`, or an empty string if none is close."""
-    found = difflib.get_close_matches(name, list(names), n=count, cutoff=0.6)
-    return f"; did you mean {' or '.join(repr(match) for match in found)}?" if found else ""
+def near_matches(name: str, names: Iterable[str], folder: str | Path = "") -> str:
+    """Returns ``"; did you mean 'a' or 'b'?"`` with the `names`, in `folder`, closest to `name`; empty if none is close."""
+    found = difflib.get_close_matches(name, list(names), n=4, cutoff=0.6)
+    return f"; did you mean {' or '.join(repr(os.path.join(folder, match)) for match in found)}?" if found else ""
 
 
-def near_paths(path: str | Path, count: int = 3) -> str:
+def near_paths(path: str | Path) -> str:
     """Returns the text of `near_matches` for a missing path, with the closest names in its folder."""
     path = Path(os.path.expanduser(path))
     try:
-        names = [one.name for one in path.parent.iterdir()]
+        names = [one.name for one in path.parent.iterdir() if one.name != path.name]
     except (OSError, ValueError):
         return ""
-    close = difflib.get_close_matches(path.name, names, n=count, cutoff=0.6)
-    found = [str(path.parent / name) for name in close if name != path.name]
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else ""
+    return near_matches(path.name, names, "" if path.parent == Path() else path.parent)
 
 
 def first_line(error: BaseException) -> str:

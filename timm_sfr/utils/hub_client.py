@@ -179,8 +179,7 @@ def reason(error: BaseException, token: str | None = None) -> str:
         return "no token was found; run `hf auth login`, or set HF_TOKEN"
     if refused or _said(links, "Invalid credentials", "Invalid username"):
         return f"{server} refused the token (401); run `hf auth login`, or set HF_TOKEN to a valid one"
-    gated = next((link for link in links if isinstance(link, GatedRepoError)), None)
-    if gated is not None:
+    if _any(links, GatedRepoError):
         return f"it is gated; log in, and ask for access on its page at {server}"
     if code == 403:
         return (

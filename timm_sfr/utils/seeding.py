@@ -29,17 +29,15 @@ def random_state_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-def seed_cpu(*entropy: int) -> None:
-    """Seeds Python, NumPy and torch (CPU) from `entropy`."""
+def seed_cpu(*entropy: int) -> int:
+    """Seeds Python, NumPy and torch (CPU) from `entropy`; returns the seed."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
+    return seed
 
 
 def reseed(*entropy: int) -> None:
     """Seeds Python, NumPy and torch (all devices) from `entropy`, such as (seed, epoch, process): for dropout, mixup, erasing."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed_cpu(*entropy))
