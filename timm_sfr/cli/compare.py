@@ -135,7 +135,8 @@ def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
     if other := [name for name in VALIDATED_ON if name in base.options]:
         notes.append(f"note: the runs may have been validated on different images ({', '.join(other)}); differences then mean "
                      "little")  # fmt: skip
-    notes += [f"{group.name}: {', '.join(_name(run) for _, run in sorted(group.runs.items()))}" for group in groups]
+    for group in groups:
+        notes.append(f"{group.name}: {', '.join(run.path.absolute().name for _, run in sorted(group.runs.items()))}")
     options: list[Row] = [("", *(group.name for group in groups))]
     options += [(name, *(_short(group.options[name]) for group in groups)) for name in base.options]
     return lines, notes, options
@@ -147,9 +148,7 @@ def run(args: Namespace) -> int:
         raise UserError("run: expected two or more folders to compare; got one")
     groups = grouped([read_finished(path) for path in args.runs])
     if len({group.task for group in groups}) > 1:
-        raise UserError(
-            "run: some of the runs have --task multilabel and some not, and their scores cannot be compared"
-        )
+        raise UserError("run: some of the runs have --task multilabel and some not, and their scores cannot be compared")
     if args.html is not None:
         from timm_sfr.reporting.page import write_comparison  # imported here because matplotlib is slow to import
 
@@ -165,27 +164,13 @@ def run(args: Namespace) -> int:
         return 0
     for group in groups:
         recorded = recorded_scores(group.task)
-        scores = {name if name == "ece" else f"val_{name}": group.values(name if name == "ece" else f"val_{name}")
-                  for name in recorded}  # fmt: skip
-        if group.tested:
-            scores |= {f"test_{name}": group.values(f"test_{name}") for name in recorded}
-        gain = difference(group, groups[0], f"val_{recorded[0]}")
-        print(
-            json.dumps(
-                {
-                    "group": group.name,
-                    "options": group.options,
-                    "seeds": sorted(group.runs),
-                    **scores,
-                    f"{recorded[0]}_minus_first": gain,
-                }
-            )
-        )
+        names = [name if name == "ece" else f"val_{name}" for name in recorded]
+        names += [f"test_{name}" for name in recorded if group.tested]
+        scores = {name: group.values(name) for name in names}
+        gain = {f"{recorded[0]}_minus_first": difference(group, groups[0], f"val_{recorded[0]}")}
+        about = {"group": group.name, "options": group.options, "seeds": sorted(group.runs)}
+        print(json.dumps({**about, **scores, **gain}))
     return 0
-
-
-def _name(run: Run) -> str:
-    return run.path.absolute().name
 
 
 def _short(value: Any) -> str:

@@ -109,9 +109,8 @@ def export(model: nn.Module, path: Path, kind: str, about: dict[str, Any]) -> fl
     except OSError as error:
         raise UserError(f"output: cannot write {str(path)!r}: {error.strerror or error}") from error
     except (*MISFITS, torch.onnx.OnnxExporterError) as error:
-        raise UserError(
-            f"format: {about['model']!r} cannot be exported to {kind}: {brief(error)}; try another --format"
-        ) from error
+        what = f"format: {about['model']!r} cannot be exported to {kind}"
+        raise UserError(f"{what}: {brief(error)}; try another --format") from error
     return largest
 
 
@@ -142,7 +141,7 @@ def _write_torchscript(model: nn.Module, example: Tensor, path: Path, about: str
 
 
 def _load_torchscript(path: Path) -> Callable[[Tensor], Tensor]:
-    return _no_gradients(torch.jit.load(str(path)))
+    return torch.inference_mode()(torch.jit.load(str(path)))
 
 
 def _write_pt2(model: nn.Module, example: Tensor, path: Path, about: str) -> None:
@@ -153,11 +152,7 @@ def _write_pt2(model: nn.Module, example: Tensor, path: Path, about: str) -> Non
 
 def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
     with path.open("rb") as file:
-        return _no_gradients(torch.export.load(file).module())
-
-
-def _no_gradients(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    return torch.inference_mode()(run)
+        return torch.inference_mode()(torch.export.load(file).module())
 
 
 WRITERS = {
@@ -177,8 +172,8 @@ def run(args: Namespace) -> int:
     difference = export(model, path, args.format, about)
     beside = path.with_name(PREPROCESSING)
     write_whole(beside, Path(images.__file__).read_text(encoding="utf-8"))
-    size = "x".join(map(str, about["input_size"]))
-    print(f"{path}: {args.format}, {path.stat().st_size / 2**20:.1f} MiB, images (batch, {size.replace('x', ', ')}); largest "
-          f"difference from PyTorch {difference:.2g} over batches of {', '.join(map(str, BATCHES))}")  # fmt: skip
+    size = ", ".join(map(str, about["input_size"]))
+    print(f"{path}: {args.format}, {path.stat().st_size / 2**20:.1f} MiB, images (batch, {size}); largest difference from "
+          f"PyTorch {difference:.2g} over batches of {', '.join(map(str, BATCHES))}")  # fmt: skip
     print(f"{beside}: its function model_input prepares images as validation does; it needs only NumPy and Pillow")
     return 0

@@ -18,8 +18,6 @@ from timm_sfr.utils.errors import UserError
 UNUSED = ("lr", "lr_base", "lr_base_size", "lr_base_scale", "sched", "output", "experiment", "push_to_hub", "report_to",
           "checkpoint_interval", "checkpoint_hist", "save_epochs", "save_images", "start_epoch", "stop_epoch", "patience",
           "test_split", "test_num_samples", "tta")  # fmt: skip
-
-
 ENDINGS = (".png", ".svg", ".pdf")
 SURE = 2  # a fall of the loss by fewer deviations of the single losses is uncertain
 
@@ -52,11 +50,6 @@ def picture(test: RangeTest, title: str, path: Path) -> None:
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def scatter_of(test: RangeTest) -> float:
-    """Returns the standard deviation of the losses around the smoothed ones."""
-    return pstdev(loss - smooth for loss, smooth in zip(test.losses, test.smoothed, strict=False))
-
-
 def free_path(path: Path) -> Path:
     """Returns `path`, or if that file or its figures exist, the first of NAME-2, NAME-3 and so on that does not."""
     names = itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2)))
@@ -76,7 +69,8 @@ def lines(test: RangeTest, asked: int, files: tuple[Path, Path]) -> list[str]:
         f"curve: {files[0]}; figures: {files[1]}",
     ]
     if test.rate is not None:
-        fall, scatter = test.smoothed[0] - test.smoothed[end], scatter_of(test)
+        fall = test.smoothed[0] - test.smoothed[end]
+        scatter = pstdev(loss - smooth for loss, smooth in zip(test.losses, test.smoothed, strict=False))
         if fall < SURE * scatter:
             found.append(f"warning: the smoothed loss falls by {fall:.2g}, and single updates scatter by {scatter:.2g}: the "
                          "suggestion is uncertain; give more --lr-updates, or a larger --batch-size")  # fmt: skip

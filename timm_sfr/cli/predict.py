@@ -188,21 +188,18 @@ def write_csv(
         with fresh.open("w", newline="", **TEXT) as file:
             writer = csv.writer(file, lineterminator="\n")
             if topk is None:
-                writer.writerow(["file", "class", "probability", "error"])
+                header = ["class", "probability"]
             else:
-                pairs = [f"{what}{place}" for place in range(1, topk + 1) for what in ("class", "probability")]
-                writer.writerow(["file", "label", *pairs, "error"])
+                header = ["label", *(f"{what}{place}" for place in range(1, topk + 1) for what in ("class", "probability"))]
+            writer.writerow(["file", *header, "error"])
             for one in predictions:
-                folder = Path(one.file).absolute().parent.name
                 if topk is None:
-                    cells = [
-                        SEPARATOR.join(name for name, _ in one.classes),
-                        SEPARATOR.join(f"{p:.6f}" for _, p in one.classes),
-                    ]
+                    cells = [SEPARATOR.join(name for name, _ in one.classes), SEPARATOR.join(f"{p:.6f}" for _, p in one.classes)]
                 else:
-                    cells = [cell for name, p in one.classes for cell in (name, f"{p:.6f}")] or [""] * 2 * topk
-                label = [] if topk is None else [folder if folder in known else ""]
-                writer.writerow([one.file, *label, *cells, one.error or ""])
+                    folder = Path(one.file).absolute().parent.name
+                    pairs = [cell for name, p in one.classes for cell in (name, f"{p:.6f}")] or [""] * 2 * topk
+                    cells = [folder if folder in known else "", *pairs]
+                writer.writerow([one.file, *cells, one.error or ""])
                 failed += one.error is not None
                 if as_json:
                     _show(one, True)

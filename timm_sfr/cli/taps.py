@@ -87,13 +87,12 @@ def taps_table(plan: TapPlan, rows: list[TapRow], batch: int, matching: str) -> 
         grid = f"{row.grid[0]}x{row.grid[1]}"
         lines.append((row.role, str(row.index), row.module, str(row.channels), grid, str(row.reduction), str(row.nodes),
                       row.match, cost))  # fmt: skip
-    text = aligned(lines)
     total = sum(row.milliseconds for row in rows)
     size = "x".join(map(str, plan.input_size))
-    text.append(f"at {size}: {plan.why}; taken by {plan.mechanism}")
-    text.append(f"locations matched by {matching}; that takes {total:.1f} ms for a batch of {batch} here, "
-                f"{counted(torch.get_num_threads(), 'CPU thread')}")  # fmt: skip
-    return "\n".join(text)
+    where = f"at {size}: {plan.why}; taken by {plan.mechanism}"
+    cost = (f"locations matched by {matching}; that takes {total:.1f} ms for a batch of {batch} here, "
+            f"{counted(torch.get_num_threads(), 'CPU thread')}")  # fmt: skip
+    return "\n".join([*aligned(lines), where, cost])
 
 
 def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: str, path: Path) -> None:
@@ -126,9 +125,8 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
         axes.text(end, -0.98, text, ha="center", va="top", fontsize=7, color="#3b76af")
     axes.set(xlim=(-0.8, len(shown) - 0.2), ylim=(-1.4, 0.8 + 0.15 * len(shown)))
     axes.axis("off")
-    axes.set_title(
-        f"{name} at {sides(*plan.input_size[1:])} pixels: the deep tap (orange) teaches the shallow ones (blue)", fontsize=9
-    )
+    title = f"{name} at {sides(*plan.input_size[1:])} pixels: the deep tap (orange) teaches the shallow ones (blue)"
+    axes.set_title(title, fontsize=9)
     try:
         figure.savefig(path, dpi=150, bbox_inches="tight")
     except (OSError, ValueError) as error:
@@ -146,11 +144,8 @@ def run(args: Namespace) -> int:
     if args.picture is not None:
         picture(plan, features, rows, args.model, args.picture)
     if args.json:
-        print(
-            json.dumps(
-                {"model": args.model, "input_size": size, "why": plan.why, "taps": [asdict(row) for row in rows]}
-            )
-        )
+        taps = [asdict(row) for row in rows]
+        print(json.dumps({"model": args.model, "input_size": size, "why": plan.why, "taps": taps}))
     else:
         print(taps_table(plan, rows, batch, config.sfr.matching))
     return 0

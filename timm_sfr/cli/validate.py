@@ -113,7 +113,7 @@ def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
     if own and not set(own) & set(names):
         print("warning: the data and the model share no class name, so classes are matched by order: "
               f"{names[0]!r} is scored as {own[0]!r}, and so on", file=sys.stderr)  # fmt: skip
-    if own and list(own) != list(names) and set(own) & set(names):
+    elif own and list(own) != list(names):
         at = next(i for i, (one, other) in enumerate(zip(own, names, strict=True)) if one != other)
         raise UserError(f"data: class {at} is {names[at]!r} in the data and {own[at]!r} in the model; rename the folders, or "
                         "give --class-map")  # fmt: skip
