@@ -142,7 +142,7 @@ def test_a_tracker_that_is_not_installed_is_told_before_training(tmp_path):
     assert (
         done.stderr == "error: report-to: wandb is not installed; pip install wandb, or leave it out of --report-to\n"
     )
-    with pytest.raises(UserError, match=r"report_to: expected none, tensorboard, .* did you mean 'wandb'"):
+    with pytest.raises(UserError, match=r"report_to: expected one of none, tensorboard, .* did you mean 'wandb'"):
         RunConfig.from_flat({"report_to": ["wandbb"]})
     assert chosen(("none",)) == []
 

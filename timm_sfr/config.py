@@ -23,7 +23,6 @@ from timm_sfr.utils.options import Checked, option, outside_name, plain
 DEFAULT_MODEL = "resnet18"
 DEFAULT_BATCH = 128
 AUTO = "auto"
-TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,7 @@ class DataConfig(Checked):
     )
     train_split: str = option("train", "name of the training split")
     val_split: str = option("validation", "name of the validation split")
-    test_split: str | None = option(
-        None, "name of a third split, scored once at the end with the exported weights: the honest score"
-    )
+    test_split: str | None = option(None, "third split, scored once at the end by the exported weights: the honest score")
     val_share: float | None = option(
         None,
         "share of each class's training images to validate on without a val split (default: 0.1 in a folder without any split)",
@@ -75,27 +72,18 @@ class DataConfig(Checked):
         "key of the label in hfds/ and wds/ datasets; its column in csv/ (default: label, class or target); with --task "
         "multilabel also several columns of 0 and 1, such as 'cat,dog'",
     )
-    dataset_trust_remote_code: bool = option(
-        False, "let hfds/ and hfids/ datasets run code from their repository (older versions of datasets only)"
-    )
+    dataset_trust_remote_code: bool = option(False, "let hfds/ and hfids/ run their repository's code (old versions of datasets)")
     batch_size: int | str | None = option(
         None,
-        "training batch size per process (default: 128, or for a smaller set the largest power of two that fits); auto: the "
-        "largest power of two that fits the GPU's memory",
+        "training batch size per process, or auto: the largest power of two that fits the GPU (default: 128, or fewer)",
         short="-b",
         low=1,
     )
-    validation_batch_size: int | None = option(
-        None, "validation batch size per process (default: as in training)", short="-vb", low=1
-    )
-    workers: int | None = option(
-        None, "data loading processes per process (default: 4, or as many as there are CPU cores)", short="-j", low=0
-    )
+    validation_batch_size: int | None = option(None, "validation batch per process (default: training's)", short="-vb", low=1)
+    workers: int | None = option(None, "data loading processes per process (default: 4, or one a CPU core)", short="-j", low=0)
     epoch_repeats: float = option(0.0, "passes over the images in one epoch, each augmented anew (0: one)", low=0)
     sampler: str = option(
-        "shuffle",
-        "what an epoch consists of: every image once, in random order; or as many images, of each class equally many",
-        choices=("shuffle", "balanced"),
+        "shuffle", "an epoch: every image once; or as many images, of each class equally many", choices=("shuffle", "balanced")
     )
     on_bad_image: str = option(
         "stop", "if an image does not decode: stop, or skip it and use the next one of its class", choices=("stop", "skip")
@@ -197,9 +185,7 @@ class ModelConfig(Checked):
     channels_last: bool = option(False, "use the channels_last memory layout")
     split_bn: bool = option(False, "separate BatchNorm layers for each view of --aug-splits; those of the first are exported")
     model_dtype: str | None = option(
-        None,
-        "type of the model's weights, without mixed precision (default: float32)",
-        choices=("float32", "bfloat16", "float16"),
+        None, "type of the weights, without mixed precision (default: float32)", choices=("float32", "bfloat16", "float16")
     )
 
     @property
@@ -332,13 +318,11 @@ class SizeConfig(Checked):
 
     train_img_sizes: tuple[int, ...] | None = option(None, "sizes of square training images; each batch has one of them")
     train_batch_sizes: tuple[int, ...] | None = option(
-        None, "batch size per process for each of --train-img-sizes (default: --batch-size for all)"
+        None, "batch size per process for each of --train-img-sizes (default: --batch-size for all)", low=1
     )
     train_size_probs: tuple[float, ...] | None = option(None, "share of batches for each of --train-img-sizes (default: equal)")
     train_size_schedule: str = option(
-        "constant",
-        "how sizes are chosen: with constant shares, or progressive, from the first to the last over the epochs",
-        choices=("constant", "progressive"),
+        "constant", "how sizes come: in constant shares, or from the first to the last", choices=("constant", "progressive")
     )
     train_size_schedule_spread: float = option(
         0.65, "how many neighbouring sizes the progressive schedule mixes (a standard deviation); 0 for none", low=0
@@ -347,15 +331,10 @@ class SizeConfig(Checked):
         0.1, "share of the progressive schedule's batches whose size is any, with equal shares", low=0, high=1
     )
     train_batches_per_epoch: int | None = option(
-        None,
-        "batches an epoch with --train-img-sizes (default: as many as the images fill)",
-        short="--train-steps-per-epoch",
-        low=1,
+        None, "batches an epoch with --train-img-sizes (default: for all images)", short="--train-steps-per-epoch", low=1
     )
     variable_batch_loss_scale: str = option(
-        "none",
-        "how gradients scale with the size of a batch of --train-batch-sizes, relative to the mean size",
-        choices=("none", "sqrt", "linear"),
+        "none", "how gradients scale with a batch's size relative to the mean", choices=("none", "sqrt", "linear")
     )
 
     def check(self) -> None:
@@ -372,8 +351,6 @@ class SizeConfig(Checked):
             values = getattr(self, name)
             if values is not None and len(values) != len(sizes):
                 raise UserError(f"{name}: expected {len(sizes)} numbers, one for each of train_img_sizes; got {len(values)}")
-        if min(self.train_batch_sizes or (1,)) < 1:
-            raise UserError(f"train_batch_sizes: expected at least 1; got {self.train_batch_sizes}")
         shares = self.train_size_probs or (1.0,)
         if not (all(0 <= share < float("inf") for share in shares) and sum(shares) > 0):
             raise UserError(f"train_size_probs: expected shares from 0 on, not all 0; got {self.train_size_probs}")
@@ -471,37 +448,29 @@ class EngineConfig(Checked):
     )
     torchcompile: str | None = option(None, "compile the model with this backend (inductor when given no name)")
     torchcompile_mode: str | None = option(
-        None,
-        "with --torchcompile: its mode",
-        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        None, "mode of --torchcompile", choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
     )
     synchronize_step: bool = option(False, "wait for the GPU after every update, for exact times of single updates")
     sync_bn: bool = option(False, "synchronise BatchNorm over processes (GPUs only)")
     dist_bn: str = option(
-        "reduce",
-        "what to do with BatchNorm statistics of several processes after an epoch",
-        choices=("reduce", "broadcast", "none"),
+        "reduce", "what to do with processes' BatchNorm statistics after an epoch", choices=("reduce", "broadcast", "none")
     )
     ddp_bb: bool = option(True, "before each step, give all processes the BatchNorm statistics of the first one")
     log_interval: int = option(50, "without a terminal: batches between checks whether to print a progress line", low=1)
     json_logs: bool = option(False, "every line on standard output is one JSON object (docs/logs.md)")
     report_to: tuple[str, ...] = option(
-        ("none",), "where an epoch's figures go too: none, or any of tensorboard, wandb and trackio"
+        ("none",), "where an epoch's figures go too, one or more", choices=("none", "tensorboard", "wandb", "trackio")
     )
     wandb_project: str | None = option(None, "project in Weights & Biases (default: WANDB_PROJECT, or timm_sfr)")
     wandb_tags: tuple[str, ...] = option((), "tags of the run in Weights & Biases")
-    wandb_resume_id: str | None = option(
-        None, "with --resume: id of the run in Weights & Biases to continue (default: that of this run)"
-    )
+    wandb_resume_id: str | None = option(None, "with --resume: id of the Weights & Biases run to continue (default: this run's)")
     save_images: bool = option(False, "write the batch as trained on to RUN/train-batch-BATCH.jpg every --log-interval batches")
     val_interval: int = option(1, "epochs between validations", low=1)
     report_interval: int | None = option(
         None, "epochs between refreshes of RUN/report.html (default: as often as 2 % of the time allows; 0: no report)", low=0
     )
     checkpoint_hist: int = option(2, "resumable checkpoints to keep, beside the best one's", low=1)
-    checkpoint_interval: int | None = option(
-        None, "updates between checkpoints (default: none; one is kept after every epoch anyway)", low=0
-    )
+    checkpoint_interval: int | None = option(None, "updates between checkpoints (default: one after every epoch only)", low=0)
     save_epochs: tuple[int, ...] | None = option(None, "keep the checkpoints that follow so many epochs too")
     resume_opt: bool = option(True, "resume the optimizer's state with the weights (--no-resume-opt: it starts anew)")
     on_nonfinite: str = option("stop", "if a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip"))
@@ -521,7 +490,7 @@ class EngineConfig(Checked):
     )
 
     def check(self) -> None:
-        """Checks the device, the trackers, the number of views, and that options which need another have it."""
+        """Checks the device, the number of views, and that options which need another have it."""
         if not 0 < self.multilabel_threshold < 1:
             raise UserError(f"multilabel_threshold: expected a value between 0 and 1; got {self.multilabel_threshold}")
         if self.tta not in (0, 1, 2, 5, 10):
@@ -535,10 +504,6 @@ class EngineConfig(Checked):
             raise UserError("torchcompile-mode: it is for --torchcompile; give that too")
         if "wandb" not in self.report_to and (self.wandb_project or self.wandb_tags or self.wandb_resume_id):
             raise UserError("wandb-project, wandb-tags, wandb-resume-id: they are for --log-wandb; give that too")
-        for name in self.report_to:
-            if name not in (*TRACKERS, "none"):
-                hint = near_matches(name, TRACKERS)
-                raise UserError(f"report_to: expected none, {', '.join(TRACKERS)}; got {name!r}{hint}")
 
 
 def in_words(distill_type: str, token_distill_type: str) -> tuple[str, bool]:
@@ -558,20 +523,14 @@ class KDConfig(Checked):
     )
     distill_type: str = option(
         "logit",
-        "what is distilled: the logits, the features before the classifier, or the logits into the distillation head of a "
-        "student that has one (deit_*_distilled_*)",
+        "what is distilled: logits, features before the classifier, or logits into a student's distillation head (deit_*)",
         choices=("logit", "feature", "token"),
     )
     loss_type: str = option("kl", "loss of logit distillation", choices=("kl",))
     distill_loss_weight: float | None = option(
-        None,
-        "weight of the distillation loss (default: 1; where only --task-loss-weight is given, 1 minus that)",
-        name="distill_loss_weight",
-        low=0,
+        None, "weight of the distillation loss (default: 1, or 1 minus --task-loss-weight)", name="distill_loss_weight", low=0
     )
-    task_loss_weight: float | None = option(
-        None, "weight of the classification loss (default: 1)", name="task_loss_weight", low=0
-    )
+    task_loss_weight: float | None = option(None, "classification loss's weight (default: 1)", name="task_loss_weight", low=0)
     temperature: float = option(4.0, "temperature of the softmax in distillation")
     token_distill_type: str = option(
         "soft", "token distillation: KL divergence, or cross-entropy with the teacher's argmax", choices=("soft", "hard")
@@ -606,9 +565,7 @@ class HubConfig(Checked):
 
     prefix: ClassVar[str] = "hub_"
 
-    push_to_hub: str | None = option(
-        None, "publish the best model as USER/NAME on the Hugging Face Hub when training ends", name="push_to_hub"
-    )
+    push_to_hub: str | None = option(None, "publish the best model as USER/NAME on the Hub after training", name="push_to_hub")
     private: bool = option(False, "create that repository as private; an existing public one is refused")
     revision: str | None = option(None, "branch to publish on (default: main)")
     license: str | None = option(None, "licence of the weights (default: that of the pretrained weights, or apache-2.0)")

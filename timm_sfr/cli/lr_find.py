@@ -84,9 +84,9 @@ def lines(test: RangeTest, asked: int, files: tuple[Path, Path]) -> list[str]:
 
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
-    own = {name: vars(args).pop(name) for name in ("lr_low", "lr_high", "lr_updates", "picture", "json")}
-    low, high, count = own["lr_low"], own["lr_high"], own["lr_updates"]
-    path = own["picture"] or free_path(Path("lr-find.png"))
+    own = ("lr_low", "lr_high", "lr_updates", "picture", "json")
+    low, high, count, path, as_json = (vars(args).pop(name) for name in own)
+    path = path or free_path(Path("lr-find.png"))
     if not 0 < low < high or count < 10:
         raise UserError(
             f"lr-low: expected two rates above 0, --lr-low the smaller, and 10 --lr-updates or more; got {low:g}, {high:g} "
@@ -106,7 +106,7 @@ def run(args: Namespace) -> int:
         write_figures(test, files[1])
     except (OSError, ValueError) as error:
         raise UserError(f"picture: cannot write {str(path)!r}: {error}") from error
-    if own["json"]:
+    if as_json:
         print(json.dumps({"lr": test.rate, "batch": test.batch, "updates": len(test.losses), "picture": str(path),
                           "figures": str(files[1])}))  # fmt: skip
     else:

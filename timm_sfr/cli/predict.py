@@ -107,15 +107,14 @@ def predict(
                     images[file] = transform(to_mode(image, reading))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 errors[file] = str(error) or type(error).__name__
-        rows: dict[Path, list[tuple[str, float]]] = {}
+        found = {}
         if images:
             with torch.inference_mode():
                 logits = model(torch.stack(list(images.values())))
-            found = _likely(logits, topk, threshold if several_labels(model) else None)
-            for file, classes in zip(images, found, strict=True):
-                rows[file] = [(names[i] if names else str(i), p) for i, p in classes]
+            found = dict(zip(images, _likely(logits, topk, threshold if several_labels(model) else None), strict=True))
         for file in part:
-            yield Prediction(str(file), rows.get(file, []), errors.get(file))
+            classes = [(names[i] if names else str(i), p) for i, p in found.get(file, ())]
+            yield Prediction(str(file), classes, errors.get(file))
 
 
 def _likely(logits: torch.Tensor, topk: int, threshold: float | None) -> list[list[tuple[int, float]]]:

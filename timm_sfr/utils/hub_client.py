@@ -177,7 +177,7 @@ def reason(error: BaseException, token: str | None = None) -> str:
     refused = code == 401 and not _any(links, RepositoryNotFoundError)
     if _any(links, LocalTokenNotFoundError) or (refused and not token and not get_token()):
         return "no token was found; run `hf auth login`, or set HF_TOKEN"
-    if refused or _said(links, "Invalid credentials", "Invalid username"):
+    if refused or any(re.search("Invalid (credentials|username)", str(link)) for link in links):
         return f"{server} refused the token (401); run `hf auth login`, or set HF_TOKEN to a valid one"
     if _any(links, GatedRepoError):
         return f"it is gated; log in, and ask for access on its page at {server}"
@@ -229,10 +229,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _any(links: list[BaseException], kind: type) -> bool:
     return any(isinstance(link, kind) for link in links)
-
-
-def _said(links: list[BaseException], *texts: str) -> bool:
-    return any(text in str(link) for link in links for text in texts)
 
 
 def _quoted(links: list[BaseException]) -> str:

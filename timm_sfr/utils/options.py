@@ -26,9 +26,9 @@ def option(
     Args:
         default: The default value.
         text: The help text.
-        choices: The allowed values; empty allows any.
-        low: The lowest allowed number.
-        high: The highest allowed number.
+        choices: The allowed values, or entries of a tuple; empty allows any.
+        low: The lowest allowed number, also within a tuple.
+        high: The highest allowed number, also within a tuple.
         name: The name outside Python, if it differs from the field's.
         short: A short flag, such as ``-b``.
     """
@@ -48,8 +48,9 @@ class Checked:
             name = outside_name(item, self.prefix)
             value = coerce(getattr(self, item.name), hints[item.name], name)
             object.__setattr__(self, item.name, value)
-            if value is not None:
-                _check_value(value, name, *(item.metadata[key] for key in ("choices", "low", "high")))
+            for entry in value if isinstance(value, tuple) else (value,):
+                if entry is not None:
+                    _check_value(entry, name, *(item.metadata[key] for key in ("choices", "low", "high")))
         self.check()
 
     def check(self) -> None:
