@@ -119,9 +119,9 @@ def update_table(table: Tensor, sums: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts[:, None] > 0, fresh / fresh.sum(-1, keepdim=True).clamp_min(1e-12), table)
 
 
-def default_warmup(epochs: int) -> int:
-    """Returns the default warm-up of learning rate, lambda and smoothing, in epochs: a fifth of `epochs`, at most 5."""
-    return min(5, epochs // 5)
+def warmup_epochs(epochs: int, given: int | None = None) -> int:
+    """Returns the warm-up of learning rate, lambda and smoothing: `given`, or else a fifth of `epochs`, at most 5."""
+    return min(5, epochs // 5) if given is None else given
 
 
 class DynamicLabelSmoothing(nn.Module):
@@ -207,8 +207,7 @@ class DynamicLabelSmoothing(nn.Module):
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets eps_t for epoch `epoch` (from 0) of `epochs`."""
         if self.epsilon is None:
-            warmup = default_warmup(epochs)
-            now = self.strength(epochs) * min(1.0, (epoch + 1) / (warmup + 1))
+            now = self.strength(epochs) * min(1.0, (epoch + 1) / (warmup_epochs(epochs) + 1))
         else:
             now = ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon
         self.epsilon_t.fill_(now)

@@ -17,7 +17,7 @@ from timm_sfr.method.classification import jsd_terms
 from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.probe import HOOKS, count_classes, model_name
-from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, default_warmup
+from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, warmup_epochs
 from timm_sfr.method.tapped_model import TappedModel
 from timm_sfr.method.taps import MIN_NODES, UNMATCHED, TapPlan, choose_taps
 from timm_sfr.utils.errors import UserError
@@ -32,7 +32,7 @@ def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
 
     By default (None), the warm-up is a fifth of the epochs, at most 5.
     """
-    warmup = default_warmup(epochs) if config.warmup_epochs is None else config.warmup_epochs
+    warmup = warmup_epochs(epochs, config.warmup_epochs)
     return config.weight * min(1.0, (epoch + 1) / (warmup + 1), (epochs - epoch) / (config.decay_epochs + 1))
 
 

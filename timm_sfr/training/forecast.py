@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_sfr.config import RunConfig
 from timm_sfr.data.loaders import worker_count
-from timm_sfr.method.smoothing import default_warmup
+from timm_sfr.method.smoothing import warmup_epochs
 from timm_sfr.utils.console import counted
 
 # The usual learning rates, by a part of the optimizer's name (the first match counts): the rate at a batch of 256, the power
@@ -149,10 +149,10 @@ def _warmup(config: RunConfig, run: Circumstances) -> str | None:
     optim, sfr = config.optim, config.sfr
     if optim.sched != "none" and not optim.warmup_prefix and (optim.warmup_epochs or 0) >= run.epochs:
         return (f"warmup-epochs: {optim.warmup_epochs} of {run.epochs} epochs: the learning rate never reaches {run.lr:.2g}; "
-                f"--warmup-epochs {default_warmup(run.epochs)} is usual")  # fmt: skip
+                f"--warmup-epochs {warmup_epochs(run.epochs)} is usual")  # fmt: skip
     if sfr.enabled and sfr.weight > 0 and (sfr.warmup_epochs or 0) >= run.epochs:
         return (f"sfr-warmup-epochs: {sfr.warmup_epochs} of {run.epochs} epochs: lambda never reaches {sfr.weight:g}; "
-                f"--sfr-warmup-epochs {default_warmup(run.epochs)} is usual")  # fmt: skip
+                f"--sfr-warmup-epochs {warmup_epochs(run.epochs)} is usual")  # fmt: skip
     return None
 
 

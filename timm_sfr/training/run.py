@@ -30,7 +30,7 @@ from timm_sfr.hub.model_folder import Exporter, resolve_hub
 from timm_sfr.hub.push import check_card, check_push, loading_line, published, push_to_hub
 from timm_sfr.method.config import LossForm
 from timm_sfr.method.probe import check_input
-from timm_sfr.method.smoothing import default_warmup, label_capacity
+from timm_sfr.method.smoothing import label_capacity, warmup_epochs
 from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.files import CONFIG
 from timm_sfr.models.loading import new_model
@@ -229,7 +229,7 @@ def assemble(
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
     """Returns `config` for args.yaml, with every default that depends on data, model or machine filled in."""
     epochs = config.optim.epochs
-    fifth = default_warmup(epochs)
+    fifth = warmup_epochs(epochs)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
