@@ -27,7 +27,8 @@ from timm_sfr.utils.files import remove, replace_atomically
 STATE, MANIFEST = "state.pt", "manifest.txt"
 FORMAT = 1
 PLACE = ("epoch", "step", "images", "updates")
-_CHUNK = 1 << 20
+# What reading a damaged checkpoint may raise.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, BadZipFile, pickle.UnpicklingError)
 
 
 class Damaged(UserError):
@@ -37,9 +38,8 @@ class Damaged(UserError):
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool, epochs: Collection[int] = ()) -> Path:
     """Writes a checkpoint and deletes old ones; returns its folder.
 
-    The newest `keep` remain, the newest best one, and those after `epochs` whole epochs.
-
-    The write is atomic: into a temporary folder with the manifest, flushed to the disk, then renamed.
+    The newest `keep` remain, the newest best one, and those after `epochs` whole epochs. The write is atomic: into a temporary
+    folder with the manifest, flushed to the disk, then renamed.
 
     Args:
         folder: The run's ``checkpoints/``.
@@ -59,9 +59,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int, best: bool, 
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        size, digest = _digest(fresh / STATE)
-        where = {name: state[name] for name in PLACE}
-        line = json.dumps({"format": FORMAT, **where, "best": best, "bytes": size, "sha256": digest})
+        content = {"bytes": (fresh / STATE).stat().st_size, "sha256": _file_sha256(fresh / STATE)}
+        line = json.dumps({"format": FORMAT, **{name: state[name] for name in PLACE}, "best": best, **content})
         with (fresh / MANIFEST).open("w") as file:
             file.write(f"{line}\n{_sha256(line)}\n")
             file.flush()
@@ -126,27 +125,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = _read_manifest(path)
-        expected = manifest["bytes"], manifest["sha256"]
+        size, digest = manifest["bytes"], manifest["sha256"]
         if manifest["format"] != FORMAT:
             raise Damaged(f"checkpoint {path} is of format {manifest['format']}, expected {FORMAT}")
-        if (path / STATE).stat().st_size != expected[0] or _digest(path / STATE) != expected:
+        if (path / STATE).stat().st_size != size or _file_sha256(path / STATE) != digest:
             raise Damaged(f"checkpoint {path} is damaged: {STATE} does not match {MANIFEST}")
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         if any(state[name] != manifest[name] for name in PLACE):
             raise Damaged(f"checkpoint {path} is damaged: {MANIFEST} belongs to another checkpoint")
         return state
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RuntimeError,
-        EOFError,
-        BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
-        if isinstance(error, Damaged):
-            raise
+    except Damaged:
+        raise
+    except UNREADABLE as error:
         raise Damaged(f"checkpoint {path} is damaged ({type(error).__name__})") from error
 
 
@@ -184,14 +174,12 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(path: Path) -> tuple[int, str]:
-    """Returns the size in bytes and the SHA-256 of a file."""
-    size, digest = 0, hashlib.sha256()
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            size += len(chunk)
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return size, digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _sync(folder: Path) -> None:

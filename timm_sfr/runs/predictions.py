@@ -8,7 +8,7 @@ Shape suffixes: B batch, n images, K classes.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,15 +109,11 @@ class PredictionTable:
 
 def write_predictions(path: Path, rows: np.ndarray, name: Callable[[int], str]) -> None:
     """Writes rows (n, 3) to a CSV file, atomically; `name` returns an image's file name for its index."""
-
-    def write(fresh: Path) -> None:
-        with fresh.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            for index, (target, prediction, confidence) in enumerate(rows.tolist()):
-                writer.writerow((index, name(index), int(target), int(prediction), f"{confidence:.8g}"))
-
-    replace_atomically(path, write)
+    lines = (
+        (index, name(index), int(target), int(prediction), f"{confidence:.8g}")
+        for index, (target, prediction, confidence) in enumerate(rows.tolist())
+    )
+    _write(path, COLUMNS, lines)
 
 
 def read_predictions(path: Path, classes: int = 10**7) -> PredictionTable:
@@ -127,8 +123,7 @@ def read_predictions(path: Path, classes: int = 10**7) -> PredictionTable:
         UserError: if the file cannot be read or has invalid contents.
     """
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
+        rows = _read(path)
         files = [row["file"] for row in rows]
         target, prediction = (np.array([int(row[name]) for row in rows], dtype=int) for name in COLUMNS[2:4])
         # A diverged model outputs nan instead of probabilities.
@@ -143,22 +138,12 @@ def read_predictions(path: Path, classes: int = 10**7) -> PredictionTable:
 
 
 def write_class_scores(path: Path, scores: np.ndarray, names: Sequence[str]) -> None:
-    """Writes the scores of each class, (K, 5), to a CSV file, atomically: images, then AP, precision, recall and F1 in percent.
-
-    Args:
-        path: The file.
-        scores: The scores.
-        names: The names of the classes, (K,).
-    """
-
-    def write(fresh: Path) -> None:
-        with fresh.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file)
-            writer.writerow(CLASS_COLUMNS)
-            for index, (name, (images, *percents)) in enumerate(zip(names, scores.tolist(), strict=True)):
-                writer.writerow((index, name, int(images), *(f"{value:.8g}" for value in percents)))
-
-    replace_atomically(path, write)
+    """Writes the scores of each class, (K, 5), to a CSV file: images, then AP, precision, recall and F1 in percent."""
+    lines = (
+        (index, name, int(images), *(f"{value:.8g}" for value in percents))
+        for index, (name, (images, *percents)) in enumerate(zip(names, scores.tolist(), strict=True))
+    )
+    _write(path, CLASS_COLUMNS, lines)
 
 
 def read_class_scores(path: Path) -> list[dict[str, Any]]:
@@ -168,8 +153,23 @@ def read_class_scores(path: Path) -> list[dict[str, Any]]:
         UserError: if the file cannot be read or has invalid contents.
     """
     try:
-        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
-        return [{key: row[key] if key == "class" else float(row[key]) for key in CLASS_COLUMNS} for row in rows]
+        return [{key: row[key] if key == "class" else float(row[key]) for key in CLASS_COLUMNS} for row in _read(path)]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UserError(f"cannot read {path.name}: {error}") from error
+
+
+def _write(path: Path, columns: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """Writes a CSV file atomically; file names may have any bytes."""
+
+    def write(fresh: Path) -> None:
+        with fresh.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(lines)
+
+    replace_atomically(path, write)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))

@@ -81,17 +81,8 @@ def columns(teacher: bool, jsd: bool = False, sized: bool = False, task: str = C
 def epoch_row(
     epoch: int, lr: float, train: dict[str, float], val: dict[str, float] | None, task: str = CLASSIFICATION
 ) -> dict[str, Any]:
-    """Returns a row of summary.csv; losses are means over the epoch's images.
-
-    train_loss = task_loss + sfr_weight * sfr_loss. With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss;
-    with the JSD of views, task_loss = cls_loss + jsd_weight * jsd_loss.
-    """
-    row = {
-        "epoch": epoch,
-        "lr": lr,
-        "train_loss": train["loss"],
-        **{name: value for name, value in train.items() if name != "loss"},
-    }
+    """Returns a row of summary.csv; losses are means over the epoch's images, and `TERMS` says how they add up."""
+    row = {"epoch": epoch, "lr": lr, "train_loss": train["loss"], **train}
     for name in metrics_of(task):
         row[f"val_{name}"] = val[name] if val else ""
     return {name: row[name] for name in columns(*_parts([row]))}
@@ -168,9 +159,8 @@ def write_args(path: Path, values: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of all packages that can affect results."""
-    modules = {"timm": timm, "torch": torch, "accelerate": accelerate, "safetensors": safetensors,
-               "huggingface_hub": huggingface_hub}  # fmt: skip
-    found = {name: str(module.__version__) for name, module in modules.items()}
+    modules = (timm, torch, accelerate, safetensors, huggingface_hub)
+    found = {module.__name__: str(module.__version__) for module in modules}
     return {"timm_sfr": __version__, "python": platform.python_version(), "POT": metadata.version("POT"), **found}
 
 
@@ -261,12 +251,13 @@ def read_finished(path: Path) -> Run:
 
 def _check(run: Run) -> None:
     """Raises KeyError, TypeError, ValueError or AttributeError if a value that readers need is missing or invalid."""
+    names = ("epoch", "images", *recorded_scores(run.task))
     for when in ("best", "last"):
-        for name in ("epoch", "images", *recorded_scores(run.task)):
+        for name in names:
             float(run.metrics[when][name if name in ("epoch", "images", "ece") else f"val_{name}"])
     for name in ("epochs", "parameters", "seconds", "seed"):
         float(run.metrics[name])
-    for name in ("epoch", "images", *recorded_scores(run.task)) if run.test is not None else ():
+    for name in names if run.test is not None else ():
         float(run.test[name])
     for name in ("model", "dataset", "hardware", "mixed_precision", "eval_metric"):
         str(run.metrics[name])
