@@ -54,14 +54,12 @@ def emd_l2(
         if matching == "grid":
             if u.shape != v.shape:
                 raise UserError(f"grid matching needs equal node counts; got {u.shape[1]} and {v.shape[1]}")
-            a = cross_marginals(u, v)[0] if weights == "cross" else _even(u)
+            a, _ = _marginals(u, v, weights)
             return (a * (u - v).square().sum(-1)).sum(-1).mean()
-        a, b = cross_marginals(u, v) if weights == "cross" else (None, None)
         triton = triton_for((*u.shape[:2], v.shape[1]), u.device) if solver == "triton" else None
         if triton:
-            a, b = (_even(u), _even(v)) if a is None or b is None else (a, b)
-            return triton.transport_costs(u, v, a, b).mean()
-        cost = cost_matrix(u, v)
+            return triton.transport_costs(u, v, *_marginals(u, v, weights)).mean()
+        cost, (a, b) = cost_matrix(u, v), cross_marginals(u, v) if weights == "cross" else (None, None)
         return (transport_plan(cost, a, b, solver) * cost).sum((1, 2)).mean()
 
 
@@ -100,7 +98,7 @@ def divergences(
     """Returns the `sinkhorn_divergence` of each image, (B,), and the plans between the two sets, (B, N, M)."""
     with torch.autocast(shallow.device.type, enabled=False):
         u, v = unit(shallow), unit(deep.detach())
-        a, b = cross_marginals(u, v) if weights == "cross" else (_even(u), _even(v))
+        a, b = _marginals(u, v, weights)
         across, within_u, within_v = cost_matrix(u, v), cost_matrix(u, u), cost_matrix(v, v)
         with torch.no_grad():
             # If all nodes of both sets are equal, any plan is optimal; the clamp prevents a division by zero.
@@ -134,7 +132,7 @@ def gaussian_l2(shallow: Tensor, deep: Tensor, *, weights: str = "uniform") -> T
         raise UserError(f"expected weights in {MARGINALS}; got {weights!r}")
     with torch.autocast(shallow.device.type, enabled=False):
         u, v = unit(shallow), unit(deep.detach())
-        a, b = cross_marginals(u, v) if weights == "cross" else (None, None)
+        a, b = _marginals(u, v, weights)
         (mean_u, sigma_u), (mean_v, sigma_v) = _moments(u, a), _moments(v, b)
         return ((mean_u - mean_v).square() + (sigma_u - sigma_v).square()).sum(-1).mean()
 
@@ -178,14 +176,15 @@ def _entropic_cost(plan: Tensor, cost: Tensor, a: Tensor, b: Tensor, eps: Tensor
     return (plan * cost).sum((1, 2)) + eps * divergence
 
 
-def _even(x: Tensor) -> Tensor:
-    """Returns equal node weights 1/N, (B, N), for x (B, N, C)."""
-    return x.new_full(x.shape[:2], 1 / x.shape[1])
+def _marginals(u: Tensor, v: Tensor, weights: str) -> tuple[Tensor, Tensor]:
+    """Returns the node weights a (B, N) and b (B, M) of u (B, N, C) and v (B, M, C)."""
+    if weights == "cross":
+        return cross_marginals(u, v)
+    return u.new_full(u.shape[:2], 1 / u.shape[1]), v.new_full(v.shape[:2], 1 / v.shape[1])
 
 
-def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns the means and standard deviations (B, C) of x (B, N, C) over its nodes, with weights (B, N) or equal ones."""
-    share = _even(x) if weights is None else weights
+def _moments(x: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the means and standard deviations (B, C) of x (B, N, C) over its nodes, with weights (B, N)."""
     mean = (share[:, :, None] * x).sum(1)
     # 1e-8 keeps the gradient of the square root finite for a constant channel.
     return mean, ((share[:, :, None] * (x - mean[:, None]).square()).sum(1) + 1e-8).sqrt()

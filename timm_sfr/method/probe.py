@@ -86,15 +86,20 @@ class Hooks:
         Raises:
             UserError: if a module did not run exactly once, its output is not a map, or the map has no gradient in training.
         """
-        logits, outputs = self.outputs(model, x)
+        for recorder in self.taken:
+            recorder.armed, recorder.values = True, []
+        try:
+            logits = model(x)
+            outputs = [recorder.values for recorder in self.taken]
+        finally:
+            for recorder in self.taken:
+                recorder.armed, recorder.values = False, []
+        maps = []
         for name, values in zip(self.names, outputs, strict=True):
             if len(values) != 1:
-                raise UserError(
-                    f"sfr_taps: {name!r} ran {len(values)} times in one pass; expected a module that runs once"
-                )
-        maps = [as_map(values[0], x, name) for name, values in zip(self.names, outputs, strict=True)]
-        for name, tap in zip(self.names, maps, strict=True):
-            if tap.requires_grad or not (torch.is_grad_enabled() and model.training):
+                raise UserError(f"sfr_taps: {name!r} ran {len(values)} times in one pass; expected a module that runs once")
+            maps.append(as_map(values[0], x, name))
+            if maps[-1].requires_grad or not (torch.is_grad_enabled() and model.training):
                 continue
             if any(parameter.requires_grad for parameter in model.get_submodule(name).parameters()):
                 raise UserError(
@@ -102,17 +107,6 @@ class Hooks:
                     "use_reentrant=False"
                 )
         return logits, maps
-
-    def outputs(self, model: nn.Module, x: Tensor) -> tuple[Any, list[list[Any]]]:
-        """Returns the model's output, and for each module the list of its outputs, one per run."""
-        for recorder in self.taken:
-            recorder.armed, recorder.values = True, []
-        try:
-            result = model(x)
-            return result, [recorder.values for recorder in self.taken]
-        finally:
-            for recorder in self.taken:
-                recorder.armed, recorder.values = False, []
 
     def remove(self) -> None:
         """Removes the hooks from the model."""
@@ -195,10 +189,10 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
     return Probed(_features(names, maps, input_size), HOOKS, logits.shape[1])
 
 
-def check_input(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Raises UserError unless the model returns logits for images of `input_size` (C, H, W); leaves it as it was."""
+def check_input(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Returns the width of the logits for images of `input_size` (C, H, W); raises UserError if the model does not take them."""
     with _evaluating(model):
-        _logits(model, _images(model, input_size))
+        return _logits(model, _images(model, input_size)).shape[1]
 
 
 def count_classes(model: nn.Module, input_size: tuple[int, int, int] | None) -> int:
@@ -211,11 +205,8 @@ def count_classes(model: nn.Module, input_size: tuple[int, int, int] | None) -> 
     if known is not None:
         return int(known)
     if input_size is None:
-        raise UserError(
-            f"input_size: {model_name(model)} does not say how many classes it has; pass (channels, height, width)"
-        )
-    with _evaluating(model):
-        return _logits(model, _images(model, input_size)).shape[1]
+        raise UserError(f"input_size: {model_name(model)} does not say how many classes it has; pass (channels, height, width)")
+    return check_input(model, input_size)
 
 
 def model_name(model: nn.Module) -> str:
@@ -302,12 +293,12 @@ def _intermediates(model: Any, image: Tensor, plain: Tensor, count: int) -> tupl
 def _hooked(model: nn.Module, image: Tensor, only: list[str] | None) -> tuple[list[str], list[Tensor]]:
     """Returns names and maps of the modules (of `only` if given) that run once and return a map, in order of completion."""
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    names = list(modules) if only is None else [name for name in only if name in modules]
     order: dict[str, list[Any]] = {}
     # The dictionary keeps the order of first completion; the lists show which modules ran more than once.
     handles = [
         modules[name].register_forward_hook(lambda _, __, out, name=name: order.setdefault(name, []).append(out))
-        for name in names
+        for name in only or modules
+        if name in modules
     ]
     try:
         model(image)
@@ -316,11 +307,9 @@ def _hooked(model: nn.Module, image: Tensor, only: list[str] | None) -> tuple[li
             handle.remove()
     found: dict[str, Tensor] = {}
     for name, values in order.items():
-        try:
-            if len(values) == 1:
+        if len(values) == 1:
+            with contextlib.suppress(UserError):
                 found[name] = as_map(values[0], image)
-        except UserError:
-            continue
     return list(found), list(found.values())
 
 
