@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,19 +33,15 @@ def largest(step: Callable[[int], None], most: int) -> int:
     Raises:
         UserError: if not even one image fits.
     """
-    size = power_of_two(most)
-
-    def halve() -> int:
-        nonlocal size
-        size //= 2
-        return size
+    first = power_of_two(most)
+    halves = (first >> times for times in itertools.count(1))
 
     def attempt(batch_size: int) -> int:
         step(batch_size)
         return batch_size
 
     try:
-        return find_executable_batch_size(attempt, starting_batch_size=size, reduce_batch_size_fn=halve)()
+        return find_executable_batch_size(attempt, first, lambda: next(halves))()
     except RuntimeError as error:
         if "reached zero" not in str(error):
             raise
@@ -64,13 +61,7 @@ def probe_batch(config: RunConfig, accelerator: Any, task: Any, batch: Callable[
 
     A step is forward, backward and update of the whole task, at the run's precision, on random images. The processes probe
     on their own, and agree on the smallest result. Weights, statistics, sums and random numbers are as before afterwards.
-
-    Args:
-        config: The run's options.
-        accelerator: Accelerate's.
-        task: The task, before Accelerate wraps it.
-        batch: Makes a batch of that many random images, and their targets, on the device.
-        most: The largest size to try.
+    Accelerate must not have wrapped the task yet. `batch` makes that many random images, and their targets, on the device.
     """
     with undone(task):
         found = largest(lambda size: _train(config, accelerator, task, batch, size), most)
@@ -100,19 +91,15 @@ def _train(config: RunConfig, accelerator: Any, task: Any, batch: Callable[[int]
     """Makes `STEPS` training steps on batches of `size` random images."""
     module = task.trainable_module
     optimizer = create_optimizer(config.optim, module, lr=1e-3)
-    held = _held(config, accelerator, module)
+    # What training holds beside a step: the moving average, DDP's copy of the gradients, and the next batch.
+    copies = int(config.optim.model_ema) + int(accelerator.num_processes > 1)
+    held = {"copies": [[torch.empty_like(parameter) for parameter in module.parameters()] for _ in range(copies)]}
     task.train()
     for _ in range(STEPS):
         images, target = batch(size)
-        held["next"] = torch.empty_like(images)  # the loader is one batch ahead
+        held["next"] = torch.empty_like(images)
         with accelerator.autocast():
             loss = task(images, target)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def _held(config: RunConfig, accelerator: Any, module: torch.nn.Module) -> dict[str, Any]:
-    """Allocates what training holds beside a step: the moving average, and DDP's copy of the gradients."""
-    copies = int(config.optim.model_ema) + int(accelerator.num_processes > 1)
-    return {"copies": [[torch.empty_like(parameter) for parameter in module.parameters()] for _ in range(copies)]}

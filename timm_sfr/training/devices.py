@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
 from accelerate import Accelerator
@@ -49,12 +49,7 @@ def keep_freed_blocks() -> bool:
 
 
 def explained(error: Exception, kept: str) -> UserError | None:
-    """Returns a one-line error if the machine or the options caused `error`; None if the code did.
-
-    Args:
-        error: What was raised.
-        kept: What the run has saved, for the message.
-    """
+    """Returns a one-line error if the machine or the options caused `error`, with what the run has `kept`; otherwise None."""
     error = _worker_error(error)
     text = first_line(error)
     # The pipe of a dead process may break before torch notices that the process has ended.
@@ -74,32 +69,26 @@ def explained(error: Exception, kept: str) -> UserError | None:
     return None
 
 
-def check_environment(environment: Mapping[str, str], mixed_precision: str | None = None) -> None:
-    """Checks what Accelerate's configuration asks for; ``accelerate launch`` passes it on in environment variables.
+def check_environment(mixed_precision: str | None) -> None:
+    """Raises UserError if Accelerate's configuration, in environment variables, asks for something that a run cannot do.
 
-    Accelerate itself leaves FSDP aside on CPUs, and divides the loss by its own number of accumulation steps.
-
-    Args:
-        environment: The environment variables.
-        mixed_precision: The precision that the options ask for; it overrides the configuration's.
-
-    Raises:
-        UserError: if it asks for something that a run cannot do.
+    Accelerate itself leaves FSDP aside on CPUs, and divides the loss by its own number of accumulation steps. The precision
+    that the options ask for overrides the configuration's.
     """
     for name, what in SHARDING.items():
-        if environment.get(name, "").lower() in ("1", "true", "yes", "y", "on"):
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "y", "on"):
             raise UserError(
                 f"accelerate: its configuration asks for {what} ({name}); validation, moving average and checkpoints need whole "
                 "weights on every process; use accelerate launch --multi_gpu or torchrun, and to save memory --mixed-precision "
                 "bf16, --grad-checkpointing, or a lower --batch-size with --grad-accum-steps"
             )
-    steps = environment.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps != "1":
         raise UserError(
             f"accelerate: its configuration asks for {steps} gradient accumulation steps "
             "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS); leave them out there, and use --grad-accum-steps"
         )
-    if mixed_precision is None and environment.get("ACCELERATE_MIXED_PRECISION") == "fp8":
+    if mixed_precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp8":
         raise UserError(
             "accelerate: its configuration asks for fp8, which replaces the model's layers, and the exported weights have to "
             "fit timm's; use --mixed-precision bf16"
@@ -111,10 +100,8 @@ def explained_errors(kept: Callable[[], str]) -> Iterator[None]:
     """A context that raises a one-line error for a failure that the machine or the options caused; `kept` as in `explained`."""
     try:
         yield
-    except UserError:
-        raise
     except (RuntimeError, ValueError, ConnectionError, EOFError) as error:
-        explanation = explained(error, kept())
+        explanation = None if isinstance(error, UserError) else explained(error, kept())
         if explanation is None:
             raise
         raise explanation from error
@@ -137,7 +124,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             asks for what a run cannot do.
     """
     engine, trackers = config.engine, chosen(config.engine.report_to)
-    check_environment(os.environ, engine.mixed_precision)
+    check_environment(engine.mixed_precision)
     # Without `cpu`, Accelerate treats each of torchrun's processes on a machine without a GPU as the only one.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     cpu = engine.device == "cpu" or (several and not torch.accelerator.is_available())
@@ -148,12 +135,11 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if engine.mixed_precision == "amp" and kind == "bf16" and os.environ.get("RANK", "0") == "0":
         logger.info("note: --amp is bf16 here, because the run is on the CPU")
     try:
+        compiled = TorchDynamoPlugin(engine.torchcompile, engine.torchcompile_mode) if engine.torchcompile else None
         accelerator = Accelerator(
             cpu=cpu,
             mixed_precision=kind,
-            dynamo_plugin=TorchDynamoPlugin(engine.torchcompile, engine.torchcompile_mode)
-            if engine.torchcompile
-            else None,
+            dynamo_plugin=compiled,
             log_with=trackers or None,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=engine.ddp_bb)],
             project_config=ProjectConfiguration(logging_dir="."),  # `Trackers` sets the run's folder later
@@ -206,8 +192,7 @@ def _worker_error(error: Exception) -> Exception:
     if not isinstance(error, (ConnectionError, EOFError)):
         return error
     try:
-        for _ in range(20):
-            time.sleep(0.1)
+        time.sleep(2)
     except RuntimeError as worker_error:
         return worker_error
     return error

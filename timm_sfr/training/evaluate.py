@@ -51,12 +51,6 @@ class Scores:
         self.bins.index_add_(1, bins, rows.to(self.bins.dtype))
         return order[:, 0], confidence
 
-    def shared(self, accelerator: Any, loader: DataLoader) -> Scores:
-        """Adds up the sums of all processes, if each has read its own part of a stream; returns itself."""
-        if _streamed(loader):
-            self.sums, self.bins = accelerator.reduce((self.sums, self.bins), reduction="sum")
-        return self
-
     def result(self) -> dict[str, float]:
         """Returns ``images``, ``loss``, ``top1`` and ``top5`` (percent), ``ece``, and ``nonfinite``: images with such logits.
 
@@ -96,10 +90,6 @@ class LabelScores:
         finite = logits.isfinite().all(1)
         self.nonfinite += (~finite).sum()
         self.evaluator.update(logits.where(finite[:, None], (1 - 2 * target) * WRONG), target)
-
-    def shared(self, accelerator: Any, loader: DataLoader) -> LabelScores:
-        """Returns itself: there are no streams of images with several labels."""
-        return self
 
     def result(self) -> dict[str, float]:
         """Returns ``images``, ``loss``, ``map``, ``micro_f1``, ``macro_f1``, ``sample_f1`` (percent), and ``nonfinite``.
@@ -161,7 +151,7 @@ def evaluate(
             seen.add(target, *found)
     if seen is not None:
         seen.by_class = scores.by_class
-    return scores.shared(accelerator, loader).result()
+    return _result(scores, loader, accelerator)
 
 
 @torch.inference_mode()
@@ -182,8 +172,7 @@ def evaluate_views(
     for logits, target in _outputs(model, loader, prep, accelerator, watch):
         plain.add(logits[:, plain_view(logits.shape[1])], target)
         augmented.add(logits.float().mean(1), target)
-    both = (scores.shared(accelerator, loader).result() for scores in (plain, augmented))
-    return next(both), next(both)
+    return _result(plain, loader, accelerator), _result(augmented, loader, accelerator)
 
 
 def _outputs(
@@ -202,6 +191,13 @@ def _outputs(
         with accelerator.autocast():
             logits = torch.stack([model(prep.normalize(view).to(dtype)) for view in views], 1)
         yield (logits, target) if _streamed(loader) else accelerator.gather_for_metrics((logits, target))
+
+
+def _result(scores: Any, loader: DataLoader, accelerator: Any) -> dict[str, float]:
+    """Returns the scores, of all processes also if each has read its own part of a stream (whose images have one label)."""
+    if _streamed(loader):
+        scores.sums, scores.bins = accelerator.reduce((scores.sums, scores.bins), reduction="sum")
+    return scores.result()
 
 
 def _streamed(loader: DataLoader) -> bool:

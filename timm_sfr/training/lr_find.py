@@ -116,13 +116,7 @@ def range_test(learner: Learner, mixup: Any, rates: Sequence[float]) -> list[flo
 
 
 def find_rate(config: RunConfig, low: float, high: float, count: int) -> RangeTest:
-    """Makes a range test of a run with these options, on weights that are thrown away.
-
-    Args:
-        config: The run's options; its learning rate and schedule are not used.
-        low: The first learning rate.
-        high: The last learning rate.
-        count: Number of updates.
+    """Makes a range test of `count` updates from rate `low` to `high`, with a run's options, on weights that are thrown away.
 
     Raises:
         UserError: if the options, the data or the model do not allow a run, or the loss is not finite at the first rate.
@@ -138,9 +132,7 @@ def find_rate(config: RunConfig, low: float, high: float, count: int) -> RangeTe
         accelerator.end_training()
     kept = losses[:-1] if diverged(losses, count) else losses
     if not kept:
-        raise UserError(
-            f"lr-low: the loss is {losses[0]} at the first update, before any rate was used; look at the data"
-        )
+        raise UserError(f"lr-low: the loss is {losses[0]} at the first update, before any rate was used; look at the data")
     smoothed = smooth_losses(kept, count)
     return RangeTest(rates[: len(losses)], losses, smoothed, steepest(rates, smoothed), images, note, main)
 

@@ -1,8 +1,4 @@
-"""The progress of a run: two bars in a terminal, otherwise a line now and then, or lines of JSON.
-
-All output of the package goes through its logger. A record has a text and, for programs, fields; `show_log` chooses which
-of the two goes to standard output.
-"""
+"""The progress of a run: two bars in a terminal, otherwise a line now and then, or lines of JSON."""
 
 from __future__ import annotations
 

@@ -23,9 +23,7 @@ from timm_sfr.utils.errors import UserError, brief
 from timm_sfr.utils.files import write_json
 
 PROJECT, STATE_FILE = "timm_sfr", "trackers.json"
-SECRET = re.compile(
-    r"token|secret|passw|authorization|signature|credential|[?&]sig=|(api|access|private).?key", re.IGNORECASE
-)
+SECRET = re.compile("token|secret|passw|authorization|signature|credential|[?&]sig=|(api|access|private).?key", re.IGNORECASE)
 NO_SECRET = ("kd_distill_type", "kd_token_distill_type")  # "token" is a kind of distillation here
 
 
@@ -94,10 +92,8 @@ class Trackers:
         self.state, live = self._read() if resumed else {}, []
         threading.excepthook = self._thread_failed
         for kind in self.asked:
-            name = str(kind)
-            state = self.state.setdefault(
-                name, {"id": os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8], "logged": 0}
-            )
+            name, fresh = str(kind), os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
+            state = self.state.setdefault(name, {"id": fresh, "logged": 0})
             if name == "tensorboard":
                 state["logged"] = min(state["logged"], epoch)  # later steps are purged and written again
             try:
@@ -130,9 +126,7 @@ class Trackers:
                         state["logged"] = step
             except Exception as error:
                 self.accelerator.trackers.remove(tracker)
-                logger.warning(
-                    f"warning: report-to: {tracker.name} fails: {brief(error)}; the training continues without it"
-                )
+                logger.warning(f"warning: report-to: {tracker.name} fails: {brief(error)}; the training continues without it")
         self._keep()
 
     def _keep(self) -> None:
@@ -142,9 +136,8 @@ class Trackers:
         try:
             write_json(self.run / STATE_FILE, self.state)
         except OSError as error:
-            logger.warning(
-                f"warning: {STATE_FILE} cannot be written: {brief(error)}; on resume, the run may start new tracker runs"
-            )
+            logger.warning(f"warning: {STATE_FILE} cannot be written: {brief(error)}; on resume, the run may start new tracker "
+                           "runs")  # fmt: skip
 
     def finish(self) -> None:
         """Closes the trackers."""
