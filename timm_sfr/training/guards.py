@@ -19,7 +19,7 @@ from torch.nn.utils import get_total_norm
 
 from timm_sfr.runs.folder import Workspace
 from timm_sfr.runs.records import TERMS, term_names
-from timm_sfr.utils.errors import Interrupted, UserError
+from timm_sfr.utils.errors import Interrupted
 from timm_sfr.utils.files import write_json
 
 # The terms in the order in which a non-finite one is looked for: the parts of a sum before the sum.
@@ -107,22 +107,16 @@ class FiniteGuard:
         return found is None
 
     def check_gradients(self, module: nn.Module, place: tuple[int, int, int]) -> bool:
-        """Returns whether to make the update; the same on all processes.
-
-        Args:
-            module: The trained module.
-            place: Epoch and batch (from 0) and update (from 1).
-        """
+        """Returns whether to make the update, the same on all processes; `place` is epoch and batch (from 0), update (from 1)."""
         if self.scaled:
             return True
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         norm = get_total_norm(gradients)[None]
-        if self.policy == "stop" and norm.is_cuda:
-            self.norm.send(norm)
-            self._sent = place
-            return self.bad is None
+        later = self.policy == "stop" and norm.is_cuda
         self.norm.send(norm)
-        self._sent = None
+        self._sent = place if later else None
+        if later:
+            return self.bad is None
         self.settle()
         if self.accelerator.num_processes > 1 and self.policy == "skip":
             wrong = torch.tensor([float(self.bad is not None)], device=norm.device)
@@ -142,13 +136,10 @@ class FiniteGuard:
             for tensor, kept in self._kept:
                 tensor.copy_(kept)
 
-    def count(self, made: bool) -> None:
-        """Counts an update that was made or skipped."""
+    def too_many(self, made: bool) -> bool:
+        """Counts an update that was made or skipped; returns whether too many in a row were skipped."""
         self.in_a_row = 0 if made else self.in_a_row + 1
         self.skipped += not made
-
-    def too_many(self) -> bool:
-        """Returns whether too many updates in a row were skipped."""
         return self.in_a_row > MOST_IN_A_ROW
 
 
@@ -159,12 +150,6 @@ def write_event(path: Path, event: dict[str, Any]) -> None:
     except (OSError, ValueError):
         events = []
     write_json(path, [*events, event])
-
-
-def stopped(term: str, value: float, where: str, how: str, kept: str) -> UserError:
-    """Returns the error for a run that stops at a non-finite number."""
-    what = "gradients" if term == "gradient" else "loss"
-    return UserError(f"non-finite {what} at {where}: {term} is {value}; {how}, {kept}; {ADVICE}")
 
 
 class Signals:
@@ -207,9 +192,7 @@ class Signals:
     def asked(self, updates: int, now: bool = False) -> tuple[int | None, bool]:
         """Returns the signal to stop for, or None, and whether to save a checkpoint; the same on all processes.
 
-        Args:
-            updates: Number of updates made, the same on all processes.
-            now: Agree at once: all processes are at the end of an epoch.
+        They agree every few of the `updates`, or with `now` at once, because all are at the end of an epoch.
         """
         if self.accelerator.num_processes == 1:
             stop, save = self.stop, self.save
@@ -240,9 +223,7 @@ def _command(processes: int, cpu: bool) -> str:
     installed = {"timm-sfr": "timm-sfr train", "train-sfr": "train-sfr"}.get(started.name)
     if processes == 1:
         return installed or f"python {script}"
-    launcher, plain = (
-        (f"torchrun --nproc-per-node {processes}", "--no-python")
-        if cpu
-        else (f"accelerate launch --num_processes {processes}", "--no_python")
-    )
-    return f"{launcher} {plain} {installed}" if installed else f"{launcher} {script}"
+    launcher, plain = "accelerate launch --num_processes", "--no_python"
+    if cpu:
+        launcher, plain = "torchrun --nproc-per-node", "--no-python"
+    return f"{launcher} {processes} {f'{plain} {installed}' if installed else script}"

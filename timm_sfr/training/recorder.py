@@ -87,15 +87,10 @@ class Recorder:
         }
 
     def write_epoch(self, state: RunState, improved: bool, model: nn.Module, seen: Predictions) -> None:
-        """Writes the files of an epoch, each atomically: summary, best model, its predictions, metrics.
+        """Writes the files of an epoch, each atomically, on the main process: summary, best model, its predictions, metrics.
 
-        The checkpoint is written after them, because it decides where a resumed run continues.
-
-        Args:
-            state: The state of the run.
-            improved: Whether this epoch is the best so far.
-            model: The model to export.
-            seen: Its predictions for the validation images.
+        The checkpoint is written after them, because it decides where a resumed run continues. `seen` are the predictions of
+        `model` for the validation images; if they `improved`, both are written.
         """
         run = self.workspace.run
         with self.disk("the epoch's files"):
@@ -104,10 +99,10 @@ class Recorder:
                 return
             metrics = self.metrics(state)
             facts = Facts(metrics, self.config.flat(), state.rows)
-            if self.exporter is not None and improved:
+            if improved:
                 self.exporter.write(run / "model", model.state_dict(), facts)
                 self._write_predictions(seen)
-            elif self.exporter is not None and (run / "model").is_dir():
+            elif (run / "model").is_dir():
                 self.exporter.describe(run / "model", facts)
             write_json(run / "metrics.json", metrics)
 
@@ -140,20 +135,16 @@ class Recorder:
         if seen.by_class is not None:
             (self.workspace.run / CLASS_SCORES).unlink(missing_ok=True)
             write_class_scores(self.workspace.run / CLASS_SCORES, seen.by_class(), self.train.class_names)
-            return
-        if not self.ordered:
-            return
-        rows, dataset = seen.rows(), self.val.dataset
-        named = not self.val.streamed and len(rows) == len(dataset)
-        write_predictions(path, rows, lambda index: file_name(dataset if named else None, index))
+        elif self.ordered:
+            rows, dataset = seen.rows(), self.val.dataset
+            named = not self.val.streamed and len(rows) == len(dataset)
+            write_predictions(path, rows, lambda index: file_name(dataset if named else None, index))
 
     def keep_checkpoint(self, state: dict[str, Any], improved: bool) -> None:
         """Writes a collected state as a checkpoint."""
+        folder, engine = self.workspace.run / "checkpoints", self.config.engine
         with self.disk("a checkpoint"):
-            engine = self.config.engine
-            save_checkpoint(
-                self.workspace.run / "checkpoints", state, engine.checkpoint_hist, improved, engine.save_epochs or ()
-            )
+            save_checkpoint(folder, state, engine.checkpoint_hist, improved, engine.save_epochs or ())
 
     def save_images(self, images: Tensor, batch: int) -> None:
         """Writes the main process's images of a batch (B, C, H, W) as they are trained on, scaled to black and white."""
@@ -186,12 +177,12 @@ class Recorder:
 
     def say_bad_images(self) -> None:
         """Warns about training images that do not decode, if their number has grown."""
-        count = 0 if self.bad is None else len(self.bad.names())
-        if self.bad is not None and count > self._bad_before:
-            self.workspace.say(
-                f"warning: images that do not decode and were replaced by others: {count}, listed in {self.bad.path}"
-            )
-        self._bad_before = count
+        if self.bad is None:
+            return
+        before, self._bad_before = self._bad_before, len(self.bad.names())
+        if self._bad_before > before:
+            self.workspace.say(f"warning: images that do not decode and were replaced by others: {self._bad_before}, listed in "
+                               f"{self.bad.path}")  # fmt: skip
 
     @contextlib.contextmanager
     def disk(self, what: str) -> Iterator[None]:

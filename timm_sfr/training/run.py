@@ -46,7 +46,7 @@ from timm_sfr.training.forecast import Circumstances, advice
 from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.recorder import Recorder
-from timm_sfr.training.run_state import Learner, restore
+from timm_sfr.training.run_state import Learner, RunState, restore
 from timm_sfr.training.step import augment, image_dtype
 from timm_sfr.training.tasks import create_task
 from timm_sfr.training.trackers import Trackers
@@ -102,7 +102,7 @@ def fit(
     Raises:
         UserError: if the options, the data or the model do not allow a run, or the loss is not finite.
     """
-    trainer = None
+    trainer: Trainer | None = None
 
     def kept() -> str:
         return trainer.workspace.kept() if trainer is not None else "no run was started"
@@ -115,30 +115,27 @@ def fit(
 def prepare(
     config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None
 ) -> Trainer:
-    """Returns a trainer with everything on the device and wrapped by Accelerate; the arguments are those of `fit`.
-
-    Raises:
-        UserError: as in `fit`.
-    """
+    """Returns a trainer with everything on the device and wrapped by Accelerate; arguments and errors are those of `fit`."""
     if config.engine.tta > 1:
         raise UserError("tta: training validates every image as it is; leave the option out, and score the finished run with: "
                         f"timm-sfr validate RUN --tta {config.engine.tta}")  # fmt: skip
     accelerator = start(config)
     reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
     learner, built, fitted = assemble(config, accelerator, resume, task=task, data=data, reachable=reachable)
-    resolved, batches, schedule, engine = learner.config, learner.batches, learner.schedule, config.engine
+    resolved, epochs, engine = learner.config, learner.schedule.epochs, config.engine
     loader = _loader(built, built.data.val, resolved, accelerator)
     workspace = open_workspace(
         engine.output, engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator
     )
     facts = _facts(config, accelerator, built)
-    bad = _bad_images(batches, loader, workspace)
-    _announce(workspace, resolved, built, accelerator, facts["parameters"], schedule.epochs, fitted, learner.sizes)
+    bad = _list_bad_images(getattr(learner.batches, "samples", None), workspace)
+    _list_bad_images(loader.dataset, workspace)
+    _announce(workspace, learner, built, facts["parameters"], fitted)
     ordered = not built.data.val.streamed or accelerator.num_processes == 1
     return Trainer(
         **vars(learner),
         workspace=workspace,
-        recorder=Recorder(workspace, resolved, facts, schedule.epochs, built.exporter, *built.data.splits, ordered, bad),
+        recorder=Recorder(workspace, resolved, facts, epochs, built.exporter, *built.data.splits, ordered, bad),
         trackers=Trackers(accelerator, workspace.run),
         signals=Signals(accelerator),
         val_loader=loader,
@@ -155,11 +152,7 @@ def _open(config: RunConfig, mode: str, listed: Path | None) -> Data:
 
 
 def start(config: RunConfig) -> Any:
-    """Starts the log, the device and the random numbers; returns Accelerate's object.
-
-    Raises:
-        UserError: as `make_accelerator`.
-    """
+    """Starts the log, the device and the random numbers; returns Accelerate's object, with the errors of `make_accelerator`."""
     show_log(config.engine.json_logs)
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
@@ -180,19 +173,11 @@ def assemble(
 ) -> tuple[Learner, Built, str]:
     """Makes everything that learns, on the device and wrapped by Accelerate, without a folder for the run.
 
-    Args:
-        config: The options.
-        accelerator: Accelerate's, from `start`.
-        resume: As in `fit`, as are `task` and `data`.
-        task: Makes the task.
-        data: The data.
-        reachable: Whether the run is to be published and the Hub could be reached: the card is then checked.
+    `accelerator` is from `start`. If the run is to be published and the Hub is `reachable`, the card is checked. The other
+    arguments and the errors are those of `fit`.
 
     Returns:
         What learns, with the resolved options; the parts that it is made of; and what to say of the batch size.
-
-    Raises:
-        UserError: as in `fit`.
     """
     mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
     if data is None:
@@ -229,7 +214,6 @@ def assemble(
 def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
     """Returns `config` for args.yaml, with every default that depends on data, model or machine filled in."""
     epochs = config.optim.epochs
-    fifth = warmup_epochs(epochs)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(
@@ -249,11 +233,8 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
             validation_batch_size=config.data.validation_batch_size or config.data.batch_size,
             input_img_mode=config.data.input_img_mode or prep.img_mode,
         ),
-        optim=dataclasses.replace(config.optim, lr=lr, warmup_epochs=_or(config.optim.warmup_epochs, fifth)),
-        sfr=dataclasses.replace(
-            config.sfr,
-            warmup_epochs=_or(config.sfr.warmup_epochs, fifth),
-        ),
+        optim=dataclasses.replace(config.optim, lr=lr, warmup_epochs=warmup_epochs(epochs, config.optim.warmup_epochs)),
+        sfr=dataclasses.replace(config.sfr, warmup_epochs=warmup_epochs(epochs, config.sfr.warmup_epochs)),
         engine=dataclasses.replace(config.engine, mixed_precision=precision),
     )
 
@@ -294,12 +275,7 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
         raise UserError(f"epochs: all {state.epoch} epochs of {run} are done, but {why}")
     task = trainer.config.data.task
     main = f"val_{PERCENT[task][0]}"
-    say(
-        f"best {main} {best[main]:.2f} at epoch {best['epoch'] + 1}, last {last[main]:.2f}",
-        "best",
-        best=best,
-        last=last,
-    )
+    say(f"best {main} {best[main]:.2f} at epoch {best['epoch'] + 1}, last {last[main]:.2f}", "best", best=best, last=last)
     if state.test:
         say(_test_line(state.test, task, trainer.config.model.num_classes), "test", test=state.test)
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
@@ -318,11 +294,12 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
 
 
 def _start_late(trainer: Trainer) -> None:
-    """Makes a new run begin at ``--start-epoch``."""
-    start = trainer.config.optim.start_epoch or 0
+    """Makes a new run begin at ``--start-epoch`` in the schedule."""
+    start = trainer.config.optim.start_epoch
     if start >= trainer.end:
         raise UserError(f"start-epoch: expected less than {trainer.end}, the epochs of this run; got {start}")
-    trainer.start_at(start)
+    trainer.state = RunState(epoch=start, updates=trainer.updates_before(start, 0))
+    trainer.schedule.resume(start, trainer.state.updates, None)
     trainer.workspace.say(f"starting at epoch {start + 1} of {trainer.schedule.epochs}")
 
 
@@ -452,7 +429,7 @@ def _loader(built: Built, split: Split, config: RunConfig, accelerator: Any) -> 
 def _test_loader(built: Built, config: RunConfig, accelerator: Any, workspace: Workspace) -> DataLoader:
     """Returns the batches of the test split, made only when they are needed."""
     loader = _loader(built, built.data.test, config, accelerator)
-    _bad_images(None, loader, workspace)
+    _list_bad_images(loader.dataset, workspace)
     return loader
 
 
@@ -484,13 +461,12 @@ def _sizes(config: RunConfig, accelerator: Any, built: Built) -> SizeSchedule | 
     return SizeSchedule.of(config.sizes, batch, count, epochs, seed, processes)
 
 
-def _bad_images(batches: Any, loader: DataLoader, workspace: Workspace) -> BadImages | None:
-    """Sets the file for the lists of images that do not decode; returns the training images' list, or None."""
-    found = [bad_images(getattr(batches, "samples", None)), bad_images(getattr(loader, "dataset", None))]
-    for bad in found:
-        if bad is not None:
-            bad.write_to(workspace.run / "bad_images.txt")
-    return found[0]
+def _list_bad_images(samples: Any, workspace: Workspace) -> BadImages | None:
+    """Sets the file for the list of samples that do not decode; returns the list, or None without one."""
+    bad = bad_images(samples)
+    if bad is not None:
+        bad.write_to(workspace.run / "bad_images.txt")
+    return bad
 
 
 def _optimisation(
@@ -521,18 +497,10 @@ def _optimisation(
     return optimizer, create_schedule(optim, optimizer, updates, config.engine.eval_metric, config.engine.seed), lr
 
 
-def _announce(
-    workspace: Workspace,
-    config: RunConfig,
-    built: Built,
-    accelerator: Any,
-    parameters: int,
-    epochs: int,
-    fitted: str,
-    sizes: SizeSchedule | None,
-) -> None:
+def _announce(workspace: Workspace, learner: Learner, built: Built, parameters: int, fitted: str) -> None:
     """Prints what the run trains, where it is written, and notes on the teacher, the batches, the sizes and the taps."""
-    opening = _headline(config, built, accelerator, parameters, epochs)
+    config, epochs = learner.config, learner.schedule.epochs
+    opening = _headline(config, built, learner.accelerator, parameters, epochs)
     started = {"run": str(workspace.run), "model": config.model.model, "parameters": parameters, "epochs": epochs}
     workspace.say(opening, "start", **started)
     if built.teacher is not None and built.teacher.warning is not None:
@@ -546,14 +514,14 @@ def _announce(
     if train.class_names and built.num_classes > len(train.class_names):
         workspace.say(f"note: the model has {built.num_classes} classes, and the data has images of {len(train.class_names)}")
     images = 0 if train.streamed else int(len(train.dataset) * max(1, config.data.epoch_repeats))
-    dropped = images % (config.data.batch_size * accelerator.num_processes)
-    if sizes is not None:
-        workspace.say(str(sizes))
+    dropped = images % learner.global_batch
+    if learner.sizes is not None:
+        workspace.say(str(learner.sizes))
     elif dropped > 0.1 * max(1, images):
         workspace.say(f"note: each epoch drops {dropped} of {images} images, different ones each time, because they do not "
                       "fill a batch; a smaller --batch-size drops fewer")  # fmt: skip
     if built.loss.class_weights is not None:
-        workspace.say(_weights_in_words(built.loss.class_weights, train.class_names))
+        workspace.say(_weights_in_words(built.loss.class_weights, _class_names(train, built.num_classes)))
     if isinstance(built.task, SFRTask) and built.task.plan is not None:
         workspace.say(str(built.task.plan))
 
@@ -581,15 +549,9 @@ def _facts(config: RunConfig, accelerator: Any, built: Built) -> dict[str, Any]:
 
 def _weights_in_words(weights: tuple[float, ...], names: tuple[str, ...] | None) -> str:
     """Returns the smallest and the largest class weight in words."""
-    ends = [pick(range(len(weights)), key=weights.__getitem__) for pick in (min, max)]
-    least, most = (
-        f"{weights[index]:.3g} ({names[index] if names and index < len(names) else f'class {index}'})" for index in ends
-    )
-    return f"class weights: {least} to {most}"
-
-
-def _or(value: int | None, default: int) -> int:
-    return default if value is None else value
+    ends = (pick(range(len(weights)), key=weights.__getitem__) for pick in (min, max))
+    named = (f"{weights[i]:.3g} ({names[i] if names else f'class {i}'})" for i in ends)
+    return f"class weights: {' to '.join(named)}"
 
 
 def _class_names(train: Split, num_classes: int) -> tuple[str, ...] | None:
@@ -607,7 +569,11 @@ def _fitted_batch(config: RunConfig, train: Split, processes: int) -> tuple[RunC
             batch = power_of_two(len(train.dataset) // processes)
             said = (f"batch size {batch}: the {len(train.dataset)} training images do not fill one of {DEFAULT_BATCH} on each "
                     "process; -b sets another")  # fmt: skip
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch)), said
+    return _with_batch(config, batch), said
+
+
+def _with_batch(config: RunConfig, size: int) -> RunConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=size))
 
 
 def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str) -> tuple[RunConfig, str]:
@@ -634,30 +600,25 @@ def _probed_batch(config: RunConfig, accelerator: Any, built: Built, fitted: str
     why = "the largest power of two whose training step fits the device's memory"
     if size == most:
         why = f"more was not tried: at most {MOST}, and at most the training images; a training step fits the device's memory"
-    data = dataclasses.replace(config.data, batch_size=size)
-    return dataclasses.replace(config, data=data), f"batch size {size}: {why}"
+    return _with_batch(config, size), f"batch size {size}: {why}"
 
 
 def _num_classes(config: RunConfig, train: Split) -> int:
     """Returns the number of classes from the options, or else from the data."""
-    if config.model.num_classes is None:
-        if not train.class_names:
+    names, given = train.class_names or (), config.model.num_classes
+    if given is None:
+        if not names:
             raise UserError("num-classes: the dataset does not say how many classes it has; give --num-classes")
-        if len(train.class_names) < 2:
-            raise UserError(
-                f"data: expected at least 2 classes; got {len(train.class_names)}: {list(train.class_names)}"
-            )
-        return len(train.class_names)
-    if config.data.multilabel and len(train.class_names or ()) != config.model.num_classes:
+        if len(names) < 2:
+            raise UserError(f"data: expected at least 2 classes; got {len(names)}: {list(names)}")
+        return len(names)
+    if config.data.multilabel and len(names) != given:
         raise UserError(
-            f"num-classes: expected {len(train.class_names or ())}, the classes of the labels; got {config.model.num_classes}; "
-            "leave the option out"
+            f"num-classes: expected {len(names)}, the classes of the labels; got {given}; leave the option out"
         )
-    if train.class_names and len(train.class_names) > config.model.num_classes:
-        raise UserError(
-            f"num-classes: the data has {len(train.class_names)} classes; got {config.model.num_classes}; leave the option out"
-        )
-    return config.model.num_classes
+    if len(names) > given:
+        raise UserError(f"num-classes: the data has {len(names)} classes; got {given}; leave the option out")
+    return given
 
 
 def _headline(config: RunConfig, built: Built, accelerator: Any, parameters: int, epochs: int) -> str:

@@ -139,11 +139,6 @@ class Learner:
         ends = itertools.accumulate(size * self.sizes.processes for _, size in self.sizes.batches(epoch))
         return sum(end <= images for end in ends)
 
-    def start_at(self, epoch: int) -> None:
-        """Makes a new run begin at `epoch` in the schedule."""
-        self.state = RunState(epoch=epoch, updates=self.updates_before(epoch, 0))
-        self.schedule.resume(epoch, self.state.updates, None)
-
     def updates_before(self, epoch: int, step: int) -> int:
         """Returns the number of updates in `epoch` epochs and `step` batches."""
         accum = self.config.optim.grad_accum_steps
@@ -153,11 +148,8 @@ class Learner:
 def collect(learner: Learner, epoch: int, step: int, total: Tensor | None) -> dict[str, Any]:
     """Returns the content of a checkpoint; in mid-epoch, every process has to call this at the same update.
 
-    Args:
-        learner: What to save.
-        epoch: The current epoch, or between epochs the next one.
-        step: Number of its finished batches.
-        total: This process's sums over them, as in `RunState`; None between epochs.
+    `step` batches of `epoch` are finished, and `total` has this process's sums over them, as in `RunState`. Between epochs,
+    `epoch` is the next one, and `total` None.
     """
     ema = learner.task.get_trainable_module(ema=True)
     scaler = learner.accelerator.scaler
@@ -227,7 +219,11 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
 
 def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
     _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
-    options = [_options(learner, group) for group in learner.optimizer.param_groups]
+    # The options that a resumed run may change win over the saved ones.
+    names = {"momentum", "betas", "eps", "weight_decay", *(learner.config.optim.opt_kwargs or {})}
+    if not learner.schedule.remembers:
+        names |= {"lr", "initial_lr"}
+    options = [{name: group[name] for name in names & group.keys()} for group in learner.optimizer.param_groups]
     learner.optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(learner.optimizer.param_groups, options, strict=True):
         group.update(own)
@@ -245,14 +241,6 @@ def _check(learner: Learner, state: dict[str, Any]) -> None:
         for key, value in (state[name] or {}).items():
             if key in own and value.is_floating_point() != own[key].is_floating_point():
                 raise ValueError(f"expected {key} to be {own[key].dtype}; got {value.dtype}")
-
-
-def _options(learner: Learner, group: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options of a parameter group that a resumed run may change: they win over the saved ones."""
-    names = {"momentum", "betas", "eps", "weight_decay", *(learner.config.optim.opt_kwargs or {})}
-    if not learner.schedule.remembers:
-        names |= {"lr", "initial_lr"}
-    return {name: value for name, value in group.items() if name in names}
 
 
 def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> None:
@@ -279,12 +267,17 @@ def _own_part(learner: Learner, total: Tensor | None) -> Part:
 
     The buffers of the model itself are not needed where DDP broadcasts those of the first process before every forward pass.
     """
-    sums = learner.task.get_sums()
-    ema = learner.task.get_trainable_module(ema=True)
-    buffers = {} if ema is None else dict(ema.module.named_buffers())
-    own = {} if learner.config.engine.ddp_bb else dict(unwrap_model(learner.module).named_buffers())
-    part = {"total": {} if total is None else {"total": total}, "sums": sums, "ema": buffers, "module": own}
+    part = {"total": {} if total is None else {"total": total}, "sums": learner.task.get_sums(), **_buffers(learner)}
+    if learner.config.engine.ddp_bb:
+        part["module"] = {}
     return {kind: {name: value.detach().cpu().clone() for name, value in one.items()} for kind, one in part.items()}
+
+
+def _buffers(learner: Learner) -> Part:
+    """Returns the buffers of the moving average and of the model."""
+    ema = learner.task.get_trainable_module(ema=True)
+    modules = {"ema": None if ema is None else ema.module, "module": unwrap_model(learner.module)}
+    return {kind: {} if module is None else dict(module.named_buffers()) for kind, module in modules.items()}
 
 
 def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> None:
@@ -309,9 +302,6 @@ def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> 
     learner.state.total = total.to(learner.accelerator.device) * scale
     if part["sums"]:
         learner.task.add_sums(part["sums"])
-    ema = learner.task.get_trainable_module(ema=True)
-    modules = {"module": unwrap_model(learner.module), "ema": None if ema is None else ema.module}
-    for kind, module in modules.items():
-        for name, buffer in () if module is None else module.named_buffers():
-            if name in part.get(kind, {}):
-                buffer.copy_(part[kind][name])
+    for kind, buffers in _buffers(learner).items():
+        for name in buffers.keys() & part.get(kind, {}).keys():
+            buffers[name].copy_(part[kind][name])

@@ -1,8 +1,4 @@
-"""`Trainer`: the loop over the epochs of a run, which also writes and validates.
-
-The steps for one batch: `TrainBatches` -> mixup -> `task` (one pass, all losses) -> backward -> clip -> update ->
-schedule -> moving average. Accelerate handles devices, processes and precision; timm provides everything else.
-"""
+"""`Trainer`: the loop over the epochs of a run, which also writes and validates."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from timm_sfr.runs.records import epoch_row
 from timm_sfr.runs.scores import metrics_of, shown_percents
 from timm_sfr.training.evaluate import evaluate
 from timm_sfr.training.final_test import exported, score_split
-from timm_sfr.training.guards import ADVICE, Signals, interrupted, stopped, write_event
+from timm_sfr.training.guards import ADVICE, Signals, interrupted, write_event
 from timm_sfr.training.progress import Progress, length_of
 from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run_state import Learner, collect
@@ -152,10 +148,8 @@ class Trainer(Learner):
             model = copy.deepcopy(model).to(self.accelerator.device)
         scores = evaluate(model, self.val_loader, self.prep, self.accelerator, self.seen, watch, self.config.threshold)
         if scores["nonfinite"]:
-            found = (
-                f"non-finite outputs in validation, after update {self.state.updates}: of {scores['nonfinite']} of "
-                f"{scores['images']} images"
-            )
+            found = (f"non-finite outputs in validation, after update {self.state.updates}: of {scores['nonfinite']} of "
+                     f"{scores['images']} images")  # fmt: skip
             if self.guard.policy == "stop":
                 raise UserError(f"{found}; stopped, {self.workspace.kept()}; {ADVICE}")
             self.workspace.say(f"warning: {found}; they count as wrong")
@@ -177,15 +171,10 @@ class Trainer(Learner):
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left to train: all epochs are done, or --patience is used up."""
-        return self.state.epoch >= self.end or self.stops_early
-
-    @property
-    def stops_early(self) -> bool:
-        """Whether --patience is used up. The scores are the same on all processes, but the main one decides for all."""
+        """Whether nothing is left to train: all epochs are done, or --patience is used up, which the main process decides."""
         patience = self.config.optim.patience
-        if patience is None:
-            return False
+        if self.state.epoch >= self.end or patience is None:
+            return self.state.epoch >= self.end
         return on_main(self.accelerator, lambda: self.state.out_of_patience(patience))
 
     def _fit(self) -> None:
@@ -266,8 +255,7 @@ class Trainer(Learner):
             self._nonfinite(epoch, step)
         if not made:
             self.guard.rollback()
-        self.guard.count(made)
-        if self.guard.too_many():
+        if self.guard.too_many(made):
             where = f"epoch {epoch + 1}, update {self.state.updates + 1}"
             raise UserError(f"non-finite: {self.guard.in_a_row} updates in a row were skipped, the last at {where}; "
                             f"stopped, {self.workspace.kept()}; {ADVICE}")  # fmt: skip
@@ -282,38 +270,36 @@ class Trainer(Learner):
     def _nonfinite(self, epoch: int, step: int) -> None:
         """Records the batch with the non-finite number; raises UserError unless the policy is to skip the update."""
         term, value = self.guard.bad or ("loss", math.nan)
-        skip, rank, late = self.guard.policy == "skip", self.accelerator.process_index, self.guard.late
+        rank, late = self.accelerator.process_index, self.guard.late
         epoch, step, update = late or (epoch, step, self.state.updates + 1)
         place = {"epoch": epoch + 1, "batch": step + 1, "update": update, "process": rank}
         event = {**place, "term": term, "value": str(value), "action": self.guard.policy,
                  "files": self.batches.files(epoch, step)}  # fmt: skip
         with self.recorder.disk("the list of what was not finite"):
             write_event(self.workspace.run / ("nonfinite.json" if rank == 0 else f"nonfinite-{rank}.json"), event)
-        if not skip:
-            where, how = f"epoch {epoch + 1}, update {update}", "after" if late else "before"
-            raise stopped(term, value, where, f"stopped {how} the update", self.workspace.kept())
+        if self.guard.policy != "skip":
+            what, how = "gradients" if term == "gradient" else "loss", "after" if late else "before"
+            raise UserError(f"non-finite {what} at epoch {epoch + 1}, update {update}: {term} is {value}; "
+                            f"stopped {how} the update, {self.workspace.kept()}; {ADVICE}")  # fmt: skip
 
     def _share_batchnorm(self) -> None:
         """Makes BatchNorm's running statistics the same on all processes, because each saw only its part of the batches."""
         mode, processes = self.config.engine.dist_bn, self.accelerator.num_processes
         if processes == 1 or mode == "none":
             return
-        distribute_bn(self.module, processes, reduce=mode == "reduce")
-        if self.task.has_ema():
-            distribute_bn(self.task.get_trainable_module(ema=True), processes, reduce=mode == "reduce")
+        for module in (self.module, self.task.get_trainable_module(ema=True)):
+            if module is not None:
+                distribute_bn(module, processes, reduce=mode == "reduce")
 
     def _record(self, epoch: int, val: dict[str, float]) -> bool:
         """Records the scores of an epoch; returns whether they are the best so far."""
         calibration = {name: val[name] for name in ("ece",) if name in val}
         scores = {"epoch": epoch, "images": val["images"], **calibration,
                   **{f"val_{name}": val[name] for name in metrics_of(self.config.data.task)}}  # fmt: skip
-        self.state.last = scores
+        self.state.last, best = scores, self.state.best
         metric = f"val_{self.config.engine.eval_metric}"
         sign = -1 if metric == "val_loss" else 1
-        if not math.isfinite(scores[metric]):
-            return False
-        best = self.state.best
-        if best and sign * scores[metric] <= sign * best[metric]:
+        if not math.isfinite(scores[metric]) or (best and sign * scores[metric] <= sign * best[metric]):
             return False
         self.state.best, self.state.test = scores, {}
         return True
