@@ -95,21 +95,14 @@ def jensen_shannon(logits: Tensor, splits: int) -> Tensor:
 def jsd_terms(cls_loss: Tensor, logits: Tensor, splits: int) -> dict[str, Tensor]:
     """Returns the terms of the loss on views: task_loss = cls_loss + jsd_weight * jsd_loss.
 
-    Args:
-        cls_loss: L_cls on the first view, a scalar.
-        logits: Those of all views, as in `jensen_shannon`.
-        splits: The number of views.
+    `cls_loss` is L_cls on the first view, a scalar; `logits` and `splits` are those of `jensen_shannon`.
     """
     jsd, weight = jensen_shannon(logits, splits), cls_loss.new_full((), JSD_WEIGHT)
     return {"task_loss": cls_loss + weight * jsd, "cls_loss": cls_loss, "jsd_loss": jsd, "jsd_weight": weight}
 
 
 class ClassificationLoss(nn.Module):
-    """L_cls of a batch in one `LossForm`: the mean of `sample_losses`, or with class weights their `weighted_mean`.
-
-    Args:
-        form: The form of the loss.
-    """
+    """L_cls of a batch in one `LossForm`: the mean of `sample_losses`, or with class weights their `weighted_mean`."""
 
     class_weights: Tensor | None
     pos_weight: Tensor | None

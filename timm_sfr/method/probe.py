@@ -26,21 +26,13 @@ MISFITS = (RuntimeError, AssertionError, ValueError, IndexError, TypeError, KeyE
 
 @dataclass(frozen=True)
 class Feature:
-    """One tappable feature, measured at the probed image size.
+    """One tappable feature, measured at the probed image size."""
 
-    Attributes:
-        index: Its place in the order of computation, from 0; for a timm model, its index in ``feature_info``.
-        module: Name of the module that returns it.
-        channels: C.
-        grid: Its locations, (H, W).
-        stride: Image pixels per location, rounded.
-    """
-
-    index: int
-    module: str
-    channels: int
-    grid: tuple[int, int]
-    stride: int
+    index: int  # its place in the order of computation, from 0; for a timm model, its index in feature_info
+    module: str  # name of the module that returns it
+    channels: int  # C
+    grid: tuple[int, int]  # its locations, (H, W)
+    stride: int  # image pixels per location, rounded
 
     @property
     def nodes(self) -> int:
@@ -50,27 +42,17 @@ class Feature:
 
 @dataclass(frozen=True)
 class Probed:
-    """The result of `probe`.
+    """The result of `probe`."""
 
-    Attributes:
-        features: All features by index, in the order in which the model computes them.
-        mechanism: How to get them: ``"forward_intermediates"`` or ``"hooks"``.
-        num_classes: Width of the logits, K.
-    """
-
-    features: list[Feature]
-    mechanism: str
-    num_classes: int
+    features: list[Feature]  # all, by index: in the order in which the model computes them
+    mechanism: str  # how to get them: INTERMEDIATES or HOOKS
+    num_classes: int  # width of the logits, K
 
 
 class Hooks:
     """Records the outputs of some modules during the model's own forward pass.
 
     The hooks stay on the model and are idle outside `forward`. A deep copy of the model together with its hooks works too.
-
-    Args:
-        model: Any module.
-        names: The submodules to record.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:

@@ -51,13 +51,7 @@ def own_epsilon(num_classes: int, epochs: float | None = None, capacity: float |
 
 
 def label_capacity(parameters: int, images: float, num_classes: int) -> float:
-    """Returns a network's parameters per bit of the labels that it trains on: r = P / (N log2 K).
-
-    Args:
-        parameters: P, the parameters of the network.
-        images: N, the training images.
-        num_classes: K, at least 2.
-    """
+    """Returns r = P / (N log2 K), a network's P parameters per bit of the labels of its N training images; K is at least 2."""
     return parameters / (max(images, 1) * math.log2(num_classes))
 
 
@@ -66,12 +60,8 @@ def confidence(logits: Tensor, epsilon: float) -> Tensor:
 
         eps_i = epsilon (max_k p_ik - 1/K) / (1 - 1/K)
 
-    p_ik is the model's probability of class k for sample i. eps_i is 0 for a uniform prediction and `epsilon` for a
-    certain one.
-
-    Args:
-        logits: (B, K).
-        epsilon: The largest smoothing.
+    p_ik is the model's probability of class k for sample i, from logits (B, K). eps_i is 0 for a uniform prediction and
+    `epsilon` for a certain one.
     """
     floor = 1 / logits.shape[-1]
     top = logits.detach().float().softmax(-1).amax(-1)
@@ -92,13 +82,9 @@ def smooth(target: Tensor, epsilon: Tensor | float, q: Tensor) -> Tensor:
 
 
 def right_predictions(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what each sample adds to the mean prediction of its class; a wrong prediction adds nothing.
+    """Returns what each sample adds to the mean prediction of its class, for logits (B, K) and distributions (B, K).
 
-    A mixture (mixup, CutMix) counts for its largest class.
-
-    Args:
-        logits: (B, K).
-        target: Distributions, (B, K).
+    A wrong prediction adds nothing. A mixture (mixup, CutMix) counts for its largest class.
 
     Returns:
         The class (B,); softmax(logits) if right, otherwise 0, (B, K); and 1 if right, otherwise 0, (B,).
@@ -206,10 +192,11 @@ class DynamicLabelSmoothing(nn.Module):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets eps_t for epoch `epoch` (from 0) of `epochs`."""
+        now = self.strength(epochs)
         if self.epsilon is None:
-            now = self.strength(epochs) * min(1.0, (epoch + 1) / (warmup_epochs(epochs) + 1))
-        else:
-            now = ramp(self.epsilon, epoch, epochs) if self.schedule == "ramp" else self.epsilon
+            now *= min(1.0, (epoch + 1) / (warmup_epochs(epochs) + 1))
+        elif self.schedule == "ramp":
+            now = ramp(now, epoch, epochs)
         self.epsilon_t.fill_(now)
 
     def strength(self, epochs: int) -> float:
@@ -274,16 +261,11 @@ class DynamicLabelSmoothing(nn.Module):
 
 
 class SmoothedLoss(nn.Module):
-    """Dynamic label smoothing as the criterion of a base task; the `SFRTask` over that task then varies and logs its eps.
-
-    Attributes:
-        smoothing: The smoothing.
-        epsilon: The mean eps of the last batch, a scalar.
-    """
+    """Dynamic label smoothing as the criterion of a base task; the `SFRTask` over that task then varies and logs its eps."""
 
     def __init__(self, smoothing: DynamicLabelSmoothing) -> None:
         super().__init__()
-        self.smoothing, self.epsilon = smoothing, smoothing.epsilon_t
+        self.smoothing, self.epsilon = smoothing, smoothing.epsilon_t  # the mean eps of the last batch, a scalar
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Returns the loss, a scalar, for logits (B, K) and class indices (B,) or mixtures (B, K)."""

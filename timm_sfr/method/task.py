@@ -19,7 +19,7 @@ from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.probe import HOOKS, count_classes, model_name
 from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, warmup_epochs
 from timm_sfr.method.tapped_model import TappedModel
-from timm_sfr.method.taps import MIN_NODES, UNMATCHED, TapPlan, choose_taps
+from timm_sfr.method.taps import MIN_NODES, UNMATCHED, choose_taps
 from timm_sfr.utils.errors import UserError
 
 _logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
 
         lambda(e) = weight * min(1, (e + 1) / (warmup + 1), (epochs - e) / (decay + 1))
 
-    By default (None), the warm-up is a fifth of the epochs, at most 5.
+    The warm-up is that of `warmup_epochs`.
     """
     warmup = warmup_epochs(epochs, config.warmup_epochs)
     return config.weight * min(1.0, (epoch + 1) / (warmup + 1), (epochs - epoch) / (config.decay_epochs + 1))
@@ -63,9 +63,8 @@ class SFRTask(EpochTask):
     `trainable_module` is one module from images to (logits, tapped nodes). DDP or Accelerate wraps it, and autocast covers
     it. The losses run outside it, in float32. `plain_model` is the timm model whose weights are exported.
 
-    Images may have any size that the model takes, also another one in each batch. The taps are those of `input_size`; the
-    grids of their locations follow each batch. A size at which a tap has fewer than 4 locations trains without the feature
-    loss, and a line says so once.
+    Images may have any size that the model takes, also another one in each batch. The taps are those of `input_size`. A size
+    at which a tap has fewer than 4 locations trains without the feature loss, and a line says so once.
 
     Call `set_epoch` before each epoch and `end_epoch` after it. Without these calls, lambda stays at its final value,
     automatic smoothing at no more than 0.1, and the class table uniform.
@@ -112,13 +111,10 @@ class SFRTask(EpochTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.config, self.loss = config or SFRConfig(), loss or LossForm()
         if base is not None and self.loss.splits:
-            raise UserError(
-                "base: a base task computes its own loss, and cannot have the JSD of views; leave out one of the two"
-            )
-        self.plan: TapPlan | None = None
+            raise UserError("base: a base task computes its own loss, and cannot have the JSD of views; leave out one of the two")
+        self.plan = choose_taps(model, input_size, self.config.taps) if self.config.weight > 0 else None
         projection: ChannelProjection | None = None
-        if self.config.weight > 0:
-            self.plan = choose_taps(model, input_size, self.config.taps)
+        if self.plan is not None:
             if UNMATCHED in self.plan.node_grids(self.config.max_nodes, self.config.common_grid):
                 raise UserError(
                     f"sfr_taps: a shallow tap of {model_name(model)} is smaller than the grid that it would be pooled to; name "
@@ -263,15 +259,13 @@ class SFRTask(EpochTask):
 
     def get_sums(self) -> dict[str, Tensor]:
         """Returns the class table's sums over this process's images of the epoch so far."""
-        return (
-            {} if self.smoothing.source != "classes" else {"sums": self.smoothing.sums, "counts": self.smoothing.counts}
-        )
+        own = {"sums": self.smoothing.sums, "counts": self.smoothing.counts}
+        return own if self.smoothing.source == "classes" else {}
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:
         """Adds the result of `get_sums` after a run is resumed within an epoch."""
-        if self.smoothing.source == "classes":
-            self.smoothing.sums += sums["sums"].to(self.smoothing.sums)
-            self.smoothing.counts += sums["counts"].to(self.smoothing.counts)
+        for name, own in self.get_sums().items():
+            own += sums[name].to(own)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> SFRTask:
         """Wraps the trainable module in DDP, for timm's own training script; with Accelerate, call `prepare` on it instead."""
@@ -288,8 +282,7 @@ class SFRTask(EpochTask):
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """Returns the parameters for gradient clipping; adaptive clipping excludes the classifier, as in timm."""
         module = unwrap_model(self.trainable_module)
-        parameters = list(module.model.parameters())
-        parameters = parameters[:-2] if exclude_head else parameters
+        parameters = list(module.model.parameters())[: -2 if exclude_head else None]
         return parameters + [p for _, extra in self._extras(module) for p in extra.parameters()]
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:

@@ -31,13 +31,11 @@ ECE_BINS = 15
 class Predictions:
     """Collects each image's class, predicted class and its probability, in the order of the split.
 
-    Attributes:
-        parts: One tensor (3, B) per batch, on the device: targets, predictions, confidences.
-        by_class: If an image may have several classes, returns the scores of each class in place of these, (K, 5), as
-            `write_class_scores` takes them.
+    If an image may have several classes, `by_class` returns the scores of each class instead, as `write_class_scores` takes
+    them.
     """
 
-    parts: list[Tensor] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)  # (3, B) per batch, on the device: targets, predictions, confidences
     by_class: Callable[[], np.ndarray] | None = None
 
     def add(self, target: Tensor, prediction: Tensor, confidence: Tensor) -> None:
@@ -52,19 +50,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class PredictionTable:
-    """The contents of ``predictions.csv``.
+    """The contents of ``predictions.csv``."""
 
-    Attributes:
-        files: The file name of each image, or its number, (n,).
-        target: Its class, (n,).
-        prediction: The predicted class, (n,).
-        confidence: The probability of the predicted class, (n,).
-    """
-
-    files: list[str]
-    target: np.ndarray
-    prediction: np.ndarray
-    confidence: np.ndarray
+    files: list[str]  # the file name of each image, or its number, (n,)
+    target: np.ndarray  # its class, (n,)
+    prediction: np.ndarray  # the predicted class, (n,)
+    confidence: np.ndarray  # the probability of the predicted class, (n,)
 
     @property
     def hits(self) -> np.ndarray:

@@ -28,19 +28,12 @@ from timm_sfr.version import __version__
 
 @dataclass(frozen=True)
 class Term:
-    """A term of the loss, as the task returns it and summary.csv logs it.
+    """A term of the loss, as the task returns it and summary.csv logs it."""
 
-    Attributes:
-        name: Its key in the task's result.
-        title: Its title in curves; empty if it is not drawn.
-        loss: Whether it is a loss, which must stay finite, and not a weight.
-        parts: The parts of a run that have it, any of "teacher" and "jsd"; empty if every run has it.
-    """
-
-    name: str
-    title: str = ""
-    loss: bool = False
-    parts: tuple[str, ...] = ()
+    name: str  # its key in the task's result
+    title: str = ""  # in curves; empty if it is not drawn
+    loss: bool = False  # whether it is a loss, which must stay finite, and not a weight
+    parts: tuple[str, ...] = ()  # the parts of a run that have it, any of "teacher" and "jsd"; empty if every run has it
 
 
 # loss = task_loss + sfr_weight * sfr_loss. With a teacher, task_loss = cls_weight * cls_loss + kd_weight * kd_loss; with the
@@ -181,19 +174,12 @@ def hardware(device: torch.device, processes: int) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run's folder.
-
-    Attributes:
-        path: The folder.
-        options: Its args.yaml.
-        metrics: Its metrics.json.
-        rows: Its summary.csv.
-    """
+    """The contents of a run's folder."""
 
     path: Path
-    options: dict[str, Any]
-    metrics: dict[str, Any]
-    rows: list[dict[str, Any]]
+    options: dict[str, Any]  # args.yaml
+    metrics: dict[str, Any]  # metrics.json
+    rows: list[dict[str, Any]]  # summary.csv
 
     @property
     def seed(self) -> int:

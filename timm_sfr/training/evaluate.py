@@ -72,9 +72,7 @@ class Scores:
 class LabelScores:
     """Validation of images with several labels, by timm's `MultiLabelClassificationEvaluator`, on all logits at the end.
 
-    Args:
-        device: The device of the sums.
-        threshold: The probability from which on a class counts as predicted.
+    From the probability `threshold` on, a class counts as predicted.
     """
 
     def __init__(self, device: torch.device, threshold: float) -> None:

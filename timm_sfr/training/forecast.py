@@ -34,38 +34,21 @@ SMALL_IMAGES = 64  # pixels: up to this size, timm_sfr has architectures of its 
 
 @dataclass(frozen=True)
 class Circumstances:
-    """What the warnings need to know of a run, beyond its options.
-
-    Attributes:
-        model: The model.
-        images: Number of training images; None for a stream of unknown length.
-        global_batch: Images per update, over all processes.
-        lr: The learning rate after warm-up.
-        epochs: Epochs of the schedule.
-        cores: CPU cores that this process may use.
-        processes: Processes on this machine.
-    """
+    """What the warnings need to know of a run, beyond its options."""
 
     model: nn.Module
-    images: int | None
-    global_batch: int
-    lr: float
+    images: int | None  # in the training split; None for a stream of unknown length
+    global_batch: int  # images per update, over all processes
+    lr: float  # after warm-up
     epochs: int
-    cores: int
-    processes: int = 1
+    cores: int  # of the CPU, that this process may use
+    processes: int = 1  # on this machine
 
 
 def advice(config: RunConfig, run: Circumstances) -> list[str]:
     """Returns the warnings, or an empty list if nothing looks wrong; `config` has to be resolved."""
-    found = [
-        _size(config, run),
-        _reduction(config, run),
-        _batch(run),
-        _rate(config, run),
-        _warmup(config, run),
-        _average(config, run),
-        *_odd(config, run),
-    ]
+    checks = (_size, _reduction, _batch, _rate, _warmup, _average)
+    found = [*(check(config, run) for check in checks), *_odd(config, run)]
     return [f"warning: {line}" for line in found if line]
 
 
@@ -85,15 +68,14 @@ def usual_rate(opt: str, batch: int, momentum: float = 0.9) -> tuple[float, floa
     Returns None for an optimizer whose usual rate is not known.
     """
     name = opt.lower()
-    if any(word in name for word in UNKNOWN):
+    word = next((word for word in RATES if word in name), None)
+    if word is None or any(unknown in name for unknown in UNKNOWN):
         return None
-    for word, (rate, power, below, above) in RATES.items():
-        if word in name:
-            if word == "sgd":
-                rate *= (1 - momentum) / 0.1  # momentum makes a step 1 / (1 - momentum) gradients long
-            rate *= (max(batch, FEW) / 256) ** power
-            return rate, rate / below, rate * above
-    return None
+    rate, power, below, above = RATES[word]
+    if word == "sgd":
+        rate *= (1 - momentum) / 0.1  # momentum makes a step 1 / (1 - momentum) gradients long
+    rate *= (max(batch, FEW) / 256) ** power
+    return rate, rate / below, rate * above
 
 
 def _size(config: RunConfig, run: Circumstances) -> str | None:
@@ -128,7 +110,7 @@ def _instead(name: str) -> str:
     return f"resnet18_cifar (11 M parameters), {wide} or resnet20_cifar (0.3 M)"
 
 
-def _batch(run: Circumstances) -> str | None:
+def _batch(config: RunConfig, run: Circumstances) -> str | None:
     if run.images is None or run.global_batch <= run.images:
         return None
     return (f"batch-size: an update would take {run.global_batch} images and the training split has {run.images}; lower "
@@ -168,10 +150,10 @@ def _average(config: RunConfig, run: Circumstances) -> str | None:
             f"--model-ema-decay {max(0.5, 1 - 10 / updates):.3g}")  # fmt: skip
 
 
-def _odd(config: RunConfig, run: Circumstances) -> list[str | None]:
+def _odd(config: RunConfig, run: Circumstances) -> list[str]:
     """Warns about values that are accepted but do not have the expected effect."""
     crop, decay, workers = config.model.crop_pct, config.optim.layer_decay, worker_count(config.data) * run.processes
-    found: list[str | None] = []
+    found = []
     if crop is not None and not 0 < crop <= 1:
         found.append(f"crop-pct: expected a share above 0 and up to 1; got {crop:g}, which timm interprets differently "
                      "(0 as 0.875); leave it out to use the model's")  # fmt: skip

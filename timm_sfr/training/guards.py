@@ -41,11 +41,9 @@ class Watched:
 
     def send(self, values: Tensor) -> None:
         """Starts to copy (count,) numbers."""
-        if self.pinned is None or self.event is None:
-            self.values = values
-            return
-        self.values = self.pinned.copy_(values, non_blocking=True)
-        self.event.record()
+        self.values = values if self.pinned is None else self.pinned.copy_(values, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
 
     def receive(self) -> list[float] | None:
         """Returns the numbers sent last, or None if they were already received."""
@@ -64,10 +62,8 @@ class FiniteGuard:
     the device is not CUDA; otherwise at the next update and before anything is saved, so that the GPU need not wait. In
     fp16 the gradient scaler skips updates by itself: then only too many in a row count.
 
-    Args:
-        accelerator: Accelerate's.
-        policy: ``"stop"``, or ``"skip"``: skip the update and restore the statistics that the batch changed.
-        names: The terms of the loss, in the order in which they are sent; by default those that every run has.
+    The policy ``"skip"`` skips the update and restores the statistics that the batch changed; ``"stop"`` stops the run. `names`
+    are the terms of the loss in the order in which they are sent, by default those that every run has.
     """
 
     def __init__(self, accelerator: Any, policy: str = "stop", names: tuple[str, ...] | None = None) -> None:
@@ -153,17 +149,12 @@ def write_event(path: Path, event: dict[str, Any]) -> None:
 
 
 class Signals:
-    """A context that notes SIGTERM, SIGINT and SIGUSR1 instead of ending the process; a second Ctrl-C ends it.
-
-    Attributes:
-        stop: The signal that requested a stop, or None.
-        save: Whether a checkpoint was requested.
-    """
+    """A context that notes SIGTERM, SIGINT and SIGUSR1 instead of ending the process; a second Ctrl-C ends it."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
-        self.stop: int | None = None
-        self.save = False
+        self.stop: int | None = None  # the signal that requested a stop
+        self.save = False  # whether a checkpoint was requested
         self._since = 0.0
         self._before: dict[int, Any] = {}
 

@@ -32,25 +32,15 @@ DIVERGED = 4.0  # the test ends at a loss this many times its smoothed minimum
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test found.
+    """What a range test found."""
 
-    Attributes:
-        rates: The learning rate of each update.
-        losses: The loss at each update, before it; the last may be what ended the test.
-        smoothed: `smooth_losses` of them, without that one.
-        rate: The suggested rate; None if the loss did not fall.
-        batch: Images in an update.
-        note: What there is to say of the batch size; empty if nothing.
-        main: Whether this is the process that prints.
-    """
-
-    rates: list[float]
-    losses: list[float]
-    smoothed: list[float]
-    rate: float | None
-    batch: int
-    note: str = ""
-    main: bool = True
+    rates: list[float]  # the learning rate of each update
+    losses: list[float]  # the loss at each update, before it; the last may be what ended the test
+    smoothed: list[float]  # `smooth_losses` of them, without that one
+    rate: float | None  # the suggested rate; None if the loss did not fall
+    batch: int  # images in an update
+    note: str = ""  # what there is to say of the batch size
+    main: bool = True  # whether this is the process that prints
 
 
 def exponential_rates(low: float, high: float, count: int) -> list[float]:

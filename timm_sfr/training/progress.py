@@ -24,25 +24,16 @@ WIDE_FORMAT, NARROW_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {text}", "{desc} 
 
 
 class Progress:
-    """Shows the progress of a run without using the device.
-
-    Args:
-        epochs: Epochs of the whole run.
-        steps: Batches per epoch, and per validation (0 if unknown).
-        val_interval: Epochs between validations.
-        log_interval: Batches between checks whether a line is due.
-        main: Whether this process prints.
-        shown: The scores in percent that an epoch's line has, the main one first.
-    """
+    """Shows the progress of a run without using the device."""
 
     def __init__(
         self,
-        epochs: int,
-        steps: tuple[int, int],
-        val_interval: int,
-        log_interval: int,
-        main: bool,
-        shown: Sequence[str] = PERCENT[CLASSIFICATION],
+        epochs: int,  # of the whole run
+        steps: tuple[int, int],  # batches per epoch, and per validation (0 if unknown)
+        val_interval: int,  # epochs between validations
+        log_interval: int,  # batches between checks whether a line is due
+        main: bool,  # whether this process prints
+        shown: Sequence[str] = PERCENT[CLASSIFICATION],  # the scores in percent that an epoch's line has, the main one first
     ) -> None:
         self.shown = shown
         self.epochs, self.steps, self.val_steps = epochs, max(1, steps[0]), steps[1]
@@ -60,10 +51,10 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for bar in (self.epoch_bar, self.run_bar):
-            if bar is not None:
-                bar.close()
-        self.epoch_bar = self.run_bar = None
+        self._end_bar()
+        if self.run_bar is not None:
+            self.run_bar.close()
+            self.run_bar = None
 
     def work(self, epochs: int) -> float:
         """Returns the work of the first `epochs` epochs in training batches; a validation batch counts as a third."""

@@ -32,31 +32,18 @@ REPORT_SHARE = 0.02  # the default report interval spends at most this share of 
 
 @dataclass
 class Recorder:
-    """Writes a run's files on the main process, and nothing on the others.
-
-    Attributes:
-        workspace: The run's folder.
-        config: The run's resolved options.
-        facts: Content of metrics.json other than the scores.
-        epochs: Epochs of the whole run.
-        exporter: Writes the model's files; None on all processes but the main one.
-        train: The training split.
-        val: The validation split.
-        test: The test split, if there is one.
-        ordered: Whether the predictions come in the split's order; false for several processes on a stream.
-        bad: The list of training images that do not decode, or None.
-    """
+    """Writes a run's files on the main process, and nothing on the others."""
 
     workspace: Workspace
-    config: RunConfig
-    facts: dict[str, Any]
-    epochs: int
-    exporter: Exporter | None
+    config: RunConfig  # resolved
+    facts: dict[str, Any]  # content of metrics.json other than the scores
+    epochs: int  # of the whole run
+    exporter: Exporter | None  # None on all processes but the main one
     train: Split
     val: Split
-    test: Split | None = None
-    ordered: bool = True
-    bad: BadImages | None = None
+    test: Split | None
+    ordered: bool  # whether the predictions come in the split's order: not for several processes on a stream
+    bad: BadImages | None  # the list of training images that do not decode
     _bad_before: int = 0
     _reported: float = field(default_factory=time.perf_counter)  # when the last report was written
     _report_seconds: float = 3.0  # how long it took

@@ -35,30 +35,20 @@ ELEMENTWISE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sq
 class RunState:
     """The progress of a run.
 
-    Attributes:
-        epoch: Number of finished epochs.
-        step: Number of finished batches of the next epoch.
-        total: This process's sums of the loss terms over the finished batches with finite terms. The last entry is the
-            number of these batches. None at the start of an epoch.
-        updates: Number of updates made.
-        seconds: Training time.
-        lr: The learning rate at the start of this epoch.
-        best: Scores of the best epoch.
-        last: Scores of the last validated epoch.
-        rows: The rows of summary.csv.
-        test: Scores of the best epoch's weights on the test split; empty until they are scored. Not in checkpoints.
+    `total` are this process's sums of the loss terms over the finished batches with finite terms; the last entry is the
+    number of these batches. It is None at the start of an epoch.
     """
 
-    epoch: int = 0
-    step: int = 0
+    epoch: int = 0  # number of finished epochs
+    step: int = 0  # number of finished batches of the next epoch
     total: Tensor | None = None
     updates: int = 0
-    seconds: float = 0.0
-    lr: float = 0.0
-    best: dict[str, Any] = field(default_factory=dict)
-    last: dict[str, Any] = field(default_factory=dict)
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    test: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # training time
+    lr: float = 0.0  # the learning rate at the start of this epoch
+    best: dict[str, Any] = field(default_factory=dict)  # scores of the best epoch
+    last: dict[str, Any] = field(default_factory=dict)  # scores of the last validated epoch
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
+    test: dict[str, Any] = field(default_factory=dict)  # scores of the best epoch's weights; not in checkpoints
 
     def out_of_patience(self, patience: int | None) -> bool:
         """Returns whether the last validated epoch is `patience` epochs or more after the best one; never for None."""
@@ -69,25 +59,14 @@ class RunState:
 
 @dataclass
 class Learner:
-    """What training changes and a checkpoint keeps, on the device and prepared by Accelerate.
-
-    Attributes:
-        config: The run's options.
-        accelerator: Accelerate's.
-        task: The task, with the weights that are trained.
-        optimizer: The optimizer of these weights.
-        schedule: The learning-rate schedule.
-        batches: The training batches; their number is an epoch's length.
-        guard: Checks the loss and the gradients.
-        state: The progress of the run.
-    """
+    """What training changes and a checkpoint keeps, on the device and prepared by Accelerate."""
 
     config: RunConfig
     accelerator: Any
     task: Any
     optimizer: Any
     schedule: Schedule
-    batches: Any
+    batches: Any  # the training batches; their number is an epoch's length
     guard: FiniteGuard
     state: RunState = field(default_factory=RunState, kw_only=True)
 

@@ -20,17 +20,9 @@ def image_dtype(config: ModelConfig) -> torch.dtype:
 def augment(
     image: Tensor, target: Tensor, erase: Callable[[Tensor], Tensor] | None, mixup: Any, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns a batch after random erasing and mixup, in its memory layout.
+    """Returns a batch after timm's random erasing and mixup, if any, in its memory layout.
 
-    Args:
-        image: (B, C, H, W).
-        target: (B,) class indices.
-        erase: timm's random erasing, or None.
-        mixup: timm's mixup and CutMix, or None.
-        channels_last: Whether to use that layout.
-
-    Returns:
-        Images (B, C, H, W), and class indices (B,), or distributions (B, K) after mixup.
+    These are images (B, C, H, W), and class indices (B,), or distributions (B, K) after mixup.
     """
     if erase is not None:
         image = erase(image)

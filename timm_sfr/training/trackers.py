@@ -68,12 +68,7 @@ def hyperparameters(options: dict[str, Any]) -> dict[str, bool | int | float | s
 
 
 class Trackers:
-    """The trackers of a run; does nothing on processes other than the main one, or without ``--report-to``.
-
-    Args:
-        accelerator: Accelerate's, made with ``log_with``.
-        run: The run's folder.
-    """
+    """The trackers of a run; does nothing on processes other than the main one, or without ``--report-to``."""
 
     def __init__(self, accelerator: Any, run: Path) -> None:
         self.accelerator, self.run = accelerator, run

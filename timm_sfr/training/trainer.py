@@ -35,20 +35,7 @@ from timm_sfr.utils.seeding import reseed
 
 @dataclass
 class Trainer(Learner):
-    """The loop over a run's epochs.
-
-    Attributes:
-        workspace: The run's folder.
-        recorder: Writes the run's files.
-        trackers: Send the scores to TensorBoard and the like.
-        signals: Requests from outside to stop or to save.
-        val_loader: The validation batches.
-        prep: Image size and normalisation.
-        mixup: timm's mixup and CutMix; None if both are off.
-        test_loader: Makes the batches of the test split; None without one.
-        seen: Predictions of the last validation.
-        progress: Shows the progress.
-    """
+    """The loop over a run's epochs."""
 
     workspace: Workspace
     recorder: Recorder
@@ -56,9 +43,9 @@ class Trainer(Learner):
     signals: Signals
     val_loader: DataLoader
     prep: Preprocessing
-    mixup: Any
-    test_loader: Callable[[], DataLoader] | None = field(default=None, kw_only=True)
-    seen: Predictions = field(default_factory=Predictions, kw_only=True)
+    mixup: Any  # timm's mixup and CutMix; None if both are off
+    test_loader: Callable[[], DataLoader] | None = field(default=None, kw_only=True)  # makes the batches of the test split
+    seen: Predictions = field(default_factory=Predictions, kw_only=True)  # of the last validation
     _started: float = field(default_factory=time.perf_counter, kw_only=True)
     progress: Progress = field(init=False)
 
