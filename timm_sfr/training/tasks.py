@@ -58,10 +58,7 @@ class PlainLoss(nn.Module):
 
 
 class PlainTask(EpochTask, ClassificationTask):
-    """timm's `ClassificationTask` as an `EpochTask`.
-
-    If the form of its `PlainLoss` has views, the loss is that on the first view, plus their JSD.
-    """
+    """timm's `ClassificationTask` as an `EpochTask`; if its loss has views, they add their JSD to that of the first view."""
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Returns the loss, the logits, and with views the terms of `jsd_terms`, for images (B, C, H, W)."""
@@ -94,14 +91,13 @@ class _Taught(EpochTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Returns timm's loss, the logits, the raw terms and their weights, for images (B, C, H, W) and their targets."""
         result = super().forward(input, target)
-        kd_loss = result["kd_loss"] if "kd_loss" in result else result["distill_loss"]
         return {
             "loss": result["loss"],
             "output": result["output"],
             "task_loss": result["loss"],
             "cls_loss": result["task_loss"],
             "cls_weight": self.cls_weight,
-            "kd_loss": kd_loss,
+            "kd_loss": result["kd_loss"] if "kd_loss" in result else result["distill_loss"],
             "kd_weight": self.kd_weight,
         }
 
@@ -136,14 +132,15 @@ def create_task(
     Raises:
         UserError: if the model cannot be tapped, or does not support the teacher's type of distillation.
     """
-    model, base, classes = model.to(device), None, int(model.num_classes)
-    plain = PlainLoss(sfr.plain_smoothing, loss).to(device)
+    model, base = model.to(device), None
+    criterion: nn.Module = PlainLoss(sfr.plain_smoothing, loss).to(device)
     if teacher is not None:
-        dynamic = DynamicLabelSmoothing(classes, *sfr.smoothing_form, loss) if sfr.enabled else None
-        base = distillation_task(model, teacher, SmoothedLoss(dynamic) if dynamic else plain, input_size, device)
+        if sfr.enabled:
+            criterion = SmoothedLoss(DynamicLabelSmoothing(int(model.num_classes), *sfr.smoothing_form, loss))
+        base = distillation_task(model, teacher, criterion, input_size, device)
     if sfr.enabled:
         return SFRTask(model, sfr, input_size=input_size, base=base, loss=loss, device=device, verbose=False)
-    return base or PlainTask(model, plain, device=device, verbose=False)
+    return base or PlainTask(model, criterion, device=device, verbose=False)
 
 
 def distillation_task(
@@ -159,39 +156,32 @@ def distillation_task(
         UserError: if the type of distillation needs a distillation head or features that a model does not have.
     """
     config = teacher.config
-    shared: dict[str, Any] = {
-        "distill_loss_weight": config.distill_loss_weight,
-        "task_loss_weight": config.task_loss_weight,
-        "device": device,
-        "verbose": False,
-    }
-    if config.distill_type == "logit":
-        task: Any = LogitTask(
-            model, teacher, criterion, loss_type=config.loss_type, temperature=config.temperature, **shared
-        )
-    elif config.distill_type == "feature":
-        task = FeatureTask(model, teacher, criterion, **_widths(model, teacher, input_size), **shared)
-    elif not hasattr(model, "set_distilled_training"):
+    kind: Any
+    if config.distill_type == "feature":
+        kind, options = FeatureTask, _widths(model, teacher, input_size)
+    elif config.distill_type == "logit":
+        kind, options = LogitTask, {"loss_type": config.loss_type, "temperature": config.temperature}
+    elif hasattr(model, "set_distilled_training"):
+        kind, options = TokenTask, {"distill_type": config.token_distill_type, "temperature": config.temperature}
+    else:
         raise UserError(
             f"kd-distill-type: {model_name(model)} has no distillation head; use a student such as "
             "deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
         )
-    else:
-        how = {"distill_type": config.token_distill_type, "temperature": config.temperature}
-        task = TokenTask(model, teacher, criterion, **how, **shared)
-    teacher.facts |= {"task_loss_weight": task.task_loss_weight, "distill_loss_weight": task.distill_loss_weight}
+    weights = {"task_loss_weight": config.task_loss_weight, "distill_loss_weight": config.distill_loss_weight}
+    task = kind(model, teacher, criterion, **options, **weights, device=device, verbose=False)
+    teacher.facts |= {name: getattr(task, name) for name in weights}
     return task.weigh()
 
 
 def _widths(model: nn.Module, teacher: Teacher, input_size: tuple[int, int, int]) -> dict[str, int]:
     """Returns the measured feature widths of student and teacher; raises UserError if the options say otherwise."""
-    config = teacher.config
     found = {
         "student_feature_dim": PreLogits(model).width(input_size, "student"),
         "teacher_feature_dim": PreLogits(teacher.model).width(teacher.input_size, "teacher"),
     }
     for name, width in found.items():
-        given = getattr(config, name)
+        given = getattr(teacher.config, name)
         if given is not None and given != width:
             raise UserError(
                 f"kd-{name.replace('_', '-')}: expected {width}, as measured; got {given}; leave the option out"
