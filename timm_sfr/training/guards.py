@@ -94,10 +94,9 @@ class FiniteGuard:
         self.settle()
         if self.late is not None:  # these terms come from weights that a bad update has spoiled
             return False
-        values = dict(zip(self.names, self.terms.receive() or [0.0] * len(self.names), strict=True))
+        values = dict(zip(self.names, self.terms.receive(), strict=True))
         self.loss = values["loss"]
-        watched = [name for name in WATCHED if name in values]
-        found = next(((name, values[name]) for name in watched if not math.isfinite(values[name])), None)
+        found = next(((name, values[name]) for name in WATCHED if not math.isfinite(values.get(name, 0.0))), None)
         if not self.scaled:
             self.bad = self.bad or found
         return found is None
