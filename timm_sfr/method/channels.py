@@ -97,9 +97,7 @@ def match_channels(deep: Tensor, channels: int, method: str = "groups", *, shall
     if method == "transport":
         if shallow is None or shallow.shape[-1] != channels:
             got = None if shallow is None else tuple(shallow.shape)
-            raise UserError(
-                f"method='transport' needs shallow=(B, N, {channels}) features to correlate with; got {got}"
-            )
+            raise UserError(f"method='transport' needs shallow=(B, N, {channels}) features to correlate with; got {got}")
         return transport_channels(deep, shallow)
     if method == "projection":
         raise UserError("method='projection' maps the shallow side up to C_d: use timm_sfr.method.channels.ChannelProjection")

@@ -81,9 +81,7 @@ def jensen_shannon(logits: Tensor, splits: int) -> Tensor:
         UserError: if the batch does not divide into V views.
     """
     if len(logits) % splits:
-        raise UserError(
-            f"expected a batch of {splits} views of each image, one after the other; got {len(logits)} images"
-        )
+        raise UserError(f"expected a batch of {splits} views of each image, one after the other; got {len(logits)} images")
     with torch.autocast(logits.device.type, enabled=False):
         # Not torch's kl_div of probabilities: its gradient is not finite where a probability is 0 in float32.
         log_p = logits.float().log_softmax(-1).view(splits, -1, logits.shape[-1])
@@ -113,9 +111,7 @@ class ClassificationLoss(nn.Module):
         weights, positive = form.class_weights, form.bce_pos_weight
         # Neither belongs into a checkpoint: both come from the options and the data.
         self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
-        self.register_buffer(
-            "pos_weight", None if positive is None else torch.tensor(float(positive)), persistent=False
-        )
+        self.register_buffer("pos_weight", None if positive is None else torch.tensor(float(positive)), persistent=False)
 
     def forward(self, logits: Tensor, smoothed: Tensor, target: Tensor) -> Tensor:
         """Returns the loss, a scalar.

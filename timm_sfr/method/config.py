@@ -50,9 +50,7 @@ class LossForm:
         if self.splits == 1 or self.splits < 0 or (self.bce and self.splits):
             raise UserError(f"splits: expected 0, or 2 or more views and no bce; got {self.splits}")
         if self.multi_label and not (self.bce and self.class_weights is None):
-            raise UserError(
-                "multi_label: expected bce=True and no class_weights, because each class is a decision of its own"
-            )
+            raise UserError("multi_label: expected bce=True and no class_weights, because each class is a decision of its own")
         weights = self.class_weights
         if weights is not None and not (all(0 <= one < math.inf for one in weights) and any(weights)):
             raise UserError(f"class_weights: expected numbers of at least 0, not all 0; got {weights}")
@@ -81,9 +79,7 @@ class SFRConfig(Checked):
 
     enabled: bool = option(True, "Self-Feature Regularization (--no-sfr: plain training)", name="sfr")
     weight: float = option(1.0, "lambda, the weight of the feature loss; 0 leaves only the smoothing", low=0)
-    warmup_epochs: int | None = option(
-        None, "epochs over which lambda rises (default: a fifth of the epochs, at most 5)", low=0
-    )
+    warmup_epochs: int | None = option(None, "epochs over which lambda rises (default: a fifth of the epochs, at most 5)", low=0)
     decay_epochs: int = option(0, "last epochs over which lambda falls towards 0", low=0)
     taps: tuple[str, ...] | None = option(
         None,

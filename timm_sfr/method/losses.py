@@ -92,9 +92,7 @@ def sinkhorn_divergence(shallow: Tensor, deep: Tensor, *, weights: str = "unifor
     return divergences(shallow, deep, weights, entropy)[0].mean()
 
 
-def divergences(
-    shallow: Tensor, deep: Tensor, weights: str = "uniform", entropy: float = ENTROPY
-) -> tuple[Tensor, Tensor]:
+def divergences(shallow: Tensor, deep: Tensor, weights: str = "uniform", entropy: float = ENTROPY) -> tuple[Tensor, Tensor]:
     """Returns the `sinkhorn_divergence` of each image, (B,), and the plans between the two sets, (B, N, M)."""
     with torch.autocast(shallow.device.type, enabled=False):
         u, v = unit(shallow), unit(deep.detach())

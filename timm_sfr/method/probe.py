@@ -165,9 +165,7 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
                 return Probed(_features(names, maps, input_size), INTERMEDIATES, logits.shape[1])
         names, maps = _hooked(model, image, [str(entry.get("module")) for entry in info] or None)
     if not maps:
-        raise UserError(
-            f"{model_name(model)} cannot be tapped: {reason}, and none of its modules runs once and returns a map"
-        )
+        raise UserError(f"{model_name(model)} cannot be tapped: {reason}, and none of its modules runs once and returns a map")
     return Probed(_features(names, maps, input_size), HOOKS, logits.shape[1])
 
 

@@ -174,9 +174,7 @@ class DynamicLabelSmoothing(nn.Module):
         self.criterion = ClassificationLoss(loss or LossForm())
         multi_label = self.criterion.form.multi_label
         if multi_label and (source == "classes" or schedule == "confidence"):
-            raise UserError(
-                f"several labels have no class table and no confidence; got source={source!r}, schedule={schedule!r}"
-            )
+            raise UserError(f"several labels have no class table and no confidence; got source={source!r}, schedule={schedule!r}")
         # How many classes exclude each other: of several labels, each is there or not.
         self.choices = 2 if multi_label else num_classes
         own = epsilon is None and num_classes <= TABLE_CLASSES and not multi_label
@@ -219,9 +217,7 @@ class DynamicLabelSmoothing(nn.Module):
         """
         check_dense(target, self.criterion.form)
         y = soft_targets(target, self.num_classes)
-        epsilon = (
-            confidence(self.criterion.scores(logits), self.epsilon) if self.schedule == "confidence" else self.epsilon_t
-        )
+        epsilon = confidence(self.criterion.scores(logits), self.epsilon) if self.schedule == "confidence" else self.epsilon_t
         # By the matrix product, q of a mixture is the mixture of its classes' q.
         flat = flat_target(self.num_classes, self.criterion.form)
         q = y @ self.table if self.source == "classes" else y.new_full((self.num_classes,), flat)

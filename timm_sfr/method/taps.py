@@ -86,15 +86,12 @@ def node_grids(grids: Sequence[tuple[int, int]], max_nodes: int, common: bool = 
         deep = (min(deep[0], max(2, deep[0] // 2)), min(deep[1], max(2, deep[1] // 2)))
     pooled = [grid if not common and grid[0] * grid[1] <= max_nodes else deep for grid in grids[:-1]] + [deep]
     matchable = all(
-        own[0] * own[1] >= MIN_NODES and own[0] >= to[0] and own[1] >= to[1]
-        for own, to in zip(grids, pooled, strict=True)
+        own[0] * own[1] >= MIN_NODES and own[0] >= to[0] and own[1] >= to[1] for own, to in zip(grids, pooled, strict=True)
     )
     return pooled if matchable else [UNMATCHED] * len(grids)
 
 
-def choose_taps(
-    model: nn.Module, input_size: Sequence[int] | None = None, taps: Sequence[int | str] | None = None
-) -> TapPlan:
+def choose_taps(model: nn.Module, input_size: Sequence[int] | None = None, taps: Sequence[int | str] | None = None) -> TapPlan:
     """Chooses the taps of a model for one image size after probing all its features.
 
     The deep tap is the last feature with at least 4 locations. The shallow taps come strictly before it:
@@ -115,9 +112,7 @@ def choose_taps(
         UserError: if the model has no features to tap, the images are too small, or `taps` does not fit the features.
     """
     if input_size is None and not getattr(model, "pretrained_cfg", None):
-        raise UserError(
-            f"input_size: {model_name(model)} does not say what images it takes; pass (channels, height, width)"
-        )
+        raise UserError(f"input_size: {model_name(model)} does not say what images it takes; pass (channels, height, width)")
     size = tuple(int(n) for n in input_size or resolve_input_data_config(model, {})["input_size"])
     probed = probe(model, size)
     if taps is None and not getattr(model, "feature_info", None):

@@ -269,9 +269,7 @@ class SFRTask(EpochTask):
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> SFRTask:
         """Wraps the trainable module in DDP, for timm's own training script; with Accelerate, call `prepare` on it instead."""
-        self.trainable_module = nn.parallel.DistributedDataParallel(
-            self.trainable_module, device_ids=device_ids, **ddp_kwargs
-        )
+        self.trainable_module = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids=device_ids, **ddp_kwargs)
         return self
 
     def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:

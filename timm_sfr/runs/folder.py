@@ -85,15 +85,11 @@ def read_run(run: Path) -> dict[str, Any]:
     if not (run / "args.yaml").is_file() or not checkpoints(run / "checkpoints"):
         hint = "" if run.exists() else near_paths(run)
         lacks = "args.yaml" if not (run / "args.yaml").is_file() else "checkpoints/epoch-*"
-        raise UserError(
-            f"resume: {str(run)!r} is not a run: it has no {lacks}{hint}; give the folder that the run printed"
-        )
+        raise UserError(f"resume: {str(run)!r} is not a run: it has no {lacks}{hint}; give the folder that the run printed")
     return read_yaml(run / "args.yaml")
 
 
-def newest_run(
-    output: str, experiment: str | None, model: str, given: dict[str, Any], launch: str | None = None
-) -> Path | None:
+def newest_run(output: str, experiment: str | None, model: str, given: dict[str, Any], launch: str | None = None) -> Path | None:
     """Returns the run to resume: the `experiment`, or the newest run in `output` with the options `given`; None if none.
 
     Skips runs without a checkpoint and, if `launch` is given, runs of other launches.
@@ -123,9 +119,7 @@ def _make(output: Path, experiment: str | None, model: str) -> Path:
             run.mkdir(parents=True, exist_ok=experiment is not None)
         except FileExistsError as error:
             if experiment is not None:
-                raise UserError(
-                    f"output: expected a folder; {str(run)!r} is a file; choose another --experiment"
-                ) from error
+                raise UserError(f"output: expected a folder; {str(run)!r} is a file; choose another --experiment") from error
             run = run.with_name(run.name + "-2")
         except OSError as error:
             raise UserError(f"output: {error}") from error

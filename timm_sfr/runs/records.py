@@ -219,9 +219,7 @@ def read_finished(path: Path) -> Run:
     """
     missing = [name for name in ("args.yaml", "summary.csv", "metrics.json") if not (path / name).is_file()]
     if not path.exists():
-        raise UserError(
-            f"run: there is no folder {str(path)!r}{near_paths(path)}; give the folder that the training printed"
-        )
+        raise UserError(f"run: there is no folder {str(path)!r}{near_paths(path)}; give the folder that the training printed")
     if missing:
         raise UserError(f"run: {str(path)!r} has no {missing[0]}; give the folder that the training printed")
     try:

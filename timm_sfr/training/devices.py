@@ -54,16 +54,12 @@ def explained(error: Exception, kept: str) -> UserError | None:
     text = first_line(error)
     # The pipe of a dead process may break before torch notices that the process has ended.
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
-        return UserError(
-            f"data: a loading process died: {text.rstrip('.')}; {kept}; if memory ran out, lower --workers"
-        )
+        return UserError(f"data: a loading process died: {text.rstrip('.')}; {kept}; if memory ran out, lower --workers")
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return UserError(f"out of memory: {text}; {kept}; lower --batch-size (and raise --grad-accum-steps), or use "
                          "--grad-checkpointing")  # fmt: skip
     if "more than 1 value per channel" in text:
-        return UserError(
-            "batch-size: BatchNorm needs more than one value per channel; raise --batch-size, or use larger images"
-        )
+        return UserError("batch-size: BatchNorm needs more than one value per channel; raise --batch-size, or use larger images")
     if any(word in text for word in ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")):
         return UserError(f"another process of this run has ended; see its output; {kept}")
     return None
@@ -175,9 +171,7 @@ def _choose_device(name: str | None, several: bool) -> None:
         raise UserError(f"device: expected {'cpu' if here is None else f'cpu or {here.type}'}, which this machine has; got "
                         f"{name!r}; leave the option out for the best one")  # fmt: skip
     if index and int(index) >= torch.accelerator.device_count():
-        raise UserError(
-            f"device: this machine has {torch.accelerator.device_count()} of {kind}, counted from 0; got {name!r}"
-        )
+        raise UserError(f"device: this machine has {torch.accelerator.device_count()} of {kind}, counted from 0; got {name!r}")
     if index and several and os.environ.get("RANK", "0") == "0":
         logger.info(f"note: --device {name} has no number here: each process has a device of its own")
     elif index:

@@ -106,9 +106,7 @@ class LabelScores:
         evaluator = self.evaluator
         logits, target = (torch.cat(parts).numpy() for parts in (evaluator.outputs, evaluator.targets))
         predicted = torch.from_numpy(logits).sigmoid().numpy() >= evaluator.threshold
-        precision, recall, f1, images = precision_recall_fscore_support(
-            target, predicted, average=None, zero_division=0
-        )
+        precision, recall, f1, images = precision_recall_fscore_support(target, predicted, average=None, zero_division=0)
         ap = [average_precision_score(target[:, k], logits[:, k]) if images[k] else 0.0 for k in range(len(images))]
         return np.stack([images, *(100 * np.asarray(values) for values in (ap, precision, recall, f1))], 1)
 

@@ -175,9 +175,7 @@ class _Bar(tqdm):
     text = ""
 
     def __init__(self, name: str, total: float, start: float) -> None:
-        super().__init__(
-            total=total, initial=start, desc=name.ljust(12), leave=False, dynamic_ncols=True, file=sys.stderr
-        )
+        super().__init__(total=total, initial=start, desc=name.ljust(12), leave=False, dynamic_ncols=True, file=sys.stderr)
 
     @property
     def format_dict(self) -> dict[str, Any]:
@@ -190,5 +188,3 @@ class _Bar(tqdm):
         """Advances the bar; tqdm redraws it when its interval has passed."""
         self.text = text
         self.update(count)
-
-

@@ -88,9 +88,7 @@ class Data:
 TaskMaker = Callable[[nn.Module, tuple[int, int, int], torch.device], EpochTask]
 
 
-def fit(
-    config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None
-) -> Path:
+def fit(config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None) -> Path:
     """Trains as configured, or continues the run in `resume`; returns the run's folder.
 
     Args:
@@ -112,9 +110,7 @@ def fit(
         return _run(trainer, resume)
 
 
-def prepare(
-    config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None
-) -> Trainer:
+def prepare(config: RunConfig, resume: Path | None = None, *, task: TaskMaker | None = None, data: Data | None = None) -> Trainer:
     """Returns a trainer with everything on the device and wrapped by Accelerate; arguments and errors are those of `fit`."""
     if config.engine.tta > 1:
         raise UserError("tta: training validates every image as it is; leave the option out, and score the finished run with: "
@@ -124,9 +120,7 @@ def prepare(
     learner, built, fitted = assemble(config, accelerator, resume, task=task, data=data, reachable=reachable)
     resolved, epochs, engine = learner.config, learner.schedule.epochs, config.engine
     loader = _loader(built, built.data.val, resolved, accelerator)
-    workspace = open_workspace(
-        engine.output, engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator
-    )
+    workspace = open_workspace(engine.output, engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator)
     facts = _facts(config, accelerator, built)
     bad = _list_bad_images(getattr(learner.batches, "samples", None), workspace)
     _list_bad_images(loader.dataset, workspace)
@@ -204,9 +198,7 @@ def assemble(
         optimizer=optimizer,
         schedule=schedule,
         batches=batches,
-        guard=FiniteGuard(
-            accelerator, config.engine.on_nonfinite, term_names(built.teacher is not None, config.loss.jsd_loss)
-        ),
+        guard=FiniteGuard(accelerator, config.engine.on_nonfinite, term_names(built.teacher is not None, config.loss.jsd_loss)),
     )
     return learner, built, fitted
 
@@ -279,9 +271,7 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     if state.test:
         say(_test_line(state.test, task, trainer.config.model.num_classes), "test", test=state.test)
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
-        raise UserError(
-            f"resume: the model/ of {str(run)!r} is gone, and only a new best epoch writes it; raise --epochs"
-        )
+        raise UserError(f"resume: the model/ of {str(run)!r} is gone, and only a new best epoch writes it; raise --epochs")
     say(f"the model is in {run / 'model'}")
     line = loading_line(run, f"local-dir:{(run / 'model').absolute()}")  # for any folder that it is used in
     say(f"load it with: {line}", "done", run=str(run), model=str(run / "model"), load=line)
@@ -370,9 +360,7 @@ class Built:
     loss: LossForm
 
 
-def _build(
-    config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data, mode: str
-) -> Built:
+def _build(config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data, mode: str) -> Built:
     """Makes the model, its teacher and the task; checks early what could make a push fail."""
     num_classes = _num_classes(config, data.train)
     model = new_model(config.model, num_classes)
@@ -469,9 +457,7 @@ def _list_bad_images(samples: Any, workspace: Workspace) -> BadImages | None:
     return bad
 
 
-def _optimisation(
-    config: RunConfig, accelerator: Any, task: TrainingTask, batches: int, batch: float
-) -> tuple[Any, Any, float]:
+def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batches: int, batch: float) -> tuple[Any, Any, float]:
     """Returns the optimizer of the task's trainable module, its schedule over epochs of `batches` batches, and the rate.
 
     `batch` is the mean batch size of a process. First sets the module's memory layout, synchronised BatchNorm and moving
@@ -613,9 +599,7 @@ def _num_classes(config: RunConfig, train: Split) -> int:
             raise UserError(f"data: expected at least 2 classes; got {len(names)}: {list(names)}")
         return len(names)
     if config.data.multilabel and len(names) != given:
-        raise UserError(
-            f"num-classes: expected {len(names)}, the classes of the labels; got {given}; leave the option out"
-        )
+        raise UserError(f"num-classes: expected {len(names)}, the classes of the labels; got {given}; leave the option out")
     if len(names) > given:
         raise UserError(f"num-classes: the data has {len(names)} classes; got {given}; leave the option out")
     return given

@@ -183,7 +183,5 @@ def _widths(model: nn.Module, teacher: Teacher, input_size: tuple[int, int, int]
     for name, width in found.items():
         given = getattr(teacher.config, name)
         if given is not None and given != width:
-            raise UserError(
-                f"kd-{name.replace('_', '-')}: expected {width}, as measured; got {given}; leave the option out"
-            )
+            raise UserError(f"kd-{name.replace('_', '-')}: expected {width}, as measured; got {given}; leave the option out")
     return found
