@@ -178,8 +178,7 @@ def check_input(model: nn.Module, input_size: tuple[int, int, int]) -> int:
 def count_classes(model: nn.Module, input_size: tuple[int, int, int] | None) -> int:
     """Returns the width of the logits: ``model.num_classes``, or as measured on images of `input_size` (C, H, W).
 
-    Raises:
-        UserError: if neither is known, or the model is not a classifier.
+    Raises UserError if neither is known, or the model is not a classifier.
     """
     known = getattr(model, "num_classes", None)
     if known is not None:

@@ -88,11 +88,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_newest(folder: Path, report: Callable[[str], None]) -> dict[str, Any]:
-    """Returns the state of the newest intact checkpoint; reports and skips damaged ones.
-
-    Raises:
-        UserError: if no checkpoint is intact.
-    """
+    """Returns the state of the newest intact checkpoint; reports and skips damaged ones; raises UserError if all are."""
     found = checkpoints(folder)
     for path in reversed(found):
         try:
@@ -118,10 +114,8 @@ def set_aside(folder: Path, state: dict[str, Any]) -> None:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Returns the state of one checkpoint, on the CPU, after checking its size and SHA-256 against the manifest.
 
-    Only tensors, numbers, strings, lists and dictionaries are loaded (torch's ``weights_only``).
-
-    Raises:
-        Damaged: if the checkpoint changed after it was written.
+    Only tensors, numbers, strings, lists and dictionaries are loaded (torch's ``weights_only``). Raises Damaged if the
+    checkpoint changed after it was written.
     """
     try:
         manifest = _read_manifest(path)

@@ -49,8 +49,7 @@ class Workspace:
 def open_workspace(output: str, experiment: str | None, model: str, resume: Path | None, accelerator: Any) -> Workspace:
     """Makes and locks the folder of a new run, or locks the folder of the run to resume.
 
-    Raises:
-        UserError: if the folder already contains a run, cannot be made, or another process trains in it.
+    Raises UserError if the folder already contains a run, cannot be made, or another process trains in it.
     """
     show_log()
     lock: FileLock | None = None
@@ -71,11 +70,7 @@ def open_workspace(output: str, experiment: str | None, model: str, resume: Path
 
 
 def read_run(run: Path) -> dict[str, Any]:
-    """Returns the options of the run in folder `run`, from its args.yaml.
-
-    Raises:
-        UserError: if `run` is not a run's folder with a checkpoint.
-    """
+    """Returns the options in the args.yaml of folder `run`; raises UserError if it is not a run's folder with a checkpoint."""
     if run.is_file():
         raise UserError(
             f"resume: expected the folder of a run; got the file {str(run)!r}; a checkpoint of timm's has no exact state to "
@@ -128,11 +123,7 @@ def _make(output: Path, experiment: str | None, model: str) -> Path:
 
 
 def _lock(run: Path) -> FileLock | None:
-    """Locks the folder until the process ends; returns None if the file system has no locks.
-
-    Raises:
-        UserError: if another process trains in it.
-    """
+    """Locks the folder until the process ends, or raises UserError if another has; returns None on file systems without locks."""
     lock = FileLock(run / LOCK)
     try:
         lock.acquire(timeout=LOCK_PATIENCE)

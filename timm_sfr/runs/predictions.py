@@ -108,11 +108,7 @@ def write_predictions(path: Path, rows: np.ndarray, name: Callable[[int], str]) 
 
 
 def read_predictions(path: Path, classes: int = 10**7) -> PredictionTable:
-    """Reads a file of `write_predictions` with at most `classes` classes.
-
-    Raises:
-        UserError: if the file cannot be read or has invalid contents.
-    """
+    """Reads a file of `write_predictions` with at most `classes` classes; raises UserError if its contents are invalid."""
     try:
         rows = _read(path)
         files = [row["file"] for row in rows]
@@ -138,11 +134,7 @@ def write_class_scores(path: Path, scores: np.ndarray, names: Sequence[str]) -> 
 
 
 def read_class_scores(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of `write_class_scores`: a row for each class, with the columns as numbers but its name.
-
-    Raises:
-        UserError: if the file cannot be read or has invalid contents.
-    """
+    """Reads a file of `write_class_scores`, or raises UserError: a row for each class, with numbers, but for its name."""
     try:
         return [{key: row[key] if key == "class" else float(row[key]) for key in CLASS_COLUMNS} for row in _read(path)]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:

@@ -118,8 +118,7 @@ def write_summary(path: Path, rows: list[dict[str, Any]]) -> None:
 def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
     """Returns the rows of the first `epochs` epochs of a summary.csv; an empty list if the file does not exist.
 
-    Raises:
-        UserError: if the file is not a valid summary.csv.
+    Raises UserError if the file is not a valid summary.csv.
     """
     if not path.exists():
         return []
@@ -212,11 +211,7 @@ class Run:
 
 
 def read_finished(path: Path) -> Run:
-    """Reads a run's folder.
-
-    Raises:
-        UserError: if it is not a run's folder, or the run has not been validated yet.
-    """
+    """Reads a run's folder; raises UserError if it is not one, or the run has not been validated yet."""
     missing = [name for name in ("args.yaml", "summary.csv", "metrics.json") if not (path / name).is_file()]
     if not path.exists():
         raise UserError(f"run: there is no folder {str(path)!r}{near_paths(path)}; give the folder that the training printed")

@@ -29,9 +29,7 @@ def largest(step: Callable[[int], None], most: int) -> int:
 
     Starts at `most` and halves, by Accelerate's `find_executable_batch_size`: it knows the errors of CUDA, ROCm, XPU, MPS and
     the CPU's allocator that mean too little memory, frees the cached blocks after each, and lets any other error pass.
-
-    Raises:
-        UserError: if not even one image fits.
+    Raises UserError if not even one image fits.
     """
     first = power_of_two(most)
     halves = (first >> times for times in itertools.count(1))

@@ -115,9 +115,7 @@ def precision(config: RunConfig) -> str | None:
 def make_accelerator(config: RunConfig) -> Accelerator:
     """Returns Accelerate's object for devices, processes and precision.
 
-    Raises:
-        UserError: if the device does not support the precision, a tracker is not installed, or Accelerate's configuration
-            asks for what a run cannot do.
+    Raises UserError if the device does not support the precision, a tracker is not installed, or `check_environment` does.
     """
     engine, trackers = config.engine, chosen(config.engine.report_to)
     check_environment(engine.mixed_precision)
@@ -158,11 +156,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 
 
 def _choose_device(name: str | None, several: bool) -> None:
-    """Makes the device that ``--device`` names the one that Accelerate takes; of several processes, each has its own.
-
-    Raises:
-        UserError: if this machine does not have it.
-    """
+    """Makes Accelerate take the device that ``--device`` names, or raises UserError; of several processes, each has its own."""
     kind, _, index = (name or "cpu").partition(":")
     if kind == "cpu":
         return

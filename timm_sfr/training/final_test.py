@@ -26,8 +26,7 @@ from timm_sfr.utils.processes import on_main
 def exported(model: nn.Module, folder: Path, accelerator: Any) -> nn.Module:
     """Returns a copy of `model` with the weights of a run's model folder, which only the main process needs to have.
 
-    Raises:
-        UserError: on every process, if the weights cannot be read or do not fit.
+    Raises UserError, on every process, if the weights cannot be read or do not fit.
     """
     chosen = copy.deepcopy(model)
     own = chosen.state_dict()
@@ -48,10 +47,7 @@ def exported(model: nn.Module, folder: Path, accelerator: Any) -> nn.Module:
 def score_split(
     model: nn.Module, loader: DataLoader, prep: Preprocessing, accelerator: Any, threshold: float | None = None
 ) -> tuple[dict[str, float], int]:
-    """Returns the scores of `model` on a split, and for how many images its outputs are not finite.
-
-    The arguments are those of `evaluate`.
-    """
+    """Returns the scores of `model` on a split, as `evaluate`, and for how many images its outputs are not finite."""
     scores = evaluate(model, loader, prep, accelerator, watch=partial(watched, name="test"), threshold=threshold)
     names = ("images", *recorded_scores(CLASSIFICATION if threshold is None else MULTILABEL))
     return {name: scores[name] for name in names}, int(scores["nonfinite"])

@@ -108,8 +108,7 @@ def range_test(learner: Learner, mixup: Any, rates: Sequence[float]) -> list[flo
 def find_rate(config: RunConfig, low: float, high: float, count: int) -> RangeTest:
     """Makes a range test of `count` updates from rate `low` to `high`, with a run's options, on weights that are thrown away.
 
-    Raises:
-        UserError: if the options, the data or the model do not allow a run, or the loss is not finite at the first rate.
+    Raises UserError if the options, the data or the model do not allow a run, or the loss is not finite at the first rate.
     """
     with console_output(config.engine.json_logs), explained_errors(lambda: "no run was started"):
         accelerator = start(config)

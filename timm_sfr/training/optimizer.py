@@ -16,10 +16,7 @@ from timm_sfr.utils.errors import UserError, near_matches
 
 
 def learning_rate(config: OptimConfig, global_batch: float) -> float:
-    """Returns lr if it is set; else lr_base scaled with the global batch, as timm does.
-
-    The scale is linear, or by default the square root for adaptive optimizers.
-    """
+    """Returns lr if it is set; else lr_base scaled with the global batch, or for adaptive optimizers its root, as in timm."""
     if config.lr is not None:
         return config.lr
     adaptive = any(part in config.opt.lower() for part in ("ada", "lamb"))
@@ -29,11 +26,7 @@ def learning_rate(config: OptimConfig, global_batch: float) -> float:
 
 
 def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Returns timm's optimizer for the parameters of `module`.
-
-    Raises:
-        UserError: if timm does not accept the name or the arguments.
-    """
+    """Returns timm's optimizer for the parameters of `module`; raises UserError if timm does not accept name or arguments."""
     arguments, further = {**optimizer_kwargs(config), "lr": lr}, dict(config.opt_kwargs or {})
     for name in {"eps", "betas"} & arguments.keys():  # --opt-eps and --opt-betas win
         further.pop(name, None)
@@ -97,10 +90,8 @@ def create_schedule(
 ) -> Schedule:
     """Returns timm's schedule for `optimizer`, with its number of epochs (including cooldown and cycles).
 
-    Noise on the rate depends on `seed` and on the number of the update or epoch.
-
-    Raises:
-        UserError: if timm does not have the schedule or cannot make it.
+    Noise on the rate depends on `seed` and on the number of the update or epoch. Raises UserError if timm does not have the
+    schedule or cannot make it.
     """
     arguments = {
         **scheduler_kwargs(config, decreasing_metric=eval_metric == "loss"),

@@ -173,11 +173,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def disk(self, what: str) -> Iterator[None]:
-        """A context that handles failed writes of `what`: it stops the run, or warns and continues, as the options say.
-
-        Raises:
-            UserError: if a write fails and on_full_disk is ``"stop"``.
-        """
+        """A context that handles failed writes of `what`: it raises UserError, or warns and continues, as on_full_disk says."""
         try:
             yield
         except (OSError, SafetensorError) as error:  # safetensors wraps the system's errors in its own

@@ -72,10 +72,7 @@ class PlainTask(EpochTask, ClassificationTask):
 
 
 class _Taught(EpochTask):
-    """Gives timm's distillation tasks our names of the terms.
-
-    loss = task_loss = cls_weight * cls_loss + kd_weight * kd_loss
-    """
+    """Gives timm's distillation tasks our names of the terms: loss = cls_weight * cls_loss + kd_weight * kd_loss."""
 
     task_loss_weight: float
     distill_loss_weight: float
@@ -129,8 +126,7 @@ def create_task(
 ) -> TrainingTask:
     """Returns an `SFRTask`, on top of timm's distillation task if there is a teacher; one of timm's tasks if SFR is off.
 
-    Raises:
-        UserError: if the model cannot be tapped, or does not support the teacher's type of distillation.
+    Raises UserError if the model cannot be tapped, or does not support the teacher's type of distillation.
     """
     model, base = model.to(device), None
     criterion: nn.Module = PlainLoss(sfr.plain_smoothing, loss).to(device)
@@ -152,8 +148,7 @@ def distillation_task(
 ) -> TrainingTask:
     """Returns timm's distillation task for a student, with `criterion` as the loss on the labels.
 
-    Raises:
-        UserError: if the type of distillation needs a distillation head or features that a model does not have.
+    Raises UserError if the type of distillation needs a distillation head or features that a model does not have.
     """
     config = teacher.config
     kind: Any

@@ -28,11 +28,7 @@ NO_SECRET = ("kd_distill_type", "kd_token_distill_type")  # "token" is a kind of
 
 
 def chosen(names: Iterable[str]) -> list[str]:
-    """Returns the trackers that ``--report-to`` names, without duplicates and ``none``.
-
-    Raises:
-        UserError: if one is not installed.
-    """
+    """Returns the trackers that ``--report-to`` names, without duplicates and ``none``; raises UserError if one is missing."""
     found = [name for name in dict.fromkeys(names) if name != "none"]
     for name in found:
         if find_spec(name) is None:
@@ -79,8 +75,7 @@ class Trackers:
     def start(self, options: dict[str, Any], epoch: int, resumed: bool) -> None:
         """Starts the trackers at epoch `epoch`; those of a resumed run continue in the same place.
 
-        Raises:
-            UserError: if one does not start; a resumed run warns and continues without it.
+        If one does not start, a resumed run warns and continues without it; another raises UserError.
         """
         if options.get("wandb_resume_id") and not resumed:
             raise UserError("wandb-resume-id: it is for --resume; leave it out of a new run")

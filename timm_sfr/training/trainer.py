@@ -124,11 +124,7 @@ class Trainer(Learner):
         return {**dict(zip(names, means, strict=True)), "images_per_second": rate, **pixels}
 
     def validate(self) -> dict[str, float]:
-        """Returns the scores of the exported model: the moving average if there is one.
-
-        Raises:
-            UserError: if some of its outputs are not finite, unless the policy is to go on.
-        """
+        """Returns the scores of the exported model; if outputs are not finite, raises UserError unless the policy is to skip."""
         self.seen, watch = Predictions(), self.progress.validating
         model = self.exported_model()
         if self.config.optim.model_ema_force_cpu:
@@ -147,12 +143,7 @@ class Trainer(Learner):
         return unwrap_model(self.task.get_eval_model(ema=self.task.has_ema()))
 
     def fit(self) -> None:
-        """Trains the remaining epochs and writes all files after each.
-
-        Raises:
-            Interrupted: if a signal stopped the run, after a checkpoint was saved.
-            UserError: for a non-finite loss, or if the disk is full.
-        """
+        """Trains the remaining epochs and writes all files after each; raises as `train_epoch`, and UserError on a full disk."""
         with self.signals, self.progress:
             self._fit()
 
