@@ -67,7 +67,7 @@ class Trainer(Learner):
             Interrupted: if a signal stopped it, after a checkpoint was saved.
             UserError: for a non-finite loss, or if the data ends early.
         """
-        optim, accum = self.config.optim, self.config.optim.grad_accum_steps
+        accum = self.config.optim.grad_accum_steps
         self.task.set_epoch(epoch, self.schedule.epochs)
         self.task.train()
         if self.mixup is not None:
@@ -105,7 +105,7 @@ class Trainer(Learner):
             elif not self.guard.scaled:
                 self._nonfinite(epoch, step)
             if updates_now:
-                self._update(optim, epoch, step)
+                self._update(epoch, step)
                 if step + 1 < steps:
                     self._between_updates(epoch, step + 1, total)
             self.progress.batch(len(target) * self.accelerator.num_processes, self.guard.loss)
@@ -222,8 +222,8 @@ class Trainer(Learner):
         if self.accelerator.is_main_process:
             self.recorder.keep_checkpoint(state, improved)
 
-    def _update(self, optim: Any, epoch: int, step: int) -> None:
-        clip_gradients(optim, self.accelerator, self.task)
+    def _update(self, epoch: int, step: int) -> None:
+        clip_gradients(self.config.optim, self.accelerator, self.task)
         seen = self.guard.bad
         made = self.guard.check_gradients(self.module, (epoch, step, self.state.updates + 1))
         if made:
