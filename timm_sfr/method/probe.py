@@ -65,8 +65,7 @@ class Hooks:
     def forward(self, model: nn.Module, x: Tensor) -> tuple[Any, list[Tensor]]:
         """Returns the logits (B, K) and the modules' outputs as maps (B, C, H, W), for images `x` (B, C, H, W).
 
-        Raises:
-            UserError: if a module did not run exactly once, its output is not a map, or the map has no gradient in training.
+        Raises UserError if a module did not run exactly once, its output is not a map, or the map has no gradient in training.
         """
         for recorder in self.taken:
             recorder.armed, recorder.values = True, []
@@ -114,10 +113,7 @@ def as_map(output: Any, images: Tensor, name: str = "") -> Tensor:
     """Returns a module's output as a map (B, C, H, W), for `images` (B, C', H', W').
 
     Accepts (B, C, H, W); (B, H, W, C), recognised by the images' aspect ratio; and tokens (B, N, C) that fill a grid of
-    that aspect ratio after up to 5 class or register tokens.
-
-    Raises:
-        UserError: for any other output.
+    that aspect ratio after up to 5 class or register tokens. Raises UserError for any other output.
     """
     x, (batch, _, height, width) = output, images.shape
     if isinstance(x, Tensor) and x.ndim == 4 and len(x) == batch:
@@ -144,8 +140,7 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
     on the modules that ``feature_info`` names. The features of any other module are the outputs of all its submodules that
     run once and return a map. The probe also works on the meta device, where it cannot compare values.
 
-    Raises:
-        UserError: if the model does not accept the image size, is not a classifier, or has no features.
+    Raises UserError if the model does not accept the image size, is not a classifier, or has no features.
     """
     for module in model.modules():
         if isinstance(module, PatchDropout) and module.prob > 0:

@@ -209,11 +209,9 @@ class DynamicLabelSmoothing(nn.Module):
         return f"{self.epsilon:g} {self.source} {self.schedule}"
 
     def targets(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the smoothed targets y~ (B, K) and the mean eps of the batch (a scalar).
+        """Returns the smoothed targets y~ (B, K) and the mean eps of the batch (a scalar), with the arguments of `forward`.
 
-        Args:
-            logits: (B, K). Only the ``confidence`` schedule uses them, as constants.
-            target: Class indices (B,) or mixtures (B, K).
+        Only the ``confidence`` schedule uses the logits, as constants.
         """
         check_dense(target, self.criterion.form)
         y = soft_targets(target, self.num_classes)

@@ -55,11 +55,7 @@ class TappedModel(nn.Module):
         self.hooks = Hooks(model, plan.modules) if plan is not None and plan.mechanism == HOOKS else None
 
     def forward(self, x: Tensor) -> tuple[Any, list[Tensor]]:
-        """Returns the logits (B, K), and the nodes of the shallow taps followed by those of the deep tap.
-
-        Raises:
-            UserError: if training changes the maps.
-        """
+        """Returns the logits (B, K), and the nodes of the shallow taps followed by those of the deep tap."""
         if self.plan is None:
             return self.model(x) if self.to_teacher is None else self._forward_with_teacher(x)[0], []
         if self.to_teacher is not None:
@@ -102,6 +98,7 @@ class TappedModel(nn.Module):
         return lambda name: layers.get(name.removeprefix("model."), last)
 
     def _check(self, images: Tensor, maps: list[Tensor]) -> None:
+        """Raises UserError if training changes the maps."""
         for tap, x in zip(self.plan.taps, maps, strict=True):
             if x.shape[:2] != (len(images), tap.channels):
                 raise UserError(
