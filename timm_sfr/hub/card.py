@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
 from timm_sfr.config import in_words
 from timm_sfr.data.transforms import img_mode
@@ -67,31 +68,20 @@ def dataset_id(options: dict[str, Any]) -> str | None:
     return given or (source.removeprefix("hfds/") if source.startswith("hfds/") else None)
 
 
-class _Strict(dict):
-    """A dict that raises ValueError for a missing key: Jinja would render a KeyError as empty text."""
-
-    def __missing__(self, key: str) -> Any:
-        raise ValueError(f"it has no {key!r}")
-
-
-def _strict(values: dict[str, Any]) -> _Strict:
-    return _Strict({key: _strict(value) if isinstance(value, dict) else value for key, value in values.items()})
-
-
 def render(config: dict[str, Any], facts: Facts) -> str:
     """Returns the text of the card for a model with this ``config.json`` and the `facts` of its run.
 
     Raises:
-        ValueError, TypeError, KeyError: if the configuration or the facts lack something that the card reports.
+        UndefinedError, ValueError, TypeError, KeyError: if they lack something that the card reports.
     """
     name = facts.source.split("@")[0].split("/")[-1] if facts.source else config["architecture"]
-    metrics, options, size = _strict(facts.metrics), _strict(facts.options), config["pretrained_cfg"]["input_size"]
-    task = task_of(facts.options)
-    card = ModelCard.from_template(
-        card_head(name, config, facts),
-        template_path=str(TEMPLATE),
+    metrics, options, size = facts.metrics, facts.options, config["pretrained_cfg"]["input_size"]
+    task = task_of(options)
+    template = Environment(undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    card = template.render(
+        card_data=card_head(name, config, facts).to_yaml(),
         name=name,
-        config=_strict(config),
+        config=config,
         metrics=metrics,
         test=metrics.get("test"),
         early=metrics.get("stopped_early"),
@@ -118,8 +108,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
 def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
     """Returns the card's metadata, with the scores as the Hub reads them: in percent, with the split they were measured on."""
     best, test, options = facts.metrics.get("best"), facts.metrics.get("test"), facts.options
-    licence = config["pretrained_cfg"].get("license")
-    named, results = licence in NOT_THE_HUBS, None
+    results = None
     if best:
         shared = {
             "task_type": "image-classification",
@@ -137,14 +126,18 @@ def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
     return ModelCardData(
         library_name="timm",
         tags=[*tags, "knowledge-distillation"] if facts.metrics.get("teacher") else tags,
-        license="other" if named else licence,
-        license_name=licence if named else None,
+        **licence_entries(config["pretrained_cfg"].get("license")),
         datasets=[known] if (known := dataset_id(options)) else None,
         base_model=facts.metrics.get("base_model"),
         pipeline_tag="image-classification",
         model_name=name,
         eval_results=results,
     )
+
+
+def licence_entries(licence: str | None) -> dict[str, str | None]:
+    """Returns the card's entries for a licence; one for which the Hub has no name is another licence with that name."""
+    return {"license": "other", "license_name": licence} if licence in NOT_THE_HUBS else {"license": licence}
 
 
 def imports(architecture: str) -> str:

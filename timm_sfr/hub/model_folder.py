@@ -28,16 +28,13 @@ PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "bsd", "cc0-1
 def resolve_hub(config: RunConfig, model: nn.Module, teacher: dict[str, Any] | None = None) -> HubConfig:
     """Returns the hub options with the tag (default ``sfr_DATASET``) and the licence (default below) filled in.
 
+    `teacher` are the facts of the teacher, if there is one.
+
     - Weights trained from scratch: Apache 2.0.
     - Weights trained from others: the licence of those, or none if it is unknown.
     - Weights trained with a teacher whose licence is unknown or not permissive: none.
 
     args.yaml keeps the options as given: filled in, they would be wrong for a run with another data set or start.
-
-    Args:
-        config: The run's options.
-        model: The model with its initial weights.
-        teacher: Facts of the teacher, if there is one.
     """
     name = dataset_name({"dataset": config.data.dataset, "data_dir": config.data.data_dir})
     theirs = getattr(model, "pretrained_cfg", {}).get("license") if config.model.pretrained else None
@@ -84,7 +81,7 @@ class Exporter:
                     str(fresh),
                     model_config=self._model_config(),
                     safe_serialization=True,
-                    data_config=self._data_config(),
+                    data_config=None if self.prep is None else dataclasses.asdict(self.prep),
                 )
             self.describe(fresh, facts)
             # safetensors makes its file readable by the owner only; use the permissions that the umask gives to other files.
@@ -96,18 +93,13 @@ class Exporter:
     @staticmethod
     def describe(folder: Path, facts: Facts) -> None:
         """Rewrites the card of the model in `folder`."""
-        text = render(json.loads((folder / CONFIG).read_text()), facts)
-        write_whole(folder / CARD, text)
+        write_whole(folder / CARD, render(json.loads((folder / CONFIG).read_text()), facts))
 
     def _model_config(self) -> dict[str, Any]:
         given = {"tag": self.hub.tag, "license": self.hub.license}
         config: dict[str, Any] = {"pretrained_cfg": {key: value for key, value in given.items() if value is not None}}
         config |= {PROBLEM: SEVERAL_LABELS} if self.multi_label else {}
         return config | ({"label_names": list(self.class_names)} if self.class_names else {})
-
-    def _data_config(self) -> dict[str, Any] | None:
-        names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        return {name: getattr(self.prep, name) for name in names} if self.prep is not None else None
 
 
 @contextlib.contextmanager

@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import json
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCard,
-    RepoCard,
-    SpaceCard,
-    constants,
-)
-from huggingface_hub.errors import RepositoryNotFoundError
-from jinja2 import UndefinedError
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from timm.utils import unwrap_model
 from torch import nn
 
 from timm_sfr.config import DataConfig, HubConfig, check_branch, check_repo_id
-from timm_sfr.hub.card import Facts, card_head, imports, render
+from timm_sfr.hub.card import Facts, imports, render
 from timm_sfr.hub.model_folder import Exporter
-from timm_sfr.hub.space import ARCHITECTURES, README, SDK, check_space, space_files
+from timm_sfr.hub.preflight import RUN_FILES, check_run, check_space, readable, refuse_public, validate_card
+from timm_sfr.hub.space import ARCHITECTURES, README, SDK, space_files
 from timm_sfr.models.files import CARD, CONFIG, WEIGHTS
 from timm_sfr.utils.console import logger
-from timm_sfr.utils.errors import HubError, UserError
-from timm_sfr.utils.files import read_yaml
-from timm_sfr.utils.hub_client import bounded_xet, check_token, hub_errors, retried, transient
+from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.hub_client import bounded_xet, check_token, hub_errors, retried
 from timm_sfr.version import __version__
 
 # Options on where the run is stored and published, which do not belong in the published args.yaml.
 LOCAL_OPTIONS = ("push_to_hub", "hub_private", "hub_revision", "output", "experiment", "wandb_resume_id")
 LOCAL_PATHS = ("data_dir", "class_map", "class_weights", "pretrained_path", "initial_checkpoint")  # published without folders
-RUN_FILES = ("args.yaml", "summary.csv", "metrics.json")
 CARD_PICTURES = ("pictures/curves.png", "pictures/confusion.png", "pictures/reliability.png")
 PICKLES = ("pytorch_model.bin",)
 
@@ -97,7 +81,8 @@ def push_to_hub(
         with hub_errors(f"push-to-hub: {repo_id} is not published", again, token):
             # Check everything before creating the repository, so that a refused push leaves none behind.
             if demo is not None:
-                retried(lambda: demo.check(repo_id, private), logger.warning)
+                about = demo.files[README].read_text(encoding="utf-8")
+                retried(lambda: check_space(api, space, repo_id, about, private), logger.warning)
             retried(lambda: validate_card(files[CARD].read_text(encoding="utf-8")), logger.warning)
             retried(lambda: upload.create_repository(private), logger.warning)
             with bounded_xet():
@@ -137,22 +122,6 @@ class _Upload:
         config = json.loads(self.files[CONFIG].read_text(encoding="utf-8"))
         files = space_files(config, self.repo_id, self.revision, space.split("/")[1], place)
         return _Upload(self.api, space, None, files, self.message, "space", frozenset({ARCHITECTURES}))
-
-    def check(self, model: str, private: bool) -> None:
-        """Checks, for a Space, that the token can write to it and to the `model`, and that it may be written.
-
-        Raises:
-            UserError: if not; ValueError if it is public and `private` is set, or the Hub refuses its README.md.
-        """
-        for repo_id in (model, self.repo_id):
-            check_owner(self.api, repo_id, f"push-to-hub: {repo_id} could not be published")
-        check_space(self.api, self.repo_id)
-        with contextlib.suppress(RepositoryNotFoundError):
-            private = private or bool(self.api.model_info(model).private)
-        if private:
-            with contextlib.suppress(RepositoryNotFoundError):
-                refuse_public(self.api, self.repo_id, self.kind)
-        validate_card(self.files[README].read_text(encoding="utf-8"), SpaceCard)
 
     def publish_beside(self, model: str) -> None:
         """Creates the Space and commits its files; it is private if the `model` is."""
@@ -204,12 +173,12 @@ class _Upload:
 
 
 def run_files(run: Path, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
-    """Prepares the files of a run for publishing.
+    """Prepares the files of a run for publishing: those that differ from the run's are written to `place`.
 
     Args:
         run: The run's folder.
         source: The repository, ``USER/NAME[@REVISION]``.
-        place: Folder for the files that differ from the run's: card, configuration and args.yaml.
+        place: Folder for card, configuration and args.yaml.
         license: Replaces the licence that the run recorded.
 
     Returns:
@@ -218,18 +187,8 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     Raises:
         UserError: if the run is unfinished, or a file is missing or cannot be read.
     """
-    needed = {
-        CONFIG: run / "model" / CONFIG,
-        WEIGHTS: run / "model" / WEIGHTS,
-        **{name: run / name for name in RUN_FILES},
-    }
-    missing = [str(path.relative_to(run)) for path in needed.values() if not path.is_file()]
-    if missing and run.name == "model" and (run.parent / "args.yaml").is_file():
-        raise UserError(f"run: {str(run)!r} is a run's model folder; give the run: {str(run.parent)!r}")
-    if missing:
-        raise UserError(f"run: {str(run)!r} is not a finished run: it has no {', '.join(missing)}; give the folder that "
-                        "the training printed")  # fmt: skip
-    options = {key: value for key, value in read_yaml(run / "args.yaml").items() if key not in LOCAL_OPTIONS}
+    found = check_run(run)
+    options = {key: value for key, value in found.options.items() if key not in LOCAL_OPTIONS}
     for name in LOCAL_PATHS:
         if options.get(name):
             options[name] = PurePath(options[name]).name
@@ -238,44 +197,22 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         options["model"] = PurePath(model).name
     if options.get("dataset"):
         options["dataset"] = DataConfig(dataset=options["dataset"]).public_name()
-    with _reading(run, WEIGHTS), safe_open(needed[WEIGHTS], framework="pt") as weights:
-        weights.keys()
-    with _reading(run, CONFIG):
-        config = json.loads(needed[CONFIG].read_text())
+    # Only figures: we may have no right to publish images of the data.
+    pictures = {name: run / name for name in CARD_PICTURES if (run / name).is_file()}
+    with readable(run, f"{CONFIG} or metrics.json"):
+        teacher = found.metrics.get("teacher") or {}
+        if teacher.get("folder"):
+            options["kd_model_name"] = teacher["name"]
+        config = json.loads((run / "model" / CONFIG).read_text())
         if license is not None:
             config["pretrained_cfg"]["license"] = options["hub_license"] = license
-    with _reading(run, "metrics.json"):
-        metrics = json.loads(needed["metrics.json"].read_text())
-        if (metrics.get("teacher") or {}).get("folder"):
-            options["kd_model_name"] = metrics["teacher"]["name"]
-    with _reading(run, "summary.csv"), needed["summary.csv"].open(newline="") as file:
-        rows: list[dict[str, Any]] = list(csv.DictReader(file))
-    with _reading(run, f"{CONFIG}, metrics.json or summary.csv"):
-        # Only figures: we may have no right to publish images of the data.
-        pictures = {name: run / name for name in CARD_PICTURES if (run / name).is_file()}
-        card = render(config, Facts(metrics, options, rows, source, tuple(pictures)))
-    done, asked = metrics["last"]["epoch"] + 1, min(metrics["epochs"], options.get("stop_epoch") or metrics["epochs"])
-    if done < asked and not metrics.get("stopped_early"):
-        raise UserError(
-            f"run: {str(run)!r} stopped after {done} of {asked} epochs; finish it with --resume {run}, then publish it"
-        )
-    files = needed | pictures | {name: place / name for name in (CARD, CONFIG, "args.yaml")}
+        card = render(config, Facts(found.metrics, options, found.rows, source, tuple(pictures)))
+    files = {WEIGHTS: run / "model" / WEIGHTS, **{name: run / name for name in RUN_FILES}, **pictures}
+    files |= {name: place / name for name in (CARD, CONFIG, "args.yaml")}
     files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
     return files
-
-
-@contextlib.contextmanager
-def _reading(run: Path, name: str) -> Iterator[None]:
-    """A context that raises UserError with the file's `name` if the file cannot be read."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UndefinedError) as error:
-        raise UserError(
-            f"run: {name} of {str(run)!r} is damaged: {error}; restore it from a copy, or train again with --config "
-            f"{run / 'args.yaml'}"
-        ) from error
 
 
 def model_files(model: nn.Module, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
@@ -323,91 +260,3 @@ def _command(run: str | Path, repo_id: str, private: bool, *values: str | None) 
     for name, value in zip(("--revision", "--commit-message", "--hub-license", "--space"), values, strict=True):
         words += [name, value] if value else []
     return shlex.join(words)
-
-
-def check_push(hub: HubConfig) -> bool:
-    """Checks before training that the token can write to the repository that `hub` names.
-
-    The Hub must know the token, the token must not be read-only, the repository must belong to its user or to an organisation
-    in which the user can write, and it must not be public if `hub` asks for private. The permissions of a fine-grained token
-    are not checked. If the Hub cannot be reached, this only logs a warning, because it may be reachable after training.
-
-    Returns:
-        Whether the Hub could be reached.
-
-    Raises:
-        UserError: if there is no token, or the Hub refuses.
-    """
-    api, repo_id = HfApi(), str(hub.push_to_hub)
-    with _before_training(repo_id) as what:
-        check_owner(api, repo_id, what)
-        if hub.private:
-            with contextlib.suppress(RepositoryNotFoundError):
-                refuse_public(api, repo_id)
-        return True
-    return False
-
-
-def check_owner(api: HfApi, repo_id: str, what: str) -> None:
-    """Raises UserError, which begins with `what`, if the token is read-only, or of neither the owner nor a member."""
-    who = api.whoami()
-    if ((who.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
-        raise UserError(f"{what}: the token is read-only; create one with write access")
-    groups = [group for group in who.get("orgs") or [] if group.get("roleInOrg") != "read"]
-    names = [str(account["name"]) for account in (who, *groups) if account.get("name")]
-    owner = repo_id.split("/")[0]
-    if names and owner.casefold() not in map(str.casefold, names):
-        raise UserError(f"{what}: the token cannot write for {owner!r}; expected one of {', '.join(names)}")
-
-
-def refuse_public(api: HfApi, repo_id: str, kind: str = "model") -> None:
-    """Raises ValueError if the existing repository is public; `kind` is ``"model"`` or ``"space"``."""
-    if api.repo_info(repo_id, repo_type=kind).private is False:
-        raise ValueError(
-            "it exists and is public; make it private in its settings on the Hub, or publish without asking for private"
-        )
-
-
-def check_card(hub: HubConfig, options: dict[str, Any]) -> None:
-    """Checks before training that the Hub accepts a card with the run's licence and dataset.
-
-    Args:
-        hub: The hub options from `resolve_hub`.
-        options: The run's options.
-
-    Raises:
-        UserError: if the Hub refuses the card, with its reasons.
-    """
-    name = str(hub.push_to_hub).split("/")[1]
-    head = card_head(name, {"pretrained_cfg": {"license": hub.license}}, Facts(options=options))
-    with _before_training(str(hub.push_to_hub)):
-        validate_card(f"---\n{head.to_yaml()}\n---\n")
-
-
-def validate_card(text: str, kind: type[RepoCard] = ModelCard) -> None:
-    """Checks that the Hub accepts the metadata of a card of this kind.
-
-    Raises:
-        ValueError: if the Hub refuses them, with its reasons.
-    """
-    try:
-        kind(text).validate()
-    except ValueError as error:
-        try:
-            reasons = "; ".join(str(found["message"]) for found in json.loads(str(error))["errors"])
-        except (ValueError, KeyError, TypeError):
-            reasons = str(error)
-        raise ValueError(f"the Hub refuses the card: {reasons}; see --hub-license and --hub-dataset") from None
-
-
-@contextlib.contextmanager
-def _before_training(repo_id: str) -> Iterator[str]:
-    """A context that raises UserError if the Hub refuses, and only logs failures that may pass until training ends."""
-    what = f"push-to-hub: {repo_id} could not be published"
-    try:
-        with hub_errors(what):
-            yield what
-    except HubError as error:
-        if error.reason is None or not transient(error.reason):
-            raise UserError(str(error)) from None
-        logger.warning(f"{error}; training continues, and the push follows at its end")

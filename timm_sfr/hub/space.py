@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, SpaceCardData
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import SpaceCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from timm_sfr.data.transforms import img_mode
-from timm_sfr.hub.card import NOT_THE_HUBS
+from timm_sfr.hub.card import licence_entries
 from timm_sfr.models import SMALL_IMAGE_MODELS, cifar
 from timm_sfr.models.files import PROBLEM, SEVERAL_LABELS
 from timm_sfr.utils.errors import UserError
@@ -29,7 +28,7 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
 
     Args:
         config: The model's config.json.
-        model: The model's repository, ``USER/NAME``.
+        model: Its repository, ``USER/NAME``.
         revision: Its branch, or None.
         title: The name of the Space.
         place: A folder.
@@ -44,15 +43,13 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
         raise UserError(
             f"space: a demo takes grey or colour images; this model takes {channels} channels; leave out --space"
         )
-    ours, licence = architecture in SMALL_IMAGE_MODELS, config["pretrained_cfg"].get("license")
-    named = licence in NOT_THE_HUBS
+    ours = architecture in SMALL_IMAGE_MODELS
     head = SpaceCardData(
         title=title,
         **SDK,
         app_file=APP,
         models=[model],
-        license="other" if named else licence,
-        license_name=licence if named else None,
+        **licence_entries(config["pretrained_cfg"].get("license")),
         tags=["image-classification", "timm", MARK],
     )
     values = {
@@ -69,27 +66,8 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
     shelf = Environment(
         loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
-    for name in (APP, REQUIREMENTS, README):
-        text = shelf.get_template(f"{name}.jinja").render(card_data=head.to_yaml(), **values)
-        (place / name).write_text(text, encoding="utf-8")
     files = {name: place / name for name in (APP, REQUIREMENTS, README)}
+    for name, path in files.items():
+        text = shelf.get_template(f"{name}.jinja").render(card_data=head.to_yaml(), **values)
+        path.write_text(text, encoding="utf-8")
     return files | ({ARCHITECTURES: Path(cifar.__file__)} if ours else {})
-
-
-def check_space(api: HfApi, space: str) -> None:
-    """Checks that the name of a Space is free, or that of a Space which we have written or nobody has filled.
-
-    Raises:
-        UserError: if it is somebody's own work.
-    """
-    try:
-        info = api.space_info(space)
-    except RepositoryNotFoundError:
-        return
-    tags = (info.card_data.to_dict() if info.card_data else {}).get("tags") or []
-    filled = {file.rfilename for file in info.siblings or []} - UNTOUCHED
-    if filled and MARK not in tags:
-        raise UserError(
-            f"space: {space} exists and was not made by timm_sfr (its README.md has no tag {MARK}); choose another name: "
-            "--space USER/SPACE"
-        )

@@ -27,7 +27,8 @@ from timm_sfr.data.sizes import SizeSchedule
 from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, img_mode, preprocessing
 from timm_sfr.hub.card import base_model
 from timm_sfr.hub.model_folder import Exporter, resolve_hub
-from timm_sfr.hub.push import check_card, check_push, loading_line, published, push_to_hub
+from timm_sfr.hub.preflight import check_card, check_push
+from timm_sfr.hub.push import loading_line, published, push_to_hub
 from timm_sfr.method.config import LossForm
 from timm_sfr.method.probe import check_input
 from timm_sfr.method.smoothing import label_capacity, warmup_epochs
