@@ -26,6 +26,7 @@ from timm_sfr.config import AugConfig, DataConfig, ModelConfig
 from timm_sfr.data.cache import Cached
 from timm_sfr.data.datasets import open_splits
 from timm_sfr.data.loaders import EpochSampler, TrainBatches, eval_loader
+from timm_sfr.data.order import EpochOrder
 from timm_sfr.data.transforms import Preprocessing, _operations, preprocessing
 from timm_sfr.models.loading import new_model
 from timm_sfr.training.evaluate import Scores
@@ -52,12 +53,12 @@ def test_folder(folder):
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_the_same_global_batches(processes):
     count, batch = 107, 16
-    reference = EpochSampler(count, batch, seed=3)
+    reference = EpochSampler(EpochOrder(count, 3), batch)
     reference.epoch = 2
     whole = torch.tensor(list(reference)).view(-1, batch)
     parts = []
     for process in range(processes):
-        sampler = EpochSampler(count, batch // processes, 3, process, processes)
+        sampler = EpochSampler(EpochOrder(count, 3), batch // processes, process, processes)
         sampler.epoch = 2
         parts.append(torch.tensor(list(sampler)).view(-1, batch // processes))
     assert torch.equal(torch.cat(parts, 1), whole)
@@ -106,7 +107,7 @@ def test_a_cache_holds_images_of_any_size_and_travels_to_other_processes():
     source = images_of_many_sizes()
     cache = Cached(source)
     copy = pickle.loads(pickle.dumps(cache))
-    assert len(cache) == len(copy) == 4 and cache.size == sum(i.width * i.height * 3 for i, _ in source)
+    assert len(cache) == len(copy) == 4 and cache.starts[-1] == sum(i.width * i.height * 3 for i, _ in source)
     for index, (image, target) in enumerate(source):
         for one in (cache, copy):
             assert one[index][0].tobytes() == image.tobytes() and one[index][0].size == image.size
@@ -117,7 +118,7 @@ def test_a_cache_holds_images_of_any_size_and_travels_to_other_processes():
 def test_a_cache_leaves_no_file_behind():
     cache = Cached(images_of_many_sizes())
     path = cache.path
-    assert path.stat().st_size == cache.size
+    assert path.stat().st_size == cache.starts[-1]
     del cache
     gc.collect()
     assert not path.exists()
@@ -210,7 +211,7 @@ def test_data_that_cannot_be_trained_on(folder, tmp_path):
     with pytest.raises(UserError, match="found no images in folders of classes"):
         open_splits(DataConfig(data_dir=str(tmp_path / "hollow")), "RGB", 0)
     with pytest.raises(UserError, match="fewer than one global batch of 64 x 2"):
-        EpochSampler(100, 64, 0, 0, 2)
+        EpochSampler(EpochOrder(100, 0), 64, 0, 2)
 
 
 @pytest.mark.parametrize("options,size", [({}, (3, 32, 32)), ({"in_chans": 1}, (1, 32, 32)), ({"img_size": 24}, (3, 24, 24)),

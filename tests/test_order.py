@@ -27,11 +27,11 @@ PREP = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.2, 0.2), "bilinear", 
 UNEVEN = torch.tensor([0] * 40 + [1] * 9 + [2] * 3 + [4] * 55)  # no image of class 3
 
 
-def parts(processes, batch, epoch, order, seed=3):
+def parts(processes, batch, epoch, order):
     """The keys of each process, (batches, samples)."""
     found = []
     for process in range(processes):
-        sampler = EpochSampler(order.count, batch // processes, seed, process, processes, order)
+        sampler = EpochSampler(order, batch // processes, process, processes)
         sampler.epoch = epoch
         found.append(torch.tensor(list(sampler)).view(-1, batch // processes))
     return found
@@ -76,7 +76,7 @@ def test_any_number_of_processes_has_the_same_global_batches_also_after_a_stop(w
     for processes in (2, 4):
         together = torch.cat(parts(processes, 16, 1, order), 1)
         assert torch.equal(together.sort(1).values, whole.sort(1).values)
-    sampler = EpochSampler(107, 16, 3, order=order)
+    sampler = EpochSampler(order, 16)
     sampler.epoch, sampler.start = 1, 2
     assert list(sampler) == whole[2:].flatten().tolist()
 

@@ -62,7 +62,7 @@ def test_processes_agree_on_sizes_and_share_the_images(options):
 
 
 def test_one_size_has_the_batches_of_a_run_without_sizes():
-    plain, sized = EpochSampler(1000, 32, 7), SizedBatches(schedule(sizes=(8,)), EpochOrder(1000, 7))
+    plain, sized = EpochSampler(EpochOrder(1000, 7), 32), SizedBatches(schedule(sizes=(8,)), EpochOrder(1000, 7))
     for epoch in (0, 2):
         assert [key for batch in sized.batches(epoch) for key, _ in batch] == plain.keys(epoch)
     assert sized.indices(2, 5) == plain.indices(2, 5)
@@ -133,7 +133,7 @@ def test_a_sample_depends_on_its_key_and_its_size_alone(folder, cached):
     keys = [70, 65, 121]
     for choice, size in enumerate((16, 32)):
         batch = views.__getitems__([(key, choice) for key in keys])
-        images = batch.images_BCHW if cached else [image for image, _ in batch]
+        images = batch[0] if cached else [image for image, _ in batch]
         alone = [views[key, choice] for key in keys]
         assert all(np.array_equal(one, np.asarray(other[0])) for one, other in zip(images, alone, strict=True))
         assert np.asarray(images[0]).shape == (3, size, size)

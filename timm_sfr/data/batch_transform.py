@@ -29,21 +29,13 @@ _STEPS = (RandomResizedCropAndInterpolation, RandomHorizontalFlip, RandomVertica
 
 @dataclass(frozen=True)
 class Draw:
-    """The random parameters that timm's transform draws for one image.
+    """The random parameters that timm's transform draws for one image."""
 
-    Attributes:
-        crop: Top, left, height, width.
-        resample: Pillow's resampling filter.
-        hflip: Whether to flip left to right.
-        vflip: Whether to flip top to bottom.
-        colours: (position in the order, operation, factor) of each colour change; operations are indices into `_CHANGES`.
-    """
-
-    crop: tuple[int, int, int, int]
-    resample: int
+    crop: tuple[int, int, int, int]  # top, left, height, width
+    resample: int  # Pillow's filter
     hflip: bool
     vflip: bool
-    colours: tuple[tuple[int, int, float], ...]
+    colours: tuple[tuple[int, int, float], ...]  # (position in the order, index into `_CHANGES`, factor) of each change
 
 
 class BatchTransform:
@@ -103,12 +95,11 @@ class BatchTransform:
             out[:] = resized[:: -1 if draw.vflip else 1, :: -1 if draw.hflip else 1].transpose(2, 0, 1)
         for place in range(4):
             for operation, change in enumerate(_CHANGES):
-                chosen = [(row, factor) for row, draw in enumerate(draws) for at, kind, factor in draw.colours
-                          if (at, kind) == (place, operation)]  # fmt: skip
-                if chosen:
-                    rows, factors = zip(*chosen, strict=True)
-                    rows = list(rows)
-                    batch_BCHW[rows] = change(batch_BCHW[rows], np.array(factors, np.float32).reshape(-1, 1, 1, 1))
+                factors = {row: factor for row, draw in enumerate(draws) for at, kind, factor in draw.colours
+                           if (at, kind) == (place, operation)}  # fmt: skip
+                if factors:
+                    rows, factors_B111 = list(factors), np.array([*factors.values()], np.float32).reshape(-1, 1, 1, 1)
+                    batch_BCHW[rows] = change(batch_BCHW[rows], factors_B111)
         return batch_BCHW
 
     def _draw_colours(self) -> tuple[tuple[int, int, float], ...]:
@@ -123,21 +114,15 @@ class BatchTransform:
         )
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A batch of transformed samples: uint8 images (B, C, H, W) and their classes, indices or arrays (K,)."""
-
-    images_BCHW: np.ndarray
-    targets: list[Any]
-
-    def __len__(self) -> int:
-        return len(self.targets)
+# Transformed samples as one batch: uint8 images (B, C, H, W) and their classes, indices or arrays (K,).
+Batch = tuple[np.ndarray, list[Any]]
 
 
 def collate(samples: list[tuple[Any, int]] | Batch) -> tuple[Tensor, Tensor]:
     """Returns the samples as one batch: images (B, C, H, W), uint8, and class indices (B,), or several classes (B, K)."""
-    if isinstance(samples, Batch):
-        return torch.from_numpy(samples.images_BCHW), torch.from_numpy(np.array(samples.targets))
+    if isinstance(samples, tuple):
+        images_BCHW, targets = samples
+        return torch.from_numpy(images_BCHW), torch.from_numpy(np.array(targets))
     return fast_collate(samples)
 
 

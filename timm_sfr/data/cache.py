@@ -30,11 +30,8 @@ class Cached(Dataset):
     """The decoded samples of `source`, read once at construction: uint8 images of any sizes, and their classes.
 
     The pixels are in a temporary file that all data loading processes map. They share one copy of it in memory, whatever
-    the start method. The process that made the file deletes it on exit.
-
-    Args:
-        source: A map-style dataset of (image, class index). PIL images are returned as PIL images, uint8 tensors and arrays
-            as arrays (C, H, W).
+    the start method. The process that made the file deletes it on exit. PIL images are returned as PIL images, uint8 tensors
+    and arrays as arrays (C, H, W).
 
     Raises:
         UserError: if the images do not fit into the free memory or the temporary folder.
@@ -73,11 +70,6 @@ class Cached(Dataset):
         shape = [size for size in self.shapes[index].tolist() if size]
         target = self.targets[index]
         return self.bytes[start:end].reshape(shape), target if target.ndim else target.item()
-
-    @property
-    def size(self) -> int:
-        """The size of all images in bytes."""
-        return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickling a memory map copies its contents, so a spawned process maps the file itself.

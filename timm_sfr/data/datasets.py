@@ -23,7 +23,6 @@ from timm_sfr.data.folders import (
     choose_split,
     find_split,
     map_classes,
-    number_classes,
     read_split,
     scan_folder,
     split_names,
@@ -36,19 +35,12 @@ from timm_sfr.utils.errors import UserError, first_line, near_matches, near_path
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a dataset, map-style or a stream.
-
-    Attributes:
-        dataset: The dataset.
-        class_names: The names of the classes, in the order of their indices; None if they are not known.
-        scan: What lies in the split's folder; None for other datasets.
-        chosen: Whether the split was chosen from a folder that has no splits.
-    """
+    """One split of a dataset, map-style or a stream."""
 
     dataset: Any
-    class_names: tuple[str, ...] | None
-    scan: FolderScan | None = None
-    chosen: bool = False
+    class_names: tuple[str, ...] | None  # in the order of their indices; None if they are not known
+    scan: FolderScan | None = None  # what lies in the split's folder; None for other datasets
+    chosen: bool = False  # whether the split was chosen from a folder that has no splits
 
     @property
     def streamed(self) -> bool:
@@ -78,12 +70,7 @@ class Digits(Dataset):
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a dataset whose images are listed before they are opened.
-
-    Attributes:
-        scans: The images of each part: train, val or test.
-        chosen: Whether the validation images were chosen, because the dataset has no validation split.
-    """
+    """The images of the parts (train, val, test) of a dataset that are listed before they are opened; see `Split.chosen`."""
 
     scans: dict[str, FolderScan]
     chosen: bool = True
@@ -92,11 +79,7 @@ class Parts:
 def open_splits(config: DataConfig, img_mode: str, seed: int, listed: Path | None = None) -> tuple[Split, Split]:
     """Opens the training and the validation split; both number the classes as the training split does.
 
-    Args:
-        config: The data options.
-        img_mode: The Pillow mode of the images.
-        seed: Chooses the validation images of a folder without splits.
-        listed: The file in which a run has listed the images of such a folder, if the run is resumed.
+    The arguments are those of `open_split`; `listed` is given if the run is resumed.
 
     Raises:
         UserError: if a split cannot be opened, or the validation split has classes that the training split lacks.
@@ -163,18 +146,7 @@ def open_split(
 def open_validation(
     config: DataConfig, img_mode: str, seed: int, names: Sequence[str] | None, listed: Path | None = None
 ) -> Split:
-    """Opens the validation split for a model that has learned the classes `names`, of which the split may lack some.
-
-    Args:
-        config: The data options.
-        img_mode: The Pillow mode of the images.
-        seed: Chooses the validation images of a folder without splits.
-        names: The model's classes in the order of their indices; None if they are not known.
-        listed: The file in which a run has listed the images of a folder without splits.
-
-    Raises:
-        UserError: as in `open_split`.
-    """
+    """Opens the validation split, as `open_split`, for a model with the classes `names`, of which the split may lack some."""
     split = open_split(config, "val", img_mode, seed, listed=listed)
     if names and split.class_names and set(split.class_names) < set(names):
         split = open_split(config, "val", img_mode, seed, tuple(names), listed)
@@ -193,7 +165,7 @@ def _from_scan(
     elif classes is not None:
         class_to_idx = {name: index for index, name in enumerate(classes)}
     else:
-        class_to_idx = number_classes(scan)
+        class_to_idx = {name: index for index, name in enumerate(scan.classes)}
         if scan.several and scan.images and not class_to_idx:
             raise UserError(f"data: no image of {part} has a class; expected some with | or ; between their classes")
     if not scan.images:
@@ -207,9 +179,7 @@ def _from_scan(
     return Split(dataset, names, scan, chosen)
 
 
-def _from_timm(
-    config: DataConfig, part: str, img_mode: str, seed: int, classes: tuple[str, ...] | None
-) -> Split:
+def _from_timm(config: DataConfig, part: str, img_mode: str, seed: int, classes: tuple[str, ...] | None) -> Split:
     """Returns the split as timm opens it: a tar, torch/, hfds/, wds/, ...
 
     Raises:
@@ -261,11 +231,7 @@ def _from_timm(
 
 
 def _encode_labels(dataset: ImageDataset, names: tuple[str, ...] | None, name: str) -> None:
-    """Makes a data set of Hugging Face's give several classes of an image as 0 and 1.
-
-    Raises:
-        UserError: if its images have one class each, or the classes have no names.
-    """
+    """Makes a data set of Hugging Face's give several classes of an image as 0 and 1; raises UserError without such classes."""
     first = next(dataset.reader.iter_targets(), None)
     if names is None or not isinstance(first, (list, tuple)):
         raise UserError(f"task: multilabel needs a column of lists of class labels in {name!r}, or columns of 0 and 1 "
@@ -302,21 +268,23 @@ def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "trai
         raise UserError(f"data: expected two classes or more in {str(root)!r}; got {scan.classes[0]!r} alone; expected {LAYOUT}")
     if train is None and (not scan.images or misnamed):
         return None
-    return _chosen_parts(config, scan, seed, listed, part)
+    return Parts(_chosen_scans(config, scan, seed, listed, part))
 
 
-def _chosen_parts(config: DataConfig, scan: FolderScan, seed: int, listed: Path | None, part: str) -> Parts:
+def _chosen_scans(
+    config: DataConfig, scan: FolderScan, seed: int, listed: Path | None, part: str
+) -> dict[str, FolderScan]:
     """Returns the parts to train and to validate on of images without a validation split, as `_parts`."""
     if listed is not None and listed.is_file():
-        both = read_split(listed, scan, ("train", "val") if part == "train" else ("val",))
-        return Parts(dict(zip(("train", "val"), both, strict=True)))
+        train, val = read_split(listed, scan, ("train", "val") if part == "train" else ("val",))
+        return {"train": train, "val": val}
     if config.class_map is not None:
         scan = map_classes(scan, _class_map(config.class_map, scan.root), config.class_map)
-    both = choose_split(scan, VAL_SHARE if config.val_share is None else config.val_share, seed)
-    if not both[1].images:
+    train, val = choose_split(scan, VAL_SHARE if config.val_share is None else config.val_share, seed)
+    if not val.images:
         raise UserError(f"data: every class in {str(scan.root)!r} has a single image, so none is left to validate on; add "
                         "images, or make train/ and val/ of your own")  # fmt: skip
-    return Parts(dict(zip(("train", "val"), both, strict=True)))
+    return {"train": train, "val": val}
 
 
 def _table_parts(config: DataConfig, seed: int, listed: Path | None, part: str) -> Parts:
@@ -344,7 +312,7 @@ def _table_parts(config: DataConfig, seed: int, listed: Path | None, part: str) 
         if not scans["train" if chosen and name == "val" else name].images:
             raise _no_rows(table, config, name)
     if chosen and part != "test":
-        scans |= _chosen_parts(config, scans["train"], seed, listed, part).scans
+        scans |= _chosen_scans(config, scans["train"], seed, listed, part)
     table.check_files(scans[name] for name in needed)
     return Parts(scans, chosen)
 
@@ -398,11 +366,7 @@ def _check_known(names: tuple[str, ...], class_to_idx: dict[str, int], split: st
 
 
 def _class_map(path: str, root: Path) -> dict[str, int]:
-    """Returns the class map in a file.
-
-    Raises:
-        UserError: if it cannot be read.
-    """
+    """Returns the class map in a file; raises UserError if it cannot be read."""
     place = next((one for one in (Path(path), root / path) if one.is_file()), None)
     if place is not None and place.suffix.lower() == ".txt":
         return _listed_classes(place)
@@ -416,11 +380,11 @@ def _class_map(path: str, root: Path) -> dict[str, int]:
 def _listed_classes(path: Path) -> dict[str, int]:
     """Returns the index of every line of a text file; the file may begin with a byte order mark and end with blank lines."""
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"class-map: cannot read {str(path)!r}: {first_line(error)}") from error
     numbers: dict[str, int] = {}
-    for index, name in enumerate(names):
+    for index, name in enumerate(map(str.strip, lines)):
         if not name or name in numbers:
             what = f"{name!r} a second time" if name else "a blank line"
             raise UserError(f"class-map: expected another class on each line of {str(path)!r}; got {what} on line {index + 1}")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
 from timm_sfr.data.images import image_endings
@@ -34,31 +34,18 @@ TEXT: dict[str, str] = {"encoding": "utf-8", "errors": "surrogateescape"}  # a f
 
 @dataclass(frozen=True)
 class FolderScan:
-    """What a folder of classes holds.
-
-    Attributes:
-        root: The folder.
-        images: (path, class) of every image, in natural order of the paths; several classes have ``|`` between them.
-        other: Number of files with other endings, by ending.
-        hidden: Hidden folders and files, relative to the root.
-        loose: Number of images outside of any class's folder.
-        empty: Folders without an image in them or below.
-        left_out: Number of images of classes that a class map does not name.
-        unlisted: Number of images that a run's list of files does not name.
-        other_splits: Number of images in a table's rows of splits that are not in use, by split.
-        several: Whether an image may have any number of classes.
-    """
+    """What a folder of classes holds: its images, and what is passed over."""
 
     root: Path
-    images: list[tuple[str, str]]
-    other: Counter[str] = field(default_factory=Counter)
-    hidden: tuple[str, ...] = ()
-    loose: int = 0
-    empty: tuple[str, ...] = ()
-    left_out: int = 0
-    unlisted: int = 0
-    other_splits: Counter[str] = field(default_factory=Counter)
-    several: bool = False
+    images: list[tuple[str, str]]  # (path, class), in natural order of the paths; ``|`` separates several classes
+    other: Counter[str] = field(default_factory=Counter)  # files with other endings, by ending
+    hidden: tuple[str, ...] = ()  # folders and files, relative to the root
+    loose: int = 0  # images outside of any class's folder
+    empty: tuple[str, ...] = ()  # folders without an image in them or below
+    left_out: int = 0  # images of classes that a class map does not name
+    unlisted: int = 0  # images that a run's list of files does not name
+    other_splits: Counter[str] = field(default_factory=Counter)  # images in rows of a table's unused splits, by split
+    several: bool = False  # whether an image may have any number of classes
 
     def labels(self, name: str) -> tuple[str, ...]:
         """Returns the classes that an image's entry in `images` names."""
@@ -89,49 +76,25 @@ class FolderScan:
         return ", ".join(parts)
 
 
-class FolderReader(Reader):
-    """timm's reader of a folder, for a given list of images.
-
-    Args:
-        scan: The images.
-        class_to_idx: The index of every class.
+class FolderReader(ReaderImageFolder):
+    """timm's reader of a folder, for the images of a scan.
 
     Attributes:
         samples: (path, class index) of every image; if it may have several classes, their indices in order.
     """
 
     def __init__(self, scan: FolderScan, class_to_idx: Mapping[str, int]) -> None:
-        super().__init__()
-        self.root, self.class_to_idx = str(scan.root), dict(class_to_idx)
-        self.samples: list[tuple[str, Any]]
-        if scan.several:
-            self.samples = [
-                (path, tuple(sorted({class_to_idx[label] for label in scan.labels(name)})))
-                for path, name in scan.images
-            ]
-        else:
-            self.samples = [(path, class_to_idx[name]) for path, name in scan.images]
-
-    def __getitem__(self, index: int) -> tuple:
-        path, target = self.samples[index]
-        return open(path, "rb"), target  # the dataset closes it
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        if basename:
-            return os.path.basename(path)
-        return path if absolute else os.path.relpath(path, self.root)
+        self.root, self.class_to_idx = str(scan.root), dict(class_to_idx)  # timm's __init__ would search the folder
+        self.samples: list[tuple[str, Any]] = []
+        for path, name in scan.images:
+            indices = sorted({class_to_idx[label] for label in scan.labels(name)})
+            self.samples.append((path, tuple(indices) if scan.several else indices[0]))
 
 
 def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
     """Finds the images below `root`, and whatever else lies there.
 
-    Args:
-        root: A folder of classes.
-        endings: The endings of images, such as ``.jpg``; by default all that Pillow decodes.
+    `endings` are those of images, such as ``.jpg``; by default all that Pillow decodes.
     """
     endings = set(image_endings() if endings is None else endings)
     images: list[tuple[str, str]] = []
@@ -202,15 +165,10 @@ def write_split(path: Path, parts: Mapping[str, FolderScan]) -> None:
     replace_atomically(path, lambda fresh: fresh.write_text(text.getvalue(), **TEXT))
 
 
-def read_split(
-    path: Path, scan: FolderScan, needed: Sequence[str] = ("train", "val")
-) -> tuple[FolderScan, FolderScan]:
-    """Returns the training and the validation part that a run's `write_split` wrote.
+def read_split(path: Path, scan: FolderScan, needed: Sequence[str] = ("train", "val")) -> tuple[FolderScan, FolderScan]:
+    """Returns the training and the validation part that a run's `write_split` wrote, of the folder as it is now.
 
-    Args:
-        path: The file.
-        scan: The folder as it is now.
-        needed: The parts that must be complete. For other parts, the images that still exist are returned.
+    The parts in `needed` must be complete. For other parts, the images that still exist are returned.
 
     Raises:
         UserError: if the file cannot be read, or one of its images is gone.
@@ -241,10 +199,7 @@ def lists_all(path: Path, root: Path) -> bool:
 def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> FolderScan:
     """Returns the images of the classes that a class map names; the others are counted as left out.
 
-    An image that may have several classes stays, with those that the map names.
-
-    Raises:
-        UserError: for a name in the map that has no images.
+    An image that may have several classes stays, with those that the map names. A name without images raises UserError.
     """
     counts = scan.counts
     without = [name for name in class_map if name not in counts]
@@ -259,11 +214,6 @@ def map_classes(scan: FolderScan, class_map: Mapping[str, int], source: str) -> 
         return dataclasses.replace(scan, images=[(path, SEPARATOR.join(labels)) for path, labels in named])
     images = [image for image in scan.images if image[1] in class_map]
     return dataclasses.replace(scan, images=images, left_out=scan.left_out + len(scan.images) - len(images))
-
-
-def number_classes(scan: FolderScan) -> dict[str, int]:
-    """Returns the index of every class, in natural order of the names."""
-    return {name: index for index, name in enumerate(scan.classes)}
 
 
 def _inside(root: Path, path: str) -> str:

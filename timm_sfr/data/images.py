@@ -35,20 +35,12 @@ def image_endings() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ImageReading:
-    """How images are read.
+    """How images are read."""
 
-    Attributes:
-        mode: The Pillow mode that the model takes, such as RGB or L.
-        exif: Whether the orientation in the EXIF data is applied.
-        background: The RGB colour, 0 to 255, that transparent images are laid on.
-        value_range: The values that become black and white in images of more than 8 bits; None for the image's own range
-            (`scaled`).
-    """
-
-    mode: str = "RGB"
-    exif: bool = True
-    background: tuple[int, int, int] = (255, 255, 255)
-    value_range: tuple[float, float] | None = None
+    mode: str = "RGB"  # the Pillow mode that the model takes
+    exif: bool = True  # whether the orientation in the EXIF data is applied
+    background: tuple[int, ...] = (255, 255, 255)  # the RGB colour that transparent images are laid on
+    value_range: tuple[float, ...] | None = None  # what becomes black and white beyond 8 bits; None: see `scaled`
 
 
 def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
@@ -87,23 +79,19 @@ def has_alpha(mode: str) -> bool:
     return any(band in ("A", "a") for band in ImageMode.getmode(mode).bands[1:])
 
 
-def laid_on(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+def laid_on(image: Image.Image, background: tuple[int, ...]) -> Image.Image:
     """Returns a transparent image laid on a colour, as RGB: alpha * image + (1 - alpha) * background."""
     over = image.convert("RGBA")
     under = Image.new("RGBA", over.size, (*background, 255))
     return Image.alpha_composite(under, over).convert("RGB")
 
 
-def scaled(image: Image.Image, value_range: tuple[float, float] | None = None) -> Image.Image:
-    """Returns an image of integers or floats of more than 8 bits, scaled to 8 bits (mode L).
+def scaled(image: Image.Image, value_range: tuple[float, ...] | None = None) -> Image.Image:
+    """Returns an image of a mode that begins with I or F (more than 8 bits), scaled to 8 bits (mode L).
 
-    255 * (value - low) / (high - low), rounded and clipped. Without a given range it is 0 to 2**bits - 1 for integers whose
-    file says how many bits they have (at most 16), 0 to 1 for floats in that range, and otherwise the image's own smallest
-    and largest value.
-
-    Args:
-        image: An image of a mode that begins with I or F.
-        value_range: (low, high).
+    255 * (value - low) / (high - low), rounded and clipped. Without a `value_range` (low, high) it is 0 to 2**bits - 1 for
+    integers whose file says how many bits they have (at most 16), 0 to 1 for floats in that range, and otherwise the image's
+    own smallest and largest value.
     """
     values = np.asarray(image).astype(np.float64)
     low, high = value_range or _own_range(image, values)
@@ -124,8 +112,7 @@ def _own_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
 
 def _bits(image: Image.Image) -> int | None:
     """Returns the bits of an integer image's values, at most 16; None if they are not known, or more."""
-    tags = getattr(image, "tag_v2", {})
-    found = tags.get(BITSPERSAMPLE)
+    found = getattr(image, "tag_v2", {}).get(BITSPERSAMPLE)
     if found:
         bits = int(found[0] if isinstance(found, tuple) else found)
         return bits if bits <= 16 else None
@@ -141,12 +128,7 @@ def model_input(image: Image.Image, about: dict[str, Any]) -> np.ndarray:
         image: An image as Pillow opens it.
         about: What the exported file has under the name ``timm_sfr.json``.
     """
-    reading = ImageReading(
-        about["image_mode"],
-        about["exif"],
-        tuple(about["image_background"]),
-        tuple(about["image_range"]) if about["image_range"] else None,
-    )
+    reading = ImageReading(about["image_mode"], about["exif"], tuple(about["image_background"]), about["image_range"])
     channels, height, width = about["input_size"]
     resample = Image.Resampling[about["interpolation"].upper()]
     image = to_mode(image, reading)

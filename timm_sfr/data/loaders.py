@@ -50,35 +50,17 @@ class EpochSampler(Sampler[int]):
     `processes`-th sample instead, which spreads the repeats over the processes. Each epoch drops its last, incomplete global
     batch. A run resumed in mid-epoch skips the first `start` batches.
 
-    Args:
-        count: Number of images.
-        batch_size: Samples in a batch of one process.
-        seed: The run's seed.
-        process: The number of this process, from 0.
-        processes: Their number.
-        order: The order of the samples; by default, all images once.
-
     Raises:
         UserError: if an epoch has no global batch.
     """
 
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        seed: int,
-        process: int = 0,
-        processes: int = 1,
-        order: EpochOrder | None = None,
-    ) -> None:
-        self.order = EpochOrder(count, seed) if order is None else order
-        if len(self.order) < batch_size * processes:
+    def __init__(self, order: EpochOrder, batch_size: int, process: int = 0, processes: int = 1) -> None:
+        if len(order) < batch_size * processes:
             raise UserError(
-                f"batch-size: the training split has {count} images, fewer than one global batch of "
+                f"batch-size: the training split has {order.count} images, fewer than one global batch of "
                 f"{batch_size} x {processes} processes; lower --batch-size"
             )
-        self.count, self.batch_size, self.seed = count, batch_size, seed
-        self.process, self.processes = process, processes
+        self.order, self.batch_size, self.process, self.processes = order, batch_size, process, processes
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:
@@ -89,7 +71,7 @@ class EpochSampler(Sampler[int]):
 
     def indices(self, epoch: int, step: int) -> list[int]:
         """Returns the indices of the images in batch `step` of an epoch."""
-        return [key % self.count for key in self.keys(epoch)[step * self.batch_size :][: self.batch_size]]
+        return [key % self.order.count for key in self.keys(epoch)[step * self.batch_size :][: self.batch_size]]
 
     def keys(self, epoch: int) -> list[int]:
         """Returns all keys of this process in an epoch, batch by batch."""
@@ -123,7 +105,6 @@ class TrainBatches:
             _check_shards(split.dataset, accelerator.num_processes * max(1, worker_count(config)))
             dataset = _prepare_stream(split.dataset, transform, config, prep.img_mode)
         else:
-            place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
             if config.cache_dataset and accelerator.is_main_process:
                 logger.info("decoding the images once, into memory")
             fixed = aug.no_aug and sizes is None  # else a cache keeps the images as they are decoded
@@ -131,7 +112,7 @@ class TrainBatches:
             targets = class_targets(split.dataset) if config.sampler == "balanced" else None
             order = EpochOrder(len(dataset), seed, config.epoch_repeats, aug.aug_repeats, targets)
             if sizes is None:
-                self.sampler = EpochSampler(len(dataset), batch, seed, **place, order=order)
+                self.sampler = EpochSampler(order, batch, accelerator.process_index, accelerator.num_processes)
                 form["sampler"] = self.sampler
             else:
                 views = [resized(dataset, prep.at(size).train_transform(aug)) for size in sizes.sizes]
@@ -140,11 +121,7 @@ class TrainBatches:
         self.samples = dataset
         self.loader = DataLoader(dataset, **form, **_options(config))
         self.batches = PrefetchLoader(
-            self.loader,
-            mean=prep.mean,
-            std=prep.std,
-            channels=prep.input_size[0],
-            device=accelerator.device,
+            self.loader, mean=prep.mean, std=prep.std, channels=prep.input_size[0], device=accelerator.device
         )
         # The trainer calls timm's random erasing: the loader is one batch ahead and would use another batch's random numbers.
         self.erase: Callable[[Tensor], Tensor] | None = None
@@ -192,9 +169,7 @@ def worker_count(config: DataConfig) -> int:
     return max(1, min(WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _prepare_stream(
-    dataset: IterableImageDataset, transform: Callable, config: DataConfig, mode: str
-) -> IterableImageDataset:
+def _prepare_stream(dataset: Any, transform: Callable, config: DataConfig, mode: str) -> IterableImageDataset:
     if config.cache_dataset:
         raise UserError("cache-dataset: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
                         "stream; leave the option out")  # fmt: skip

@@ -19,23 +19,13 @@ from timm_sfr.utils.errors import UserError
 Taken = tuple[Tensor, Tensor]
 
 
-def shuffled(count: int, generator: torch.Generator) -> Taken:
-    """Returns all `count` images once, in random order."""
-    order = torch.randperm(count, generator=generator)
-    return order, torch.zeros_like(order)
-
-
 def balanced(targets: Tensor, generator: torch.Generator) -> Taken:
     """Returns as many images as there are, of each class equally many up to one, in random order.
 
-    A class's images are taken in a random order that starts again when it has ended.
-
-    Args:
-        targets: The class of every image, (count,). Classes without images are left out.
-        generator: The random numbers.
+    A class's images are taken in a random order that starts again when it has ended. Classes without images are left out.
+    `targets` are the classes of all images, (count,).
     """
-    count, sizes = len(targets), targets.bincount()
-    sizes = sizes[sizes > 0]
+    count, sizes = len(targets), targets.unique(return_counts=True)[1]
     shares = torch.full_like(sizes, count // len(sizes))
     shares[torch.randperm(len(sizes), generator=generator)[: count % len(sizes)]] += 1
     mixed = torch.randperm(count, generator=generator)
@@ -82,8 +72,7 @@ class EpochOrder:
         if targets is not None:
             if targets.min() < 0:
                 raise UserError("sampler: some training images have no class, and balanced needs one of each image")
-            sizes = targets.bincount()
-            sizes = sizes[sizes > 0]
+            sizes = targets.unique(return_counts=True)[1]
             turns = math.ceil(math.ceil(count / len(sizes)) / int(sizes.min()))
         self._variants = turns * math.ceil(self.repeats)  # of one pass
 
@@ -95,21 +84,20 @@ class EpochOrder:
         generator, parts = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch), []
         passes = math.ceil(self.passes)
         for number in range(passes):
-            taken = shuffled(self.count, generator) if self.targets is None else balanced(self.targets, generator)
-            index, before = repeated(taken, self.repeats) if self.repeats > 1 else taken
+            if self.targets is None:
+                index = torch.randperm(self.count, generator=generator)
+                before = torch.zeros_like(index)
+            else:
+                index, before = balanced(self.targets, generator)
+            if self.repeats > 1:
+                index, before = repeated((index, before), self.repeats)
             parts.append(((epoch * passes + number) * self._variants + before) * self.count + index)
         return torch.cat(parts)[: len(self)]
 
     def part(self, keys: Tensor, size: int, process: int, processes: int) -> Tensor:
-        """Returns the keys of process `process`, (n / processes,), of whole global batches: the r-th part of each for process r.
+        """Returns a process's keys, (n / processes,), of the keys (n,) of whole global batches: process r's are the r-th `size`.
 
         If the order repeats images, it is every `processes`-th key instead, which spreads the repeats over the processes.
-
-        Args:
-            keys: The keys of the global batches, (n,).
-            size: Samples in a batch of one process.
-            process: The number of the process, from 0.
-            processes: Their number.
         """
         if self.repeats > 1:
             return keys[process::processes]

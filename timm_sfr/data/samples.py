@@ -27,21 +27,14 @@ from timm_sfr.utils.seeding import random_state_kept, seed_cpu
 
 def image_reading(config: DataConfig, mode: str) -> ImageReading:
     """Returns how a run reads images for a model that takes the Pillow mode `mode`, unless the options name another."""
-    red, green, blue = config.image_background
-    value_range = None if config.image_range is None else (config.image_range[0], config.image_range[1])
-    return ImageReading(config.input_img_mode or mode, config.exif, (red, green, blue), value_range)
+    return ImageReading(config.input_img_mode or mode, config.exif, config.image_background, config.image_range)
 
 
 class BadImage(UserError):
-    """An image that does not decode.
+    """An image that does not decode."""
 
-    Attributes:
-        name: Its file name, or its number.
-        target: Its class; None if unknown.
-    """
-
-    name: str = ""
-    target: int | None = None
+    name: str = ""  # of its file, or its number
+    target: int | None = None  # its class, if it is known
 
 
 class Decoded(Dataset):
@@ -68,7 +61,8 @@ class Decoded(Dataset):
             if isinstance(self.dataset, ImageDataset):
                 stream, target = self.dataset.reader[index]
                 with contextlib.closing(stream) if hasattr(stream, "close") else contextlib.nullcontext():
-                    return self._convert(Image.open(stream)), self._encode(target)
+                    label = int(target) if self.encode is None else self.encode(target).numpy()
+                    return self._convert(Image.open(stream)), label
             image, target = self.dataset[index]
             return self._convert(image), int(target)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -89,9 +83,6 @@ class Decoded(Dataset):
             return int(reader.samples[index][1])
         return self[index][1]
 
-    def _encode(self, target: Any) -> Any:
-        return int(target) if self.encode is None else self.encode(target).numpy()
-
     @property
     def concurrent(self) -> bool:
         """Whether several threads may read at once: true for files, not for an open tar or a database."""
@@ -105,22 +96,16 @@ class Decoded(Dataset):
 
 
 class BadImages:
-    """A list of the images that did not decode: a file to which all data loading processes add each image once.
-
-    Attributes:
-        path: The file; None until `write_to` sets it.
-        waiting: The lines added before that.
-    """
+    """A list of the images that did not decode: a file to which all data loading processes add each image once."""
 
     def __init__(self) -> None:
-        self.path: Path | None = None
-        self.waiting: list[str] = []
+        self.path: Path | None = None  # until `write_to` sets it
+        self.waiting: list[str] = []  # the lines added before that
 
     def write_to(self, path: Path) -> None:
         """Sets the file of the list; call it before the data loading processes start."""
         self.path = path
-        waiting, self.waiting = self.waiting, []
-        for line in waiting:
+        for line in self.waiting:
             self.add(line)
 
     def add(self, line: str) -> None:
@@ -168,10 +153,9 @@ class BadImageReplacer(Dataset):
 
 
 class Samples(Dataset):
-    """Transformed samples: (uint8 image (C, H, W), class index) by key.
+    """Transformed samples: (uint8 image (C, H, W), class index) by key (`timm_sfr.data.order`).
 
-    A key is ``variant * len + index``, and an epoch has one variant unless images repeat in it (`EpochOrder`). The transform's
-    random numbers are seeded by (seed, variant, index).
+    The transform's random numbers are seeded by (seed, variant, index).
 
     Args:
         images: A map-style dataset of (image, class index).
@@ -190,7 +174,7 @@ class Samples(Dataset):
 
     def __getitem__(self, key: int) -> tuple[Any, int]:
         samples = self.__getitems__([key])
-        return (samples.images_BCHW[0], samples.targets[0]) if isinstance(samples, Batch) else samples[0]
+        return tuple(part[0] for part in samples) if isinstance(samples, tuple) else samples[0]
 
     def __getitems__(self, keys: list[int]) -> list[tuple[Any, int]] | Batch:
         """Returns a batch; saves the random state only once, because saving takes as long as decoding a small image."""
@@ -200,13 +184,12 @@ class Samples(Dataset):
             return [self._sample(key) for key in keys] if self.batch_transform is None else self._batch(keys)
 
     def _batch(self, keys: list[int]) -> Batch:
-        arrays, targets, draws = [], [], []
-        for key in keys:
-            variant, index = divmod(key, len(self))
-            array, target = self.images.array(index)
-            seed_cpu(self.seed, variant, index)
-            arrays.append(array), targets.append(target), draws.append(self.batch_transform.draw(*array.shape[:2]))
-        return Batch(self.batch_transform(arrays, draws), targets)
+        arrays, targets = zip(*(self.images.array(key % len(self)) for key in keys), strict=True)
+        draws = []
+        for key, array in zip(keys, arrays, strict=True):
+            seed_cpu(self.seed, *divmod(key, len(self)))
+            draws.append(self.batch_transform.draw(*array.shape[:2]))
+        return self.batch_transform(arrays, draws), list(targets)
 
     def _sample(self, key: int) -> tuple[Any, int]:
         variant, index = divmod(key, len(self))

@@ -27,17 +27,11 @@ SizedKey = tuple[int, int]  # the key of a sample, and the number of its size am
 
 @dataclass(frozen=True)
 class SizeSchedule:
-    """The sizes of a run's training images.
-
-    Attributes:
-        sizes: The sizes to choose from, in pixels; the images are square.
-        policy: timm's schedule, over the images of one process.
-        processes: Number of processes.
-    """
+    """The sizes of a run's training images: square, in pixels, as timm's `policy` for one process chooses among them."""
 
     sizes: tuple[int, ...]
     policy: ScheduledBatchSampler
-    processes: int = 1
+    processes: int
 
     @classmethod
     def of(cls, config: SizeConfig, batch: int, count: int, epochs: int, seed: int, processes: int) -> SizeSchedule:
