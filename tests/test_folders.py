@@ -132,7 +132,7 @@ def test_a_folder_without_splits_is_split_by_class(tmp_path):
     assert val_split.scan.counts == {"cat": 5, "dog": 2, "rare": 1} and train_split.chosen
     assert train_split.scan.counts == {"cat": 45, "dog": 19, "rare": 1, "single": 1}
     assert not set(train_split.scan.images) & set(val_split.scan.images) and val_split.class_names == train_split.class_names
-    assert data_summary.missing_in_val(train_split, val_split) == ["single"]
+    assert data_summary.missing_in_val(train_split.scan, val_split.scan) == ["single"]
     again = open_splits(DataConfig(data_dir=str(root)), "RGB", 0)[1]
     other = open_splits(DataConfig(data_dir=str(root)), "RGB", 1)[1]
     assert again.scan.images == val_split.scan.images != other.scan.images

@@ -38,12 +38,8 @@ def class_targets(dataset: Any) -> Tensor:
 def balanced_weights(targets: Tensor, num_classes: int) -> tuple[float, ...]:
     """Returns w_c = n / (K n_c), a weight for each class; the mean over the images is 1, and classes without images get 1.
 
-    n is the number of images, n_c that of class c, and K the number of classes that have images. It is scikit-learn's
-    ``compute_class_weight("balanced")``.
-
-    Args:
-        targets: The class of every image, (n,).
-        num_classes: The number of classes.
+    n is the number of images, whose classes are `targets` (n,), n_c that of class c, and K the number of classes that have
+    images. It is scikit-learn's ``compute_class_weight("balanced")``.
     """
     sizes = targets.bincount(minlength=num_classes).double()
     weights = len(targets) / ((sizes > 0).sum() * sizes.clamp_min(1))
@@ -53,13 +49,7 @@ def balanced_weights(targets: Tensor, num_classes: int) -> tuple[float, ...]:
 def resolve_class_weights(
     option: str | None, train: Split, num_classes: int, names: Sequence[str] | None
 ) -> tuple[float, ...] | None:
-    """Returns a weight for each class, as ``--class-weights`` says; None for equal weights.
-
-    Args:
-        option: ``auto``, a file, or None.
-        train: The training images.
-        num_classes: The number of classes.
-        names: The names of the classes, if they are known.
+    """Returns a weight for each class, as ``--class-weights`` says (``auto`` or a file); None for equal weights.
 
     Raises:
         UserError: if ``auto`` is given for a stream, or the file does not give each class one weight.
@@ -99,7 +89,11 @@ def _from_file(path: Path, num_classes: int, names: Sequence[str] | None) -> tup
         raise UserError(
             f"{where} lacks weights of {len(missing)} of {num_classes} classes: {some(missing)}; expected one of each"
         )
-    weights = {chosen[key]: _weight(value, key, where) for key, value in entries}
+    weights = {}
+    for key, value in entries:
+        weights[chosen[key]] = _number(value)
+        if not 0 <= weights[chosen[key]] < math.inf:
+            raise UserError(f"{where}: expected a number of at least 0 for {key!r}; got {value!r}")
     if not any(weights.values()):
         raise UserError(f"{where} has weights of 0 only; expected one above 0")
     return tuple(weights[index] for index in range(num_classes))
@@ -123,7 +117,7 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     lines = [line for line in text.splitlines() if line.strip()]
     comma = path.suffix.lower() == ".csv"
     rows = list(csv.reader(lines)) if comma else [line.rsplit(None, 1) for line in lines]
-    if comma and rows and len(rows[0]) == 2 and not _is_number(rows[0][1]):
+    if comma and rows and len(rows[0]) == 2 and math.isnan(_number(rows[0][1])):
         rows = rows[1:]
     for row in rows:
         if len(row) != 2:
@@ -133,16 +127,9 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     return [(name.strip(), value) for name, value in rows]
 
 
-def _weight(value: Any, key: str, where: str) -> float:
-    number = float(value) if _is_number(value) else math.nan
-    if not 0 <= number < math.inf:
-        raise UserError(f"{where}: expected a number of at least 0 for {key!r}; got {value!r}")
-    return number
-
-
-def _is_number(value: Any) -> bool:
+def _number(value: Any) -> float:
+    """Returns a weight as a number; NaN if it is none."""
     try:
-        float(value)
+        return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
-        return False
-    return not isinstance(value, bool)
+        return math.nan

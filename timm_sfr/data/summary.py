@@ -40,7 +40,7 @@ def lines(train: Split, val: Split, test: Split | None = None) -> list[str]:
         if ranges:
             found.append(f"data: {name} has images of mode {', '.join(ranges)}, each scaled by its own smallest and largest "
                          "value; --image-range LOW HIGH gives all of them one scale")  # fmt: skip
-    lacking = missing_in_val(train, val)
+    lacking = missing_in_val(train.scan, val.scan)
     if lacking:
         found.append(f"data: val has no images of {counted(len(lacking), 'class')}: {some(lacking)}")
     for name, other in PAIRS:
@@ -75,12 +75,10 @@ def per_class(scan: FolderScan) -> str:
     return f"{counted(len(scan.images), 'image')} in {counted(len(counts), 'class')}, {sizes}"
 
 
-def missing_in_val(train: Split, val: Split) -> list[str]:
+def missing_in_val(train: FolderScan, val: FolderScan) -> list[str]:
     """Returns the classes of the training folder that have no images in the validation folder."""
-    if train.scan is None or val.scan is None:
-        return []
-    here = set(val.scan.counts)
-    return [name for name in train.scan.classes if name not in here]
+    here = set(val.counts)
+    return [name for name in train.classes if name not in here]
 
 
 def duplicates(train: FolderScan, val: FolderScan) -> list[tuple[str, str]]:

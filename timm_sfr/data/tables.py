@@ -32,45 +32,28 @@ Cells = Iterator[tuple[int, list[Any]]]
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table.
+    """A row of a table."""
 
-    Attributes:
-        number: Its line in a CSV file, where the header is line 1; its row in a Parquet file, counted from 1.
-        path: The image file.
-        label: The name of its class; several have ``|`` between them.
-        split: The name of its split; empty if the table has no such column.
-    """
-
-    number: int
+    number: int  # of the line in a CSV file, where the header is line 1; of the row in a Parquet file, counted from 1
     path: str
-    label: str
-    split: str
+    label: str  # the name of the image's class; several have ``|`` between them
+    split: str  # empty if the table has no such column
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table of images.
-
-    Attributes:
-        file: The file.
-        root: The folder that relative paths are relative to.
-        rows: Its rows.
-        splits: The names in its column ``split``, in the order in which they appear; None without such a column.
-        several: Whether an image may have any number of classes.
-    """
+    """A table of images."""
 
     file: Path
-    root: Path
+    root: Path  # relative paths begin here
     rows: list[Row]
-    splits: tuple[str, ...] | None
-    several: bool = False
+    splits: tuple[str, ...] | None  # the names in its column ``split``, in the order in which they appear
+    several: bool = False  # whether an image may have any number of classes
 
     def scan(self, names: Iterable[str] | None, used: Container[str] | None = None) -> FolderScan:
-        """Returns the images of the splits with these names, or of all rows for None.
+        """Returns the images of a split, of which all `names` mean the same, or of all rows for None.
 
-        Args:
-            names: The names that mean the same split.
-            used: The names of all splits in use, if rows of others are to be counted as passed over.
+        If the names `used` of all splits in use are given, rows of others are counted as passed over.
         """
         names = None if names is None else set(names)
         images = [(row.path, row.label) for row in self.rows if names is None or row.split in names]
@@ -82,7 +65,7 @@ class Table:
         for row in self.rows if self.splits is not None else ():
             if row.split not in known:
                 what = f"unknown split {row.split!r}{near_matches(row.split, known)}" if row.split else "empty split"
-                raise UserError(f"dataset: {self.place(row.number)}: {what}; expected one of {', '.join(sorted(known))}")
+                raise UserError(f"dataset: {_place(self.file, row.number)}: {what}; expected one of {', '.join(sorted(known))}")
 
     def check_files(self, scans: Iterable[FolderScan]) -> None:
         """Raises UserError if image files of the scans are missing: their number and the first few, with their rows."""
@@ -101,10 +84,6 @@ class Table:
             raise UserError(f"task: every image in {str(self.file)!r} has exactly one class, and --task multilabel is for any "
                             "number, with | or ; between them; leave out the option (--bce-loss has the same loss)")  # fmt: skip
 
-    def place(self, number: int) -> str:
-        """Returns a phrase for a row of the file."""
-        return _place(self.file, number)
-
 
 def is_table(dataset: str | None) -> bool:
     """Returns whether the option --dataset names a table."""
@@ -112,11 +91,7 @@ def is_table(dataset: str | None) -> bool:
 
 
 def find_table(dataset: str, data_dir: str | None) -> Path:
-    """Returns the file that ``csv/FILE`` names: in the current folder or in `data_dir`.
-
-    Raises:
-        UserError: if there is no such file.
-    """
+    """Returns the file that ``csv/FILE`` names, in the current folder or in `data_dir`; raises UserError without one."""
     given = dataset.removeprefix(PREFIX)
     found = [place for place in (Path(given), Path(data_dir or "") / given) if given and place.is_file()]
     if not found:
@@ -149,14 +124,10 @@ def read_table(file: Path, data_dir: str | None, image: str | None, label: str |
         return chosen + [SPLIT_COLUMN] * (SPLIT_COLUMN in columns)
 
     names, cells = _reader(file)(file, choose)
-    has_split = names[-1] == SPLIT_COLUMN
-    if several:
-        cells = _joined(file, names[1 : len(names) - has_split], cells)
-        names = [names[0], ", ".join(names[1 : len(names) - has_split]), *names[len(names) - has_split :]]
     rows = list(_rows(file, root, names, cells, several))
     if not rows:
         raise UserError(f"dataset: {str(file)!r} has no rows; expected one per image")
-    splits = tuple(dict.fromkeys(row.split for row in rows)) if has_split else None
+    splits = tuple(dict.fromkeys(row.split for row in rows)) if names[-1] == SPLIT_COLUMN else None
     return Table(file, root, rows, splits, several)
 
 
@@ -168,54 +139,56 @@ def _keys(label: str | None) -> list[str | None]:
         raise UserError(f"target-key: {first_line(error)}") from error
 
 
-def _joined(file: Path, names: Sequence[str], cells: Cells) -> Cells:
-    """Yields rows of path, classes with ``|`` between them, and perhaps split.
+def _rows(file: Path, root: Path, names: Sequence[str], cells: Cells, several: bool) -> Iterator[Row]:
+    """Yields the rows, checked. The columns `names` are the path, the label or labels, and perhaps the split."""
+    image, *columns = names
+    has_split = columns[-1] == SPLIT_COLUMN
+    columns = columns[: len(columns) - has_split]
+    labels: dict[str, tuple[str, int]] = {}
+    for number, (given, *values) in cells:
+        split = (_text(values.pop()) or "") if has_split else ""
+        name = _filled(file, number, image, given)
+        label = _joined(file, number, columns, values) if several else _filled(file, number, columns[0], values[0])
+        path = os.path.normpath(root / name)
+        before = labels.setdefault(path, (label, number))
+        if before[0] != label:
+            expected = "the same" if several else "one"
+            raise UserError(f"dataset: {_place(file, number)}: {name!r} has the label {label!r} here and {before[0]!r} in "
+                            f"{_place(file, before[1]).split(', ')[-1]}; expected {expected} label")  # fmt: skip
+        yield Row(number, path, label, split)
 
-    Args:
-        file: The table.
-        names: The columns of the labels: one, or one of 0 and 1 for each class.
-        cells: The rows of path, those columns, and perhaps split.
+
+def _filled(file: Path, number: int, column: str, value: Any) -> str:
+    """Returns a cell as text; raises UserError if it is empty or has something else."""
+    text = _text(value)
+    if text is None:
+        raise UserError(f"dataset: {_place(file, number)}: expected text or an integer in column {column!r}; images "
+                        "themselves in a Parquet file are for --dataset hfds/FOLDER")  # fmt: skip
+    if not text:
+        raise UserError(f"dataset: {_place(file, number)}: column {column!r} is empty")
+    return text
+
+
+def _joined(file: Path, number: int, columns: Sequence[str], values: Sequence[Any]) -> str:
+    """Returns an image's classes with ``|`` between them, from one column of classes, or one of 0 and 1 for each class.
 
     Raises:
         UserError: if a cell has no text, no integer and no list of them, or a class's column something else than 0 or 1.
     """
-    for number, (path, *values) in cells:
-        given, rest = values[: len(names)], values[len(names) :]
-        if len(names) == 1:
-            listed = given[0] if isinstance(given[0], (list, tuple)) else [given[0]]
-            labels = [_text(part) for part in listed]
-            if None in labels:
-                raise UserError(f"dataset: {_place(file, number)}: expected text, integers or lists of them in column "
-                                f"{names[0]!r}; got {given[0]!r}")  # fmt: skip
-            labels = [part.strip() for label in labels for part in re.split(r"[|;]", label)]
-        else:
-            flags = [_text(int(value) if isinstance(value, bool) else value) for value in given]
-            wrong = next((place for place, flag in enumerate(flags) if flag not in ("0", "1")), None)
-            if wrong is not None:
-                raise UserError(f"dataset: {_place(file, number)}: expected 0 or 1 in column {names[wrong]!r}, because "
-                                f"--target-key names several; got {given[wrong]!r}")  # fmt: skip
-            labels = [name for name, flag in zip(names, flags, strict=True) if flag == "1"]
-        yield number, [path, SEPARATOR.join(dict.fromkeys(filter(None, labels))), *rest]
-
-
-def _rows(file: Path, root: Path, names: Sequence[str], cells: Cells, several: bool) -> Iterator[Row]:
-    """Yields the rows, checked; `several`: whether a label may be empty."""
-    labels: dict[str, tuple[str, int]] = {}
-    for number, values in cells:
-        texts = [_text(value) for value in values]
-        for name, text in zip(names[: 1 if several else 2], texts, strict=False):
-            if text is None:
-                raise UserError(f"dataset: {_place(file, number)}: expected text or an integer in column {name!r}; images "
-                                "themselves in a Parquet file are for --dataset hfds/FOLDER")  # fmt: skip
-            if not text:
-                raise UserError(f"dataset: {_place(file, number)}: column {name!r} is empty")
-        path, label, split = os.path.normpath(root / texts[0]), texts[1], (*texts, "")[2] or ""
-        before = labels.setdefault(path, (label, number))
-        if before[0] != label:
-            expected = "the same" if several else "one"
-            raise UserError(f"dataset: {_place(file, number)}: {texts[0]!r} has the label {label!r} here and {before[0]!r} in "
-                            f"{_place(file, before[1]).split(', ')[-1]}; expected {expected} label")  # fmt: skip
-        yield Row(number, path, label, split)
+    if len(columns) == 1:
+        labels = [_text(part) for part in (values[0] if isinstance(values[0], (list, tuple)) else values)]
+        if None in labels:
+            raise UserError(f"dataset: {_place(file, number)}: expected text, integers or lists of them in column "
+                            f"{columns[0]!r}; got {values[0]!r}")  # fmt: skip
+        labels = [part.strip() for label in labels for part in re.split(r"[|;]", label)]
+    else:
+        flags = [_text(int(value) if isinstance(value, bool) else value) for value in values]
+        wrong = next((place for place, flag in enumerate(flags) if flag not in ("0", "1")), None)
+        if wrong is not None:
+            raise UserError(f"dataset: {_place(file, number)}: expected 0 or 1 in column {columns[wrong]!r}, because "
+                            f"--target-key names several; got {values[wrong]!r}")  # fmt: skip
+        labels = [name for name, flag in zip(columns, flags, strict=True) if flag == "1"]
+    return SEPARATOR.join(dict.fromkeys(filter(None, labels)))
 
 
 def _text(value: Any) -> str | None:

@@ -124,15 +124,10 @@ def _operations(transform: Any) -> Iterator[AugmentOp]:
 
 
 class AugSplits:
-    """Turns an image into a tuple of views, as timm's ``AugMixDataset`` does.
+    """Turns an image into a tuple of `count` views, as timm's ``AugMixDataset`` does.
 
-    The first view is cropped and flipped; the others have the same crop and are also augmented, each anew.
-
-    Args:
-        crop: Crops and flips.
-        augment: Augments.
-        finish: Turns a PIL image into a tensor.
-        count: The number of views.
+    The first view is cropped and flipped (`crop`); the others have the same crop and are also augmented, each anew. `finish`
+    makes tensors of PIL images.
     """
 
     def __init__(self, crop: Callable, augment: Callable, finish: Callable, count: int) -> None:
@@ -149,10 +144,6 @@ class TestViews:
 
     Two views are the image and its mirror image. Five or ten are the crops of torchvision's `FiveCrop` or `TenCrop` in place of
     the centre crop. `plain_view` says which of them timm's transform makes.
-
-    Args:
-        transform: timm's transform: resizing, cropping, conversion to a tensor.
-        views: 2, 5 or 10.
 
     Raises:
         UserError: for crops of an image that timm does not crop at its centre.
@@ -197,7 +188,8 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
         raise UserError(
             f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}"
         ) from error
-    return Preprocessing(**{name: _tuple(resolved[name]) for name in Preprocessing.__dataclass_fields__})
+    found = {name: resolved[name] for name in Preprocessing.__dataclass_fields__}
+    return Preprocessing(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 
 
 def create_mixup(aug: AugConfig, num_classes: int, multi_label: bool = False) -> Mixup | None:
@@ -234,7 +226,3 @@ def check_mode(mode: str, channels: int) -> None:
 def img_mode(channels: int) -> str:
     """Returns the PIL mode of images with `channels` channels."""
     return "L" if channels == 1 else "RGB"
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
