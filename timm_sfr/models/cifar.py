@@ -13,29 +13,25 @@ blocks are timm's (`timm.models.resnet`, `resnetv2`, `efficientnet`), with the i
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, calculate_drop_path_rates, create_classifier, create_conv2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import BasicBlock, make_blocks
+from timm.models.resnet import BasicBlock, ResNet, make_blocks
 from timm.models.resnetv2 import PreActBasic, ResNetStage
 from torch import Tensor, nn
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ResNet):
     """A residual network with a 3 x 3 stem of stride 1: (B, in_chans, H, W) to logits (B, num_classes).
+
+    It has timm's head and its methods, and layers of its own. Arguments that are not listed are those of timm's ResNet.
 
     Args:
         layers: Blocks per stage; every stage after the first halves the resolution.
         channels: Channels per stage.
-        num_classes: Number of classes; 0 for no classifier.
-        in_chans: Image channels.
-        global_pool: timm's pooling type.
-        drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth.
         preact: Use pre-activation blocks (normalise, activate, convolve).
         stem_width: Channels of the stem (default: those of the first stage).
     """
@@ -54,7 +50,7 @@ class CifarResNet(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # ResNet's own would add its layers
         dd = {"device": device, "dtype": dtype}
         self.num_classes, self.in_chans, self.drop_rate = num_classes, in_chans, drop_rate
         self.grad_checkpointing = False
@@ -81,26 +77,6 @@ class CifarResNet(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Returns patterns that group parameters, for layer-wise learning rates."""
         return {"stem": r"^conv1|bn1", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)(?:\.blocks)?\.(\d+)"}
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turns recomputing activations in the backward pass on or off."""
-        self.grad_checkpointing = enable
-
-    def get_classifier(self) -> nn.Module:
-        """Returns the classifier."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, and the pooling if `global_pool` is given."""
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        weight = self.conv1.weight
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=pool, device=weight.device, dtype=weight.dtype
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
 
     def forward_intermediates(
         self,
@@ -152,17 +128,6 @@ class CifarResNet(nn.Module):
         else:
             x = self.stages(x)
         return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Returns logits for the last stage's features, or with `pre_logits` the input of the classifier."""
-        x = self.global_pool(x)
-        if self.drop_rate:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns logits (B, num_classes) for images (B, in_chans, H, W)."""
-        return self.forward_head(self.forward_features(x))
 
 
 def _postact_stages(

@@ -13,10 +13,7 @@ from torch import nn
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.hub_client import reason
 
-PROBLEM, SEVERAL_LABELS = (
-    "problem_type",
-    "multi_label_classification",
-)  # a key of config.json and its value, as transformers'
+PROBLEM, SEVERAL_LABELS = "problem_type", "multi_label_classification"  # in config.json, as transformers' models
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 # Keys in an architecture's default configuration that describe the weights that timm publishes, not ours.
 PROVENANCE = (

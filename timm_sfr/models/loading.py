@@ -79,12 +79,7 @@ def create_model(
 
 
 def base_folder(name: str, weights: bool) -> Path:
-    """Returns the local folder of an ``hf-hub:`` or ``local-dir:`` name, with the configuration and, if asked, the weights.
-
-    Raises:
-        UserError: if it does not exist, or is not a model of ours or timm's.
-        HubError: if it is on the Hub and cannot be downloaded.
-    """
+    """Returns the local folder of an ``hf-hub:`` or ``local-dir:`` name, checked, with the weights if asked."""
     folder = _local(name) or _from_hub(name, {"revision": None, "token": None, "cache_dir": None}, weights)
     check_folder(folder, name, weights)
     return folder
@@ -161,11 +156,7 @@ def _model_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def _scale_head(model: nn.Module, config: ModelConfig, name: str) -> None:
-    """Scales the classifier's weights and sets its biases as the options ask.
-
-    Raises:
-        UserError: if the classifier has no weights and biases, or only one of them where both are needed.
-    """
+    """Scales the classifier's weights and sets its biases as the options ask; raises UserError if it lacks them."""
     scale, bias = config.head_init_scale, config.head_init_bias
     if scale is None and bias is None:
         return

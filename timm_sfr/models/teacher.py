@@ -6,7 +6,6 @@ Shape suffixes: B batch, K classes, C channels, H x W pixels, D features.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,6 +22,7 @@ from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.method.probe import MISFITS, described
 from timm_sfr.models.loading import create_model
 from timm_sfr.utils.errors import UserError, first_line, near_paths
+from timm_sfr.utils.files import read_json
 from timm_sfr.utils.processes import one_at_a_time
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL makes grey images
@@ -34,11 +34,6 @@ class Teacher(DistillationTeacher):
     timm's wrapper converts means and deviations. This one also converts the size (bilinear, antialiased; timm's passes the
     student's size on), and between grey and colour images in both directions. The teacher is frozen, in evaluation mode,
     and not part of what is trained, averaged, saved or exported.
-
-    Args:
-        model: The teacher, with its weights.
-        student: The preprocessing of the student's images.
-        config: The teacher's options.
 
     Raises:
         UserError: if it cannot take the student's images.
@@ -158,11 +153,7 @@ def open_teacher(
     accelerator: Any,
     channels_last: bool,
 ) -> Teacher | None:
-    """Returns the teacher on the device, or None if the options name none.
-
-    Raises:
-        UserError: as in `load_teacher`.
-    """
+    """Returns the teacher on the device, as `load_teacher`, or None if the options name none."""
     if config.model_name is None:
         return None
     teacher = one_at_a_time(accelerator, lambda: load_teacher(config, num_classes, class_names, student))
@@ -226,12 +217,9 @@ def headline(teacher: Teacher) -> str:
 
 def changed(metrics: Path, facts: dict[str, Any]) -> str | None:
     """Returns a warning if a resumed run has another teacher than its metrics.json records; else None."""
-    try:
-        before = (json.loads(metrics.read_text()).get("teacher") or {}).get("sha256")
-    except (OSError, ValueError, AttributeError):
-        return None  # nothing was validated yet
-    now = (facts.get("teacher") or {}).get("sha256")
-    if before == now:
+    recorded = read_json(metrics)  # empty if nothing was validated yet
+    before, now = ((found.get("teacher") or {}).get("sha256") for found in (recorded, facts))
+    if not recorded or before == now:
         return None
     return "warning: the teacher is not the one that this run started with; the result will differ from an uninterrupted run"
 

@@ -69,18 +69,11 @@ class About(Checked):
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """A model of the zoo.
+    """A model of the zoo."""
 
-    Attributes:
-        name: Its name in timm, ``ARCHITECTURE.TAG``.
-        recipe: The recipe's file.
-        options: The training options.
-        about: The recipe's description of the published model.
-    """
-
-    name: str
+    name: str  # in timm, ``ARCHITECTURE.TAG``
     recipe: Path
-    options: dict[str, Any]
+    options: dict[str, Any]  # of the training
     about: About
 
     @property
@@ -120,8 +113,10 @@ class ZooEntry:
             if known.get("pool_size") and known.get("input_size"):  # the last feature map's size; strides round up
                 sides = zip(known["pool_size"], shape[1:], known["input_size"][1:], strict=True)
                 changes |= {"pool_size": tuple(-(-pool * side // full) for pool, side, full in sides)}
-        source = {"file": str(WEIGHTS_FOLDER / self.about.weights)} if self.about.weights else {"hf_hub_id": self.repo_id}
-        source |= {} if self.about.weights else {"hf_hub_filename": "model.safetensors"}  # else timm may load a pickle
+        if self.about.weights:
+            source = {"file": str(WEIGHTS_FOLDER / self.about.weights)}
+        else:  # without the file's name, timm may load a pickle
+            source = {"hf_hub_id": self.repo_id, "hf_hub_filename": "model.safetensors"}
         changes |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
                     "label_names": self.about.label_names, "license": self.options.get("hub_license")}  # fmt: skip
         return PretrainedCfg(**known | changes | source)
