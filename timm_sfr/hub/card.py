@@ -37,21 +37,13 @@ ON_THE_HUB = {"torch/cifar10": "uoft-cs/cifar10", "torch/cifar100": "uoft-cs/cif
 
 @dataclass(frozen=True)
 class Facts:
-    """The sources of a card.
-
-    Attributes:
-        metrics: Content of the run's metrics.json; empty without a run.
-        options: The run's resolved options, as in its args.yaml.
-        rows: The rows of its summary.csv.
-        source: ``USER/NAME[@REVISION]`` of the repository that gets the card; None for the folder on disk.
-        pictures: Paths of the PNG files in the card, relative to it.
-    """
+    """The sources of a card: metrics.json, args.yaml and the rows of summary.csv, all empty without a run."""
 
     metrics: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
-    source: str | None = None
-    pictures: tuple[str, ...] = ()
+    source: str | None = None  # ``USER/NAME[@REVISION]`` that gets the card; None for the folder on disk
+    pictures: tuple[str, ...] = ()  # paths of the PNG files in the card, relative to it
 
 
 def dataset_name(options: dict[str, Any]) -> str:

@@ -97,24 +97,15 @@ def push_to_hub(
 
 @dataclass(frozen=True)
 class _Upload:
-    """The steps of one push; each can be repeated after a failure.
-
-    Attributes:
-        api: huggingface_hub's client.
-        repo_id: ``USER/NAME``.
-        revision: The branch; None for ``main``.
-        files: Maps each file's name in the repository to its path.
-        message: The commit's title.
-        kind: ``"model"`` or ``"space"``.
-        owned: Names of files that a push without them deletes, because they belong to other weights.
-    """
+    """The steps of one push; each can be repeated after a failure."""
 
     api: HfApi
     repo_id: str
-    revision: str | None
-    files: dict[str, Path]
-    message: str
-    kind: str = "model"
+    revision: str | None  # the branch; None for ``main``
+    files: dict[str, Path]  # by name in the repository
+    message: str  # the commit's title
+    kind: str = "model"  # or "space"
+    # Files that a push without them deletes, because they belong to other weights.
     owned: frozenset[str] = frozenset({*RUN_FILES, *PICKLES, *CARD_PICTURES})
 
     def beside(self, space: str, place: Path) -> _Upload:
@@ -173,16 +164,15 @@ class _Upload:
 
 
 def run_files(run: Path, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
-    """Prepares the files of a run for publishing: those that differ from the run's are written to `place`.
+    """Returns the path of each file to publish of a run, by its name in the repository.
+
+    Card, configuration and args.yaml differ from the run's, and are written to `place`.
 
     Args:
         run: The run's folder.
         source: The repository, ``USER/NAME[@REVISION]``.
-        place: Folder for card, configuration and args.yaml.
+        place: A folder.
         license: Replaces the licence that the run recorded.
-
-    Returns:
-        The path of each file by its name in the repository.
 
     Raises:
         UserError: if the run is unfinished, or a file is missing or cannot be read.
@@ -216,10 +206,7 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
 
 
 def model_files(model: nn.Module, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
-    """Writes the files of a timm model or an `SFRTask` to `place`: configuration, weights, and a card without scores.
-
-    Returns:
-        The path of each file by its name in the repository.
+    """Writes a timm model or an `SFRTask` to `place`, with a card without scores; returns the files, as `run_files`.
 
     Raises:
         UserError: if it is not a timm model, or cannot be saved.

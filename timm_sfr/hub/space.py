@@ -31,7 +31,6 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
         model: Its repository, ``USER/NAME``.
         revision: Its branch, or None.
         title: The name of the Space.
-        place: A folder.
 
     Raises:
         UserError: if the model does not take grey or colour images, or an image may have several of its classes.
