@@ -37,35 +37,21 @@ PANELS = (
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel.
+    """One line of a panel."""
 
-    Attributes:
-        label: Its name in the legend; the run's name if runs are compared.
-        epochs: Epochs, from 1.
-        values: One value per epoch.
-        colour: Its colour.
-        dashed: Whether the line is dashed.
-    """
-
-    label: str
-    epochs: Sequence[float]
-    values: Sequence[float]
+    label: str  # in the legend; the run's name if runs are compared
+    epochs: Sequence[float]  # from 1
+    values: Sequence[float]  # one per epoch
     colour: str
     dashed: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves that share axes.
-
-    Attributes:
-        name: Its file name.
-        title: Its title, with the unit.
-        curves: The curves.
-    """
+    """Curves that share axes."""
 
     name: str
-    title: str
+    title: str  # with the unit
     curves: list[Curve]
 
 

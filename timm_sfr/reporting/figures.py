@@ -33,24 +33,20 @@ STYLE: dict[str, Any] = {
 MAX_NAMED = 24  # a confusion matrix of more classes has no room for their names
 
 
-def draw(paint: Callable[[Figure], None], size: tuple[float, float] = (4.8, 3.0)) -> Figure:
-    """Returns a figure of `size` inches in this package's style, drawn by `paint`."""
+def draw(paint: Callable[..., None], *values: Any, size: tuple[float, float] = (4.8, 3.0)) -> Figure:
+    """Returns a figure of `size` inches in this package's style, drawn by `paint` from `values`."""
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        paint(figure)
+        paint(figure, *values)
     return figure
 
 
-def curves(figure: Figure, panel: Panel) -> None:
-    """Draws one panel of curves."""
-    _curves(figure.add_subplot(), panel)
-
-
 def sheet(figure: Figure, panels: Sequence[Panel]) -> None:
-    """Draws several panels of curves, three in a row."""
+    """Draws panels of curves, up to three in a row."""
+    columns = min(3, len(panels))
     rows = -(-len(panels) // 3)
     for index, panel in enumerate(panels):
-        _curves(figure.add_subplot(rows, 3, index + 1), panel)
+        _curves(figure.add_subplot(rows, columns, index + 1), panel)
 
 
 def _curves(axes: Any, panel: Panel) -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -28,17 +29,11 @@ SMALL, LARGE = 64, 224
 
 @dataclass(frozen=True)
 class Sample:
-    """One image.
+    """One image."""
 
-    Attributes:
-        index: Its index in the split.
-        target: Its class; if it may have several, an array (K,) of 0 and 1.
-        pixels: The model's input before normalisation, uint8 (C, H, W).
-    """
-
-    index: int
-    target: Any
-    pixels: Tensor
+    index: int  # in the split
+    target: Any  # its class; if it may have several, an array (K,) of 0 and 1
+    pixels: Tensor  # the model's input before normalisation, uint8 (C, H, W)
 
     def label(self, names: Sequence[str]) -> str:
         """Returns its class in words, or its classes, by their names; a class without a name is a number."""
@@ -48,14 +43,9 @@ class Sample:
 
 
 class Gallery:
-    """The images of a run's validation split.
+    """The images of a run's validation split: `dataset`, if it is already open.
 
-    Args:
-        run: The run's folder.
-        config: Its options.
-        prep: Its preprocessing.
-        names: The model's classes; empty if they are not known.
-        dataset: The split's dataset, if it is already open.
+    `names` are the model's classes; empty if they are not known.
 
     Raises:
         UserError: if the split cannot be opened, or is a stream.
@@ -70,12 +60,8 @@ class Gallery:
             split = open_validation(config.data, mode, config.engine.seed, names, run / SPLIT_FILE)
         if split.streamed:
             raise UserError("images of a stream cannot be read by index")
-        self.images, self.transform, self.root = (
-            Decoded(split.dataset, image_reading(config.data, mode)),
-            prep.eval_transform(),
-            config.data.data_dir,
-        )
-        self.class_names = split.class_names
+        self.images = Decoded(split.dataset, image_reading(config.data, mode))
+        self.transform, self.root, self.class_names = prep.eval_transform(), config.data.data_dir, split.class_names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -100,14 +86,11 @@ class Gallery:
         if targets is None:
             indices = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
         else:
-            # Order: the n-th image of every class before the (n + 1)-th of any class.
-            by_class = np.argsort(targets, kind="stable")
-            starts = np.r_[True, np.diff(targets[by_class]) > 0].nonzero()[0]
-            rank = np.empty(len(targets), int)
-            rank[by_class] = np.arange(len(targets)) - np.repeat(starts, np.diff(np.r_[starts, len(targets)]))
-            first = np.lexsort((targets, rank))
-            step = max(1, len(starts) // count)
-            indices = np.r_[first[: len(starts)][::step], first[len(starts) :]][:count]
+            ends = np.cumsum(np.unique(targets, return_counts=True)[1])
+            by_class = np.split(np.argsort(targets, kind="stable"), ends[:-1])
+            first, *later = zip_longest(*by_class)  # the first image of every class, then the second, ...
+            step = max(1, len(by_class) // count)
+            indices = [*first[::step], *(index for turn in later for index in turn if index is not None)][:count]
         found = [self.sample(int(index)) for index in indices]
         return [sample for sample in found if sample is not None]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Sequence
@@ -38,7 +37,7 @@ from timm_sfr.runs.predictions import (
 from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.runs.scores import MULTILABEL, TITLES, shown_percents
 from timm_sfr.utils.errors import UserError
-from timm_sfr.utils.files import replace_atomically, write_whole
+from timm_sfr.utils.files import read_json, replace_atomically, write_whole
 
 PAGE, PICTURES = "report.html", "pictures"
 SFR_IMAGES, SFR_BATCH = 4, 16  # images shown in the SFR section; images over which channels are correlated
@@ -62,16 +61,15 @@ def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: 
     """
     run, notes = read_finished(path), []
     table = _load_predictions(run, notes)
-    drawings = _draw_figures(run, table)
-    page = _page_values(run, table, drawings, notes, mistakes, dataset)
+    shown, pictures = _draw_figures(run, table)
+    page = _page_values(run, table, shown, notes, mistakes, dataset)
     text = _template("page.html").render(**page, training=training, written=time.strftime("%Y-%m-%d %H:%M"))
     write_whole(path / PAGE, text)
 
     def write(fresh: Path) -> None:
         fresh.mkdir()
-        for name, figure in drawings.items():
-            if not name.endswith("_picture"):
-                (fresh / f"{name}.png").write_bytes(figures.png(drawings.get(f"{name}_picture", figure)))
+        for name, figure in pictures.items():
+            (fresh / f"{name}.png").write_bytes(figures.png(figure))
 
     replace_atomically(path / PICTURES, write)
     return path / PAGE
@@ -84,14 +82,9 @@ def write_comparison(
     notes: Sequence[str],
     options: Sequence[Sequence[str]],
 ) -> None:
-    """Writes a page with the tables of a comparison and the overlaid curves of the runs; panels that differ most come first.
+    """Writes a page with the tables of a comparison and the overlaid curves of the runs, given as (label, run).
 
-    Args:
-        path: The page.
-        runs: (label, run) of every run.
-        scores: Rows of scores, the first of them headings.
-        notes: Lines on the scores.
-        options: Rows of the options that differ, the first of them headings.
+    The first rows of the tables `scores` and `options` (those that differ) are headings; `notes` are lines on the scores.
 
     Raises:
         OSError: if the page cannot be written.
@@ -124,24 +117,27 @@ def _load_predictions(run: Run, notes: list[str]) -> PredictionTable | None:
     return table
 
 
-def _draw_figures(run: Run, table: PredictionTable | None) -> dict[str, Any]:
-    """Returns the figures of a run's scores by name: ``curves`` and, with predictions, ``confusion`` and ``reliability``."""
-    found = {"curves": figures.draw(lambda figure: figures.sheet(figure, own_panels(run)), (12, 5.4))}
+def _draw_figures(run: Run, table: PredictionTable | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the figures of a run's scores by name, for the page (only with predictions) and for the PNG files."""
+    pictures = {"curves": figures.draw(figures.sheet, own_panels(run), size=(12, 5.4))}
     if table is None:
-        return found
+        return {}, pictures
     names = _with_numbers(_class_names(run), table)
     counts, share = table.confusion(len(names))
     side = 4.8 if len(names) > 5 else 3.6
-    found["confusion"] = figures.draw(lambda figure: figures.confusion(figure, counts, share, names), (side, side))
+    shown = {
+        "confusion": figures.draw(figures.confusion, counts, share, names, size=(side, side)),
+        "reliability": figures.draw(figures.reliability, table, ECE_BINS, size=(4.8, 4.2)),
+    }
+    pictures |= shown
     if not figures.drawable(names):  # the page's fonts have these characters, a picture's font does not
         numbers = [str(index) for index in range(len(names))]
-        found["confusion_picture"] = figures.draw(lambda figure: figures.confusion(figure, counts, share, numbers), (side, side))
-    found["reliability"] = figures.draw(lambda figure: figures.reliability(figure, table, ECE_BINS), (4.8, 4.2))
-    return found
+        pictures["confusion"] = figures.draw(figures.confusion, counts, share, numbers, size=(side, side))
+    return shown, pictures
 
 
 def _page_values(
-    run: Run, table: PredictionTable | None, drawings: dict[str, Any], notes: list[str], mistakes: int, dataset: Any
+    run: Run, table: PredictionTable | None, shown: dict[str, Any], notes: list[str], mistakes: int, dataset: Any
 ) -> dict[str, Any]:
     """Returns the values for the page's template."""
     page: dict[str, Any] = {
@@ -154,8 +150,7 @@ def _page_values(
         "percents": shown_percents(run.task, run.options.get("num_classes") or 1),
     }  # fmt: skip
     page["curves"] = [_curve(panel) for panel in own_panels(run)]
-    page |= {name: _svg(figure, name, name) for name, figure in drawings.items()
-             if name != "curves" and not name.endswith("_picture")}  # fmt: skip
+    page |= {name: _svg(figure, name, name) for name, figure in shown.items()}
     model, gallery = _open_run(run, notes, dataset)
     names = _class_names(run) or list((gallery and gallery.class_names) or [])
     if table is not None:
@@ -261,7 +256,7 @@ def _sfr_values(
         "matches": [{"tap": match, "stays": match.stays, "images": [_cells(match, i) for i in range(len(shown))]}
                     for match in matches if match.plan is not None],
         "channel_figures": [
-            _svg(figures.draw(lambda figure, one=match: figures.channels(figure, one.channels.numpy(), one.module), (4.8, 2.6)),
+            _svg(figures.draw(figures.channels, match.channels.numpy(), match.module, size=(4.8, 2.6)),
                  f"channels{number}", f"channels of {match.module}")
             for number, match in enumerate(matches if config.sfr.channels != "groups" else ())
         ],
@@ -320,10 +315,7 @@ def _is_small(sample: Sample) -> bool:
 
 def _class_names(run: Run) -> list[str]:
     """Returns the model's class names; an empty list if it has none."""
-    try:
-        names = json.loads((run.path / "model" / CONFIG).read_text())["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+    names = read_json(run.path / "model" / CONFIG).get("label_names")
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
@@ -334,7 +326,7 @@ def _with_numbers(names: list[str], table: PredictionTable) -> list[str]:
 
 
 def _curve(panel: Panel) -> Markup:
-    return _svg(figures.draw(lambda figure: figures.curves(figure, panel)), panel.name, panel.title)
+    return _svg(figures.draw(figures.sheet, [panel]), panel.name, panel.title)
 
 
 def _svg(figure: Any, name: str, label: str) -> Markup:

@@ -56,14 +56,8 @@ def tap_matches(
     """Returns one `TapMatch` per shallow tap on normalised `images` (B, 3, H, W).
 
     The plan is the one in the training loss: the plan of `sinkhorn_divergence` or `emd_l2` with the options' weights and
-    solver, the identity for ``matching="grid"``, and none for ``"gaussian"``.
-
-    Args:
-        model: The plain model, in evaluation mode.
-        taps: Its taps.
-        config: SFR's options.
-        images: A batch.
-        projection: The learned channel maps for ``channels="projection"``; without them, channels are matched by groups.
+    solver, the identity for ``matching="grid"``, and none for ``"gaussian"``. Without the learned maps `projection` for
+    ``channels="projection"``, channels are matched by groups. The `model` is the plain one, in evaluation mode.
     """
     grids = taps.node_grids(config.max_nodes, config.common_grid)
     _, nodes = TappedModel(model, taps, config)(images)
