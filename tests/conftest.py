@@ -2,11 +2,13 @@ import contextlib
 import csv
 import gc
 import io
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -17,13 +19,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import timm
 import torch
+import yaml
 from accelerate.state import AcceleratorState, GradientState
 from hub_server import Hub
-from warm import HUB, SLOW, Warm, can_start, read_hub_settings
+from warm import HUB, Warm, can_start, read_hub_settings
 
-import timm_sfr
 import train_sfr
-from benchmarks.faults import EVERYTHING
+from benchmarks import faults
 from timm_sfr.cli.main import main as timm_sfr_main
 from timm_sfr.data.datasets import Digits
 from timm_sfr.method.channels import group_channels
@@ -35,10 +37,12 @@ from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = [sys.executable, str(ROOT / "train_sfr.py"), "--report-interval", "0"]  # test_report.py has reports
+COMMAND = [sys.executable, "-m", "timm_sfr.cli.main"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+EVERYTHING = (*faults.EVERYTHING, "--channels-last", "--checkpoint-hist", 99)
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 STARTED = dict(os.environ)
-WARM = Warm(SLOW, STARTED)
+WARM = Warm(STARTED)
 
 
 def run(*words, timeout=600, **env):
@@ -53,7 +57,7 @@ def run(*words, timeout=600, **env):
         if all(name.startswith(HUB) for name in changed):
             if words[:2] == TRAIN[:2]:
                 return run_here(train_sfr.main, words[2:], env)
-            if words[:3] == [sys.executable, "-m", "timm_sfr.cli.main"]:
+            if words[:3] == COMMAND:
                 return run_here(timm_sfr_main, words[3:], env)
         if can_start(words, env, STARTED):
             return WARM.run(words[1:], env, ROOT, timeout)
@@ -84,12 +88,7 @@ def run_here(main, words, env):
     logging.getLogger("timm_sfr").handlers.clear()  # the next handler takes the new standard output
     os.chdir(ROOT)
     try:
-        with (
-            environment(env),
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-            warnings.catch_warnings(),
-        ):
+        with environment(env), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
             warnings.resetwarnings()
             warnings.simplefilter("ignore", DeprecationWarning)  # as Python does by default
             try:
@@ -123,10 +122,30 @@ def train(*words, ok=True, **env):
     return done
 
 
+def train_pair(*words, **env):
+    """The training script in two processes on the CPU, however it ends."""
+    return run(*TORCHRUN, TRAIN[1], *words, OMP_NUM_THREADS="1", **env)
+
+
 def finished_run(output, *words, **env):
     """The folder of a run that has ended, and what it printed."""
     done = train(*words, "--output", output, "--experiment", "run", **env)
     return output / "run", done.stdout
+
+
+def started(run_dir, *command, **options):
+    """A process that runs the command, as soon as the run in `run_dir` has a checkpoint; or it has ended."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ALONE, **options}
+    process = subprocess.Popen([str(word) for word in command], **options)
+    while process.poll() is None and not checkpoints(run_dir / "checkpoints"):
+        time.sleep(0.02)
+    return process
+
+
+def change(path, **values):
+    """Gives values in a JSON or YAML file of a run others."""
+    load, dump = (yaml.safe_load, yaml.safe_dump) if path.suffix == ".yaml" else (json.loads, json.dumps)
+    path.write_text(dump(load(path.read_text()) | values))
 
 
 def summary(run_dir):
@@ -135,12 +154,29 @@ def summary(run_dir):
         return list(csv.DictReader(file))
 
 
+def adds_up(row):
+    """Whether the loss in a row of a summary.csv is the sum of its terms."""
+    parts = float(row["task_loss"]) + float(row["sfr_weight"]) * float(row["sfr_loss"])
+    return float(row["train_loss"]) == pytest.approx(parts, abs=1e-6)
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     torch.manual_seed(0)
     yield
     # Accelerate keeps the first precision of a process; a test must not hand its own on.
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def said():
+    """What the package says, line by line."""
+    logger, lines = logging.getLogger("timm_sfr"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 @pytest.fixture
@@ -155,6 +191,13 @@ def hub():
 def digits_run(tmp_path_factory):
     """A finished run on the digits: all defaults but four epochs, and one report."""
     return finished_run(tmp_path_factory.mktemp("digits"), "--epochs", 4, "--report-interval", 4)
+
+
+@pytest.fixture(scope="session")
+def resnet_run(tmp_path_factory):
+    """A finished run of an architecture that timm itself has."""
+    words = ("--model", "test_resnet", "--img-size", 64, "--epochs", 1)
+    return finished_run(tmp_path_factory.mktemp("resnet"), *words)
 
 
 @pytest.fixture
@@ -197,32 +240,32 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="session")
-def table(tmp_path_factory):
-    """A CSV file of digits, with a column ``split``: of every class 20 to train, 5 to validate and 4 to test on."""
-    root = tmp_path_factory.mktemp("table")
+def digits_table(root, val, label):
+    """A CSV file with a column ``split``: of every digit 20 images to train, `val` to validate and 4 to test on."""
     digits = Digits(train=True, mode="RGB")
     (root / "images").mkdir()
     with (root / "digits.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "label", "split"))
-        for name in map(str, range(10)):
-            chosen = [i for i in range(len(digits)) if str(digits[i][1]) == name][:29]
+        for digit in range(10):
+            chosen = [i for i in range(len(digits)) if digits[i][1] == digit][: 24 + val]
             for place, i in enumerate(chosen):
                 digits[i][0].save(root / "images" / f"{i}.png")
-                split = "train" if place < 20 else "val" if place < 25 else "test"
-                writer.writerow((f"images/{i}.png", name, split))
+                split = "train" if place < 20 else "val" if place < 20 + val else "test"
+                writer.writerow((f"images/{i}.png", label(digit), split))
     return root / "digits.csv"
 
 
-assert timm_sfr.__version__
+@pytest.fixture(scope="session")
+def table(tmp_path_factory):
+    """A table of digits, 5 of each to validate on."""
+    return digits_table(tmp_path_factory.mktemp("table"), 5, str)
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """A run with everything on that draws random numbers, and all of its checkpoints."""
-    words = (*EVERYTHING, "--checkpoint-hist", 99)
-    return finished_run(tmp_path_factory.mktemp("whole"), *words, OMP_NUM_THREADS="1")[0]
+    return finished_run(tmp_path_factory.mktemp("whole"), *EVERYTHING, OMP_NUM_THREADS="1")[0]
 
 
 def cut(whole, place, keep):

@@ -16,9 +16,9 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub import ModelCardData, SpaceCardData
 from huggingface_hub.repocard import RepoCard
 
-USERS = {"hf_writes_1234567890": ("user", "write"), "hf_reads_1234567890": ("user", "read")}
-WRITE, READ = USERS
-ORGANISATION = "team"  # of both
+ROLES = {"hf_writes_1234567890": "write", "hf_reads_1234567890": "read"}
+WRITE, READ = ROLES
+USER, ORGANISATION = "user", "team"  # of both tokens
 SPACE = "space:"  # a Space's name among the repositories begins with this
 LICENSES = ("apache-2.0", "mit", "cc-by-nc-4.0", "gemma", "other", "unknown")  # some of the Hub's
 
@@ -47,16 +47,16 @@ class Repo:
 
 
 class Hub:
-    """The server's state. `faults` maps a kind of request ("create", "put", "commit", ...) to what it answers instead:
-    a list of statuses, used up one by one, the last one for good where `forever` names the kind."""
+    """The server's state. `faults` maps a kind of request ("create", "put", "commit", ...) to what is answered instead, one after
+    the other, and `always` to what is answered for good: a status, "close" for a connection that ends, 0 for no fault."""
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
         self.faults: dict[str, list[int | str]] = {}
-        self.forever: set[str] = set()
+        self.always: dict[str, int | str] = {}
         self.slow = 0.0  # seconds that an upload takes
-        self.log: list[tuple[str, str]] = []
+        self.asked: list[str] = []  # the kinds of all requests
         hub = self
 
         class Bound(Handler):
@@ -74,9 +74,6 @@ class Hub:
     def add(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Puts files into a repository, as somebody else's push would."""
         return self.repos.setdefault(repo_id, Repo()).commit(branch, "add", files)
-
-    def count(self, kind: str) -> int:
-        return sum(1 for found, _ in self.log if found == kind)
 
     def env(self, home, token: str | None = WRITE) -> dict[str, str]:
         """What a client's process needs to speak to this Hub alone, with an empty cache in `home`."""
@@ -100,11 +97,8 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, status: int, body=None, headers=None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body or {}).encode()
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(data)),
-            **(headers or {}),
-        }.items():
+        own = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        for name, value in {**own, **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
@@ -125,16 +119,15 @@ class Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
-    def user(self) -> tuple[str, str] | None:
-        return USERS.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+    def role(self) -> str | None:
+        """What the token of the request allows; None without a valid one."""
+        return ROLES.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def faulty(self, kind: str) -> bool:
         """Notes the request; answers it by the fault that waits for it, if one does."""
-        self.state.log.append((kind, self.path))
+        self.state.asked.append(kind)
         waiting = self.state.faults.get(kind)
-        if not waiting:
-            return False
-        fault = waiting[0] if kind in self.state.forever and len(waiting) == 1 else waiting.pop(0)
+        fault = waiting.pop(0) if waiting else self.state.always.get(kind, 0)
         if fault == "close":
             if kind == "put":
                 self.rfile.read(1000)  # some of it arrives
@@ -149,13 +142,11 @@ class Handler(BaseHTTPRequestHandler):
         return True
 
     def may_write(self, repo_id: str) -> bool:
-        who = self.user()
-        if who is None:
+        namespace = repo_id.removeprefix(SPACE).split("/")[0]
+        if self.role() is None:
             self.error(401, None, "Invalid credentials in Authorization header")
-        elif who[1] == "read" or repo_id.removeprefix(SPACE).split("/")[0] not in (who[0], ORGANISATION):
-            self.error(
-                403, None, f"You don't have the rights to create a model under the namespace {repo_id.split('/')[0]!r}"
-            )
+        elif self.role() == "read" or namespace not in (USER, ORGANISATION):
+            self.error(403, None, f"You don't have the rights to create a model under the namespace {namespace!r}")
         else:
             return True
         return False
@@ -163,8 +154,8 @@ class Handler(BaseHTTPRequestHandler):
     def found(self, repo_id: str, revision: str = "main"):
         """(repository, sha, files), or None after an error was sent."""
         repo = self.state.repos.get(repo_id)
-        if repo is None or (repo.private and self.user() is None):
-            self.error(401 if self.user() is None else 404, "RepoNotFound", "Repository not found")
+        if repo is None or (repo.private and self.role() is None):
+            self.error(401 if self.role() is None else 404, "RepoNotFound", "Repository not found")
             return None
         if repo.gated and self.path.count("/resolve/"):
             self.error(403, "GatedRepo", "Access to this model is restricted")
@@ -202,9 +193,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         asked = json.loads(self.body())
-        who = self.user()
         space = asked.get("type") == "space"
-        name = f"{SPACE * space}{asked.get('organization') or (who[0] if who else '')}/{asked['name']}"
+        name = f"{SPACE * space}{asked.get('organization') or USER}/{asked['name']}"
         if space and asked.get("sdk") not in ("gradio", "docker", "static"):
             return self.error(400, None, "expected an sdk")
         if not self.may_write(name):
@@ -212,9 +202,7 @@ class Handler(BaseHTTPRequestHandler):
         url = f"{self.state.url}/{name.replace(SPACE, 'spaces/')}"
         if name in self.state.repos:
             return self.reply(409, {"url": url, "error": "You already created this model repo"})
-        repo = self.state.repos.setdefault(
-            name, Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
-        )
+        repo = self.state.repos[name] = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
         repo.commit("main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self.reply(200, {"url": url})
 
@@ -265,8 +253,7 @@ class Handler(BaseHTTPRequestHandler):
         for thing in asked["objects"]:
             places = {"upload": f"store/{thing['oid']}", "verify": "verify"}
             actions = {what: {"href": f"{self.state.url}/{place}"} for what, place in places.items()}
-            there = thing["oid"] in self.state.objects
-            answer.append({**thing, **({} if there else {"actions": actions})})
+            answer.append(thing if thing["oid"] in self.state.objects else {**thing, "actions": actions})
         self.reply(200, {"transfer": "basic", "objects": answer})
 
     def do_PUT(self) -> None:
@@ -308,7 +295,7 @@ class Handler(BaseHTTPRequestHandler):
                 deleted.add(value["path"])
         oid = found[0].commit(revision, title, files, deleted)
         if self.faulty("answer"):  # carried out, and not told
-            return None
+            return
         place = f"{self.state.url}/{repo_id.replace(SPACE, 'spaces/')}"
         self.reply(200, {"commitUrl": f"{place}/commit/{oid}", "commitOid": oid, "success": True})
 
@@ -332,11 +319,10 @@ class Handler(BaseHTTPRequestHandler):
         if path == "/api/whoami-v2":
             if self.faulty("whoami"):
                 return
-            who = self.user()
-            if who is None:
+            if self.role() is None:
                 return self.error(401, None, "Invalid credentials in Authorization header")
-            token = {"accessToken": {"role": who[1], "displayName": "test"}}
-            return self.reply(200, {"type": "user", "name": who[0], "orgs": [{"name": ORGANISATION}], "auth": token})
+            token = {"accessToken": {"role": self.role(), "displayName": "test"}}
+            return self.reply(200, {"type": "user", "name": USER, "orgs": [{"name": ORGANISATION}], "auth": token})
         if re.fullmatch(r"/api/models/[^/]+/[^/]+/xet-write-token/.+", path):
             if self.faulty("xet"):
                 return None
@@ -366,14 +352,9 @@ class Handler(BaseHTTPRequestHandler):
         content = files[name]
         large = len(content) > LFS_SIZE
         digest = hashlib.sha256(content).hexdigest()
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{digest if large else git_oid(content)}"', "Accept-Ranges": "bytes"}
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{digest if large else git_oid(content)}"'}
         if large:
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
-        span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        if span:
-            start, end = int(span[1]), int(span[2] or len(content) - 1)
-            headers["Content-Range"] = f"bytes {start}-{end}/{len(content)}"
-            return self.reply(206, content[start : end + 1], headers)
         self.reply(200, content, headers)
 
 

@@ -3,14 +3,24 @@
 import sys
 import time
 
-from conftest import run
+import torch
+from conftest import COMMAND, run
 from hub_server import WRITE
 
 PICTURES = {"pictures/curves.png", "pictures/confusion.png", "pictures/reliability.png"}
 FILES = {"config.json", "model.safetensors", "README.md", "args.yaml", "summary.csv", "metrics.json"} | PICTURES
 STARTING = 10  # seconds that Python and the imports may take on two busy cores
-PUSH = [sys.executable, "-m", "timm_sfr.cli.main", "push"]
-PREDICT = [sys.executable, "-m", "timm_sfr.cli.main", "predict"]
+PUSH = [*COMMAND, "push"]
+PREDICT = [*COMMAND, "predict"]
+LOGITS = """
+import sys, timm, torch
+{imports}
+model = {create}.eval()
+with torch.no_grad():
+    torch.save(model(torch.load("{images}", weights_only=True)), "{out}")
+print(timm.data.resolve_model_data_config(model)["mean"])
+"""
+WITHOUT = "sys.modules['timm_sfr'] = None"  # what is left of an environment where this package was never installed
 
 
 def push(folder, repo, hub, home, *words, token=WRITE, **env):
@@ -23,8 +33,14 @@ def push(folder, repo, hub, home, *words, token=WRITE, **env):
 
 
 def python(code, **env):
-    done = run(sys.executable, "-c", code, **env)
-    return done
+    return run(sys.executable, "-c", code, **env)
+
+
+def logits_by(create, images, out, env, imports="import timm_sfr"):
+    """What the model that `create` makes in another process says to the images, and what was printed."""
+    done = python(LOGITS.format(imports=imports, create=create, images=images, out=out), **env)
+    assert done.returncode == 0, done.stderr
+    return torch.load(out, weights_only=True), done.stdout
 
 
 def contents(folder):

@@ -10,12 +10,12 @@ from conftest import TRAIN, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_fuzz import MANY, VALUES
-from test_load import load_error
+from test_load import repository
 
 from benchmarks.bad_inputs import CASES, DOCUMENT, QUICK, ask, finished_run
 from timm_sfr import RunConfig, UserError
 from timm_sfr.training.run import prepare
-from timm_sfr.training.run_state import restore
+from timm_sfr.training.run_state import collect, restore
 
 
 @pytest.fixture(scope="module")
@@ -29,42 +29,6 @@ def test_bad_input_gets_one_line(case, finished, tmp_path):
     assert answer.status == 2 and not answer.lost
     assert len(answer.lines) == 1 and answer.lines[0].startswith("error: ") and case.says in answer.lines[0]
     assert f"| {case.what} |" in DOCUMENT.read_text()
-
-
-def test_as_a_command(tmp_path):
-    """The same in a process of its own: what one case gets, all get."""
-    done = run(*TRAIN, "--modle", "resnet18", "--output", tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
-
-
-def repository(digits_run):
-    model = digits_run[0] / "model"
-    return {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")}
-
-
-def changed(files, tmp_path, change):
-    """The files, with the weights changed."""
-    path = tmp_path / "weights.safetensors"
-    tensors = safetensors.torch.load(files["model.safetensors"])
-    safetensors.torch.save_file(change(tensors), path)
-    return {**files, "model.safetensors": path.read_bytes()}
-
-
-@pytest.mark.parametrize("name,said", [
-    ("header", "are damaged"), ("types", "to be float32; got I32"), ("shapes", "do not fit"), ("names", "do not fit"),
-])  # fmt: skip
-def test_a_repository_of_other_weights(name, said, hub, digits_run, tmp_path):
-    files = repository(digits_run)
-    if name == "header":
-        files["model.safetensors"] = (2**62).to_bytes(8, "little") + files["model.safetensors"][8:]
-    elif name == "types":
-        files = changed(files, tmp_path, lambda tensors: {key: value.int() for key, value in tensors.items()})
-    elif name == "shapes":
-        files = changed(files, tmp_path, lambda tensors: {key: value[None] for key, value in tensors.items()})
-    else:
-        files = changed(files, tmp_path, lambda tensors: {"../" + key: value for key, value in tensors.items()})
-    hub.add("user/bad", files)
-    assert said in load_error(hub, tmp_path / "home")
 
 
 def test_what_a_configuration_says_of_other_places_is_not_followed(hub, digits_run, tmp_path):
@@ -99,25 +63,14 @@ def test_training_from_the_hub_takes_safetensors_alone(pickled, hub, digits_run,
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
-    words = {
-        "epochs": 1,
-        "img_size": 16,
-        "batch_size": 64,
-        "workers": 0,
-        "device": "cpu",
-        "model_ema": True,
-        "opt": "adamw",
-    }
-    return prepare(
-        RunConfig.from_flat({**words, "output": str(tmp_path_factory.mktemp("trainer")), "dataset": "digits"})
-    )
+    words = {"dataset": "digits", "epochs": 1, "img_size": 16, "batch_size": 64, "workers": 0, "device": "cpu",
+             "model_ema": True, "opt": "adamw", "output": str(tmp_path_factory.mktemp("trainer"))}  # fmt: skip
+    return prepare(RunConfig.from_flat(words))
 
 
 @pytest.fixture(scope="module")
 def state(trainer):
     trainer.train_epoch(0)
-    from timm_sfr.training.run_state import collect
-
     return collect(trainer, 0, 4, torch.zeros(6))
 
 

@@ -6,7 +6,7 @@ Needs `pip install playwright` and a Chromium of the system (``apt-get install c
 import shutil
 
 import pytest
-from conftest import run
+from conftest import change, run
 
 from timm_sfr.reporting.page import write_report
 
@@ -94,8 +94,7 @@ def test_pointing_at_a_location_shows_its_teachers(chromium, page_file):
 
 def test_the_comparison_is_readable_too(chromium, finished, tmp_path):
     other = shutil.copytree(finished, tmp_path / "other")
-    text = (other / "args.yaml").read_text()
-    (other / "args.yaml").write_text(text.replace("seed: 42", "seed: 43"))
+    change(other / "args.yaml", seed=43)
     done = run("timm-sfr", "compare", finished, other, "--html", tmp_path / "c.html")
     assert done.returncode == 0, done.stderr
     page = chromium.new_page(viewport={"width": 390, "height": 800}, color_scheme="dark")

@@ -6,8 +6,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import cut, finished_run, summary, train
+from conftest import adds_up, cut, finished_run, summary, train
 from safetensors.torch import load_file
+from test_teacher import terms
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy, JsdCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -81,9 +82,8 @@ def test_the_class_table_of_bce_holds_normalised_sigmoids():
     sigmoids = logits.sigmoid()
     sigmoids /= sigmoids.sum(1, keepdim=True)
     assert torch.allclose(smoothing.table[0], sigmoids[:2].mean(0), atol=1e-6)
-    assert torch.allclose(smoothing.table[1], torch.full((3,), 1 / 3)) and torch.allclose(
-        smoothing.table[2], sigmoids[3]
-    )
+    assert torch.allclose(smoothing.table[1], torch.full((3,), 1 / 3))
+    assert torch.allclose(smoothing.table[2], sigmoids[3])
     # Where every sigmoid underflows, the prediction is still the best class.
     smoothing(torch.tensor([[-300.0, -200.0, -300.0]]), torch.tensor([1]))
     assert torch.allclose(smoothing.sums[1], torch.tensor([0.0, 1.0, 0.0]))
@@ -148,15 +148,6 @@ def test_a_batch_of_classes_without_weight_has_no_loss():
     assert weighted_mean(torch.ones(3), torch.zeros(3, dtype=torch.long), torch.tensor([0.0, 1.0])) == 0
 
 
-def test_equal_class_weights_change_nothing():
-    logits, target = random()
-    for bce in (False, True):
-        weighted = LossForm(bce=bce, class_weights=(2.0,) * K)
-        assert torch.allclose(
-            PlainLoss(0.1, weighted)(logits, target), PlainLoss(0.1, LossForm(bce=bce))(logits, target)
-        )
-
-
 def test_the_gradient_of_weighted_bce_by_finite_differences():
     torch.set_default_dtype(torch.float64)
     try:
@@ -182,9 +173,8 @@ def test_the_terms_add_up_with_sfr(name):
     form = FORMS[name]
     task = SFRTask(small(), SFRConfig(weight=0.5), input_size=(3, 16, 16), loss=form, verbose=False)
     result = task(*views(form.splits))
-    assert result["sfr_loss"] > 0 and torch.equal(
-        result["loss"], result["task_loss"] + result["sfr_weight"] * result["sfr_loss"]
-    )
+    assert torch.equal(result["loss"], result["task_loss"] + result["sfr_weight"] * result["sfr_loss"])
+    assert result["sfr_loss"] > 0
     if form.splits:
         parts = result["cls_loss"] + result["jsd_weight"] * result["jsd_loss"]
         assert torch.equal(result["task_loss"], parts) and result["jsd_loss"] > 0
@@ -201,12 +191,11 @@ def test_with_views_labels_and_table_see_the_first_and_the_features_see_all():
     counted = task.smoothing.counts.clone()
     plain = SFRTask(task.plain_model, config, input_size=(3, 16, 16), verbose=False)
     plain.plain_model.eval()
-    first, whole = plain(images[:8], target[:8]), None
+    first = plain(images[:8], target[:8])
     assert torch.allclose(result["cls_loss"], first["task_loss"]) and torch.equal(counted, plain.smoothing.counts)
     whole = plain(images, target)
-    assert torch.allclose(result["sfr_loss"], whole["sfr_loss"]) and not torch.allclose(
-        result["sfr_loss"], first["sfr_loss"]
-    )
+    assert torch.allclose(result["sfr_loss"], whole["sfr_loss"])
+    assert not torch.allclose(result["sfr_loss"], first["sfr_loss"])
     assert torch.allclose(result["jsd_loss"], jensen_shannon(result["output"], 3))
 
 
@@ -270,34 +259,17 @@ def test_a_teacher_goes_with_bce_and_class_weights(tmp_path):
         trainer = prepare(RunConfig.from_flat({**config, **form, "output": str(tmp_path), "experiment": str(sfr)}))
         images, target = next(trainer.batches.epoch(0))
         result = trainer.task.train()(images, target)
-        term = {
-            name: result.get(name, result.get(f"base_{name}"))
-            for name in ("cls_loss", "kd_loss", "cls_weight", "kd_weight")
-        }
+        term = terms(result)
         criterion = trainer.task.smoothed.smoothing.criterion if sfr else trainer.task.criterion.criterion
         smoothed = 0.9 * F.one_hot(target, 10) + 0.01
         assert torch.allclose(term["cls_loss"], criterion(result["output"], smoothed, target))
-        assert torch.allclose(
-            result["task_loss"], term["cls_weight"] * term["cls_loss"] + term["kd_weight"] * term["kd_loss"]
-        )
-        assert not sfr or torch.allclose(
-            result["loss"], result["task_loss"] + result["sfr_weight"] * result["sfr_loss"]
-        )
+        parts = term["cls_weight"] * term["cls_loss"] + term["kd_weight"] * term["kd_loss"]
+        assert torch.allclose(result["task_loss"], parts)
+        assert not sfr or torch.allclose(result["loss"], result["task_loss"] + result["sfr_weight"] * result["sfr_loss"])
 
 
 RESUMED = {
-    "jsd": (
-        "--jsd-loss",
-        "--aug-splits",
-        3,
-        "--aa",
-        "rand-m9",
-        "--resplit",
-        "--reprob",
-        0.5,
-        "--split-bn",
-        "--model-ema",
-    ),
+    "jsd": ("--jsd-loss", "--aug-splits", 3, "--aa", "rand-m9", "--resplit", "--reprob", 0.5, "--split-bn", "--model-ema"),
     "repeats": ("--bce-loss", "--aug-repeats", 2, "--epoch-repeats", 1.5, "--mixup", 0.2),
     "balanced": ("--sampler", "balanced", "--class-weights", "auto", "--cache-dataset"),
 }
@@ -312,34 +284,16 @@ def test_a_run_stopped_in_mid_epoch_goes_on_to_the_same_bits(way, folder, tmp_pa
     train("--resume", tmp_path / "cut")
     assert not differences(whole, tmp_path / "cut")
     for row in (rows := summary(whole)):
-        value = {name: float(number) for name, number in row.items()}
-        assert value["train_loss"] == pytest.approx(
-            value["task_loss"] + value["sfr_weight"] * value["sfr_loss"], abs=1e-6
-        )
+        assert adds_up(row)
         if way == "jsd":
-            assert value["task_loss"] == pytest.approx(
-                value["cls_loss"] + value["jsd_weight"] * value["jsd_loss"], abs=1e-6
-            )
+            parts = float(row["cls_loss"]) + float(row["jsd_weight"]) * float(row["jsd_loss"])
+            assert float(row["task_loss"]) == pytest.approx(parts, abs=1e-6)
     assert ("jsd_loss" in rows[0]) == (way == "jsd") and (way != "jsd" or "12 x jsd" in said)
 
 
 def test_split_batchnorm_is_exported_as_a_plain_model(tmp_path):
-    words = (
-        "--model",
-        "test_resnet",
-        "--img-size",
-        32,
-        "--epochs",
-        1,
-        "-b",
-        256,
-        "--aug-splits",
-        2,
-        "--aa",
-        "rand-m9",
-        "--split-bn",
-    )
-    run, _ = finished_run(tmp_path, *words)
+    words = ("--model", "test_resnet", "--img-size", 32, "--epochs", 1, "-b", 256)
+    run, _ = finished_run(tmp_path, *words, "--aug-splits", 2, "--aa", "rand-m9", "--split-bn")
     plain = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
     state = load_checkpoint(checkpoints(run / "checkpoints")[-1])["module"]
     trained = split_batchnorm(timm.create_model("test_resnet", num_classes=10), 2)

@@ -17,15 +17,13 @@ import scipy.stats
 import timm
 import torch
 import yaml
-from conftest import ROOT, run, train
+from conftest import COMMAND, ROOT, run, train
 from PIL import Image
 
 import timm_sfr
-from timm_sfr.cli import compare, export
+from timm_sfr.cli import export
 from timm_sfr.cli.main import VERBS, main
 from timm_sfr.cli.parser import CLOSED_PIPE
-from timm_sfr.data.datasets import Digits
-from timm_sfr.models.zoo import zoo
 from timm_sfr.runs.records import columns, write_summary
 
 NAME = "resnet20_cifar.sfr_digits"
@@ -87,9 +85,8 @@ def test_completion(capsys):
 
 
 def test_train_is_train_sfr(capsys, tmp_path):
-    said(
-        capsys, "train", "--epochs", 1, "--img-size", 16, "--device", "cpu", "--output", tmp_path, "--experiment", "run"
-    )
+    words = ("--epochs", 1, "--img-size", 16, "--device", "cpu", "--output", tmp_path, "--experiment", "run")
+    said(capsys, "train", *words)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
@@ -103,11 +100,6 @@ def test_validate_gives_the_trainings_own_figures(digits_run, capsys):
     }
     text = said(capsys, "validate", folder / "model", "--dataset", "digits", "--device", "cpu")
     assert f"{found['top1']:.3f} %" in text and "360 at 16 pixels" in text
-
-
-def test_validate_the_zoo(capsys):
-    found = json.loads(said(capsys, "validate", NAME, "--dataset", "digits", "--json", "--device", "cpu"))
-    assert found["top1"] == pytest.approx(zoo()[NAME].measured.published_top1, abs=0.01)
 
 
 def test_validate_other_classes(capsys, tmp_path):
@@ -125,9 +117,7 @@ def test_validate_other_classes(capsys, tmp_path):
     assert json.loads(said(capsys, *words, "--json"))["images"] == 9, "a class may have no images in val"
 
 
-def test_predict_and_list(capsys, tmp_path):
-    Digits(train=False, mode="RGB")[0][0].save(tmp_path / "digit.png")
-    assert "digit.png" in said(capsys, "predict", NAME, tmp_path)
+def test_list(capsys):
     assert NAME in said(capsys, "list") and NAME not in said(capsys, "list", "wrn*")
 
 
@@ -183,11 +173,6 @@ def test_compare_says_that_runs_were_validated_on_other_images(capsys, tmp_path)
     runs = [fake_run(tmp_path / name, 50.0, seed=0, val_split=name) for name in ("val", "test")]
     note = "note: the runs may have been validated on different images (val_split); differences then mean little"
     assert note in said(capsys, "compare", *runs).splitlines()
-
-
-def test_compare_real_runs(digits_run, capsys):
-    run_read = compare.read_finished(digits_run[0])
-    assert len(run_read.rows) == 4 and 0 < run_read.score("val_top1") <= 100
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
@@ -280,7 +265,7 @@ def test_without_a_network_a_model_is_refused_in_seconds(model, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
     started = time.monotonic()
-    done = run(sys.executable, "-m", "timm_sfr.cli.main", "predict", model, tmp_path / "0.png", **env)
+    done = run(*COMMAND, "predict", model, tmp_path / "0.png", **env)
     assert done.returncode == 2 and done.stderr.endswith("cannot reach http://127.0.0.1:9\n") and time.monotonic() - started < 20
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
 
-import timm_sfr  # noqa: F401  (registers resnet20_cifar)
 from benchmarks import accuracy, presets, timing
 from benchmarks.images import DeviceBatches, choose, decode, open_sets
 from benchmarks.pool import side_by_side
@@ -55,28 +55,35 @@ def root(tmp_path_factory):
     return place
 
 
-class Loader:
-    batch_size = 8
+@pytest.fixture(scope="module")
+def train(root):
+    return open_sets(root, "colours", 32, None, False)[0]
 
 
-class Prep:
-    @staticmethod
-    def normalize(x):
-        return x.float()
+@pytest.fixture
+def tiny(monkeypatch):
+    """The set of noisy colours is the only one of the preset `cpu`; returns the function that puts it there."""
+
+    def put(epochs=2, **options):
+        chosen = presets.Set("colours", 32, None, "resnet20_cifar", epochs, batch=16, net=presets.SMALL, **options)
+        monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": chosen})
+
+    put()
+    return put
 
 
-class Accelerator:
-    device = torch.device("cpu")
+def batches(split, companions=None, seed=0):
+    """The comparison's batches of eight images, as floats that are not normalised."""
+    prep, cpu = SimpleNamespace(normalize=lambda x: x.float()), SimpleNamespace(device=torch.device("cpu"))
+    return DeviceBatches(split, SimpleNamespace(batch_size=8), None, prep, seed, cpu, companions)
 
 
-def test_batches_are_crops_and_flips_that_depend_on_seed_and_epoch_alone(root):
-    train, _ = open_sets(root, "colours", 32, None, False)
-    make_batches = lambda seed: DeviceBatches(train, Loader, None, Prep, seed, Accelerator)  # noqa: E731
-    first, again = (list(make_batches(0).epoch(3)) for _ in range(2))
-    assert len(first) == len(make_batches(0)) == 20
+def test_batches_are_crops_and_flips_that_depend_on_seed_and_epoch_alone(train):
+    first, again = (list(batches(train).epoch(3)) for _ in range(2))
+    assert len(first) == len(batches(train)) == 20
     assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
-    assert not torch.equal(first[0][0], next(make_batches(0).epoch(4))[0])
-    assert not torch.equal(first[0][0], next(make_batches(1).epoch(3))[0])
+    assert not torch.equal(first[0][0], next(batches(train).epoch(4))[0])
+    assert not torch.equal(first[0][0], next(batches(train, seed=1).epoch(3))[0])
     images, labels = train.dataset.tensors
     padded = torch.nn.functional.pad(images, (4,) * 4).float()
     crops = {}
@@ -90,10 +97,8 @@ def test_batches_are_crops_and_flips_that_depend_on_seed_and_epoch_alone(root):
 
 
 @pytest.mark.parametrize("companions", ["classmates", "views"])
-def test_companions_leave_the_images_as_they_are(root, companions):
-    train, _ = open_sets(root, "colours", 32, None, False)
-    alone = DeviceBatches(train, Loader, None, Prep, 0, Accelerator).epoch(1)
-    both = DeviceBatches(train, Loader, None, Prep, 0, Accelerator, companions).epoch(1)
+def test_companions_leave_the_images_as_they_are(train, companions):
+    alone, both = (batches(train, more).epoch(1) for more in (None, companions))
     for (x, y), (xx, yy) in zip(alone, both, strict=True):
         assert torch.equal(x, xx[: len(x)]) and torch.equal(y, yy) and not torch.equal(x, xx[len(x) :])
 
@@ -102,7 +107,7 @@ def test_views_are_of_the_same_images():
     shades = torch.arange(1, 41, dtype=torch.uint8)  # every image is of one shade; what is padded on is 0
     images = shades[:, None, None, None].expand(40, 3, 32, 32)
     train = Split(TensorDataset(images, torch.arange(40) % 2), ("even", "odd"))
-    for x, y in DeviceBatches(train, Loader, None, Prep, 0, Accelerator, "views").epoch(0):
+    for x, y in batches(train, "views").epoch(0):
         one, other = (part.amax((1, 2, 3)) for part in x.split(len(y)))
         assert torch.equal(one, other) and len(set(one.tolist())) == len(y)
 
@@ -114,20 +119,17 @@ def test_train_and_val_must_have_the_same_classes(root, tmp_path):
         open_sets(tmp_path, "colours", 32, None, False)
 
 
-def test_partners_are_of_the_same_class(root):
-    train, _ = open_sets(root, "colours", 32, None, False)
-    plain = DeviceBatches(train, Loader, None, Prep, 0, Accelerator)
+def test_partners_are_of_the_same_class(train):
+    plain = batches(train)
     colours = torch.stack([plain.images[plain.labels == k][:, :, 4:-4, 4:-4].float().mean((0, 2, 3)) for k in range(4)])
-    for x, y in DeviceBatches(train, Loader, None, Prep, 0, Accelerator, "classmates").epoch(0):
+    for x, y in batches(train, "classmates").epoch(0):
         assert len(x) == 2 * len(y)
         centres = x[len(y) :, :, 8:-8, 8:-8].mean((2, 3))
         assert torch.equal(torch.cdist(centres, colours).argmin(1), y)
 
 
 @pytest.mark.slow
-def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypatch, capsys):
-    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, batch=16, net=presets.SMALL)
-    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tiny, tmp_path, capsys):
     cell = accuracy.Cell("cpu", "colours", "sfr", 0, "val", 2)
     threads = torch.get_num_threads()
     rows = [accuracy.run(cell, root, 1) for _ in range(2)]
@@ -154,9 +156,8 @@ def test_a_cell_repeats_to_the_bit_and_is_not_run_again(root, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("method", ["sfr", "dlb"])
-def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(method, root, tmp_path, monkeypatch):
-    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 3, batch=16, net=presets.SMALL)
-    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(method, root, tiny, tmp_path, monkeypatch):
+    tiny(epochs=3)
     cell, threads = accuracy.Cell("cpu", "colours", method, 0, "val", 3), torch.get_num_threads()
     whole = accuracy.run(cell, root, threads, 4)
     plain, trained = DeviceBatches.epoch, []
@@ -176,9 +177,8 @@ def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(method, root, tmp_
     assert [row[name] for name in ("top1", "nll", "ece")] == [whole[name] for name in ("top1", "nll", "ece")]
 
 
-def test_a_trial_is_short_and_stays_out_of_the_results(root, monkeypatch, capsys):
-    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=presets.SMALL, more=presets.MIX)
-    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+def test_a_trial_is_short_and_stays_out_of_the_results(root, tiny, capsys):
+    tiny(more=presets.MIX)
     row = accuracy.run(accuracy.Cell("cpu", "colours", "sfr", 0, "val", 1), root, torch.get_num_threads(), limit=2)
     assert row["images"] == 32 and '"cutmix": 1.0' in row["args"]
     assert accuracy.main(["--data-root", str(root), "--limit", "2"]) == 2
@@ -197,9 +197,7 @@ def test_every_set_is_a_valid_run(preset, name, tmp_path):
 
 
 @pytest.mark.slow
-def test_methods_are_timed_in_turns(root, monkeypatch, tmp_path, capsys):
-    tiny = presets.Set("colours", 32, None, "resnet20_cifar", 2, 16, net=presets.SMALL)
-    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": tiny})
+def test_methods_are_timed_in_turns(root, tiny, tmp_path, capsys):
     threads, path = torch.get_num_threads(), tmp_path / "timing.csv"
     words = ["--data-root", str(root), "--rounds", "2", "--batches", "1", "--threads", str(threads)]
     assert timing.main([*words, "--methods", "sfr", "dlb", "--csv", str(path)]) == 0
@@ -209,33 +207,23 @@ def test_methods_are_timed_in_turns(root, monkeypatch, tmp_path, capsys):
     assert timing.main([*words, "--methods", "sfrr"]) == 2 and "expected any of" in capsys.readouterr().err
 
 
-def test_rows_of_other_options_are_refused(tmp_path):
-    path = tmp_path / "runs.csv"
-    for weight in (1.0, 0.1):
-        options = dataclasses.asdict(SFRConfig(weight=weight))
-        cell = dataclasses.asdict(accuracy.Cell("cpu", "tin100-3k", "sfr", 0, "val", 1))
-        row = dict.fromkeys(accuracy.COLUMNS, "") | cell | {"args": json.dumps({"sfr": options})}
-        accuracy.append(path, row)
-        words = accuracy.parse(["--data-root", ".", "--methods", "ce", "--seeds", "0", "--csv", str(path)])
-        if weight == 1.0:
-            assert len(accuracy.missing(words)) == len(presets.PRESETS["cpu"])
-    with pytest.raises(UserError, match=r"other values of sfr\.weight"):
-        accuracy.missing(words)
-
-
-@pytest.mark.parametrize("options,changed", [({"lr": 0.3}, "lr"), ({"peer": {"temperature": 3.0}}, "peer.temperature")])
-def test_rows_of_another_set_or_another_peer_are_refused(tmp_path, options, changed):
-    cell = accuracy.Cell("cpu", "tin100-3k", "cskd", 0, "val", 48)
-    assert cell.recorded()["peer"] == {"temperature": 4.0, "weight": 1.0}
+@pytest.mark.parametrize("method,options,changed", [
+    ("sfr", {"sfr": dataclasses.asdict(SFRConfig(weight=0.1))}, r"sfr\.weight"), ("cskd", {"lr": 0.3}, "lr"),
+    ("cskd", {"peer": {"temperature": 3.0}}, r"peer\.temperature"),
+])  # fmt: skip
+def test_rows_of_other_options_are_refused(method, options, changed, tmp_path):
+    cell = accuracy.Cell("cpu", "tin100-3k", method, 0, "val", 48)
     for name, args in (("old", {}), ("same", cell.recorded()), ("other", cell.recorded() | options)):
         path = tmp_path / f"{name}.csv"
         row = dict.fromkeys(accuracy.COLUMNS, "") | dataclasses.asdict(cell) | {"args": json.dumps(args)}
         accuracy.append(path, row)
-        words = ["--data-root", ".", "--csv", str(path), "--sets", "tin100-3k", "--methods", "cskd", "--seeds", "0"]
+        words = ["--data-root", ".", "--csv", str(path), "--sets", "tin100-3k", "--methods", method, "--seeds", "0"]
         if name != "other":
             assert accuracy.missing(accuracy.parse(words)) == []
-    with pytest.raises(UserError, match=rf"'cskd' on tin100-3k with other values of {changed} than"):
+    with pytest.raises(UserError, match=rf"'{method}' on tin100-3k with other values of {changed} than"):
         accuracy.missing(accuracy.parse(words))
+    with pytest.raises(UserError, match=changed):  # also where other methods are to be run
+        accuracy.missing(accuracy.parse([*words, "--methods", "ce"]))
 
 
 @pytest.mark.parametrize("path", [accuracy.RESULTS, accuracy.HELD_OUT])
@@ -251,8 +239,7 @@ def test_counts_are_from_one_up(words, capsys):
     assert "expected a whole number from 1 up" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_take_the_runs_is_said_before_them(root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(accuracy.PRESETS, "cpu", {"colours": presets.Set("colours", 32, None, "resnet20_cifar", 2)})
+def test_a_file_that_cannot_take_the_runs_is_said_before_them(root, tiny, tmp_path, capsys):
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     words = ["--data-root", str(root), "--methods", "ce"]
     for path, message in ((tmp_path, "cannot write to"), (tmp_path / "other.csv", "has other columns")):

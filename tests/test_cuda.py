@@ -5,7 +5,7 @@ import json
 import pytest
 import timm
 import torch
-from conftest import TRAIN, run
+from conftest import finished_run
 
 from timm_sfr import SFRConfig, SFRTask, emd_l2, transport_plan
 from timm_sfr.method.sinkhorn import cost_matrix, unit
@@ -57,8 +57,7 @@ def test_losses_are_float32_under_autocast(dtype):
 
 @pytest.mark.parametrize("precision", ["no", "fp16", "bf16"])
 def test_trains(precision, tmp_path):
-    done = run(*TRAIN, "--mixed-precision", precision, "--epochs", 8, "--channels-last", "--clip-grad", 1, "--model-ema",
-               "--model-ema-decay", 0.9, "--output", tmp_path, "--experiment", "run")  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    words = ("--epochs", 8, "--channels-last", "--clip-grad", 1, "--model-ema", "--model-ema-decay", 0.9)
+    run_dir, _ = finished_run(tmp_path, "--mixed-precision", precision, *words)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
     assert metrics["last"]["val_top1"] >= 90 and metrics["mixed_precision"] == precision

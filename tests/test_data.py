@@ -44,12 +44,6 @@ def test_digits_split():
     assert {p.tobytes() for p in train.dataset.pixels}.isdisjoint({p.tobytes() for p in val.dataset.pixels})
 
 
-def test_folder(folder):
-    train, val = open_splits(DataConfig(data_dir=str(folder)), "RGB", 0)
-    assert (len(train.dataset), len(val.dataset)) == (60, 21)
-    assert train.class_names == ("class0", "class1", "class2")
-
-
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_processes_share_the_same_global_batches(processes):
     count, batch = 107, 16
@@ -69,9 +63,8 @@ def test_processes_share_the_same_global_batches(processes):
 
 def batches(config, epoch, aug=None):
     split = open_splits(config, "RGB", 0)[0]
-    return list(
-        TrainBatches(split, config, aug or AugConfig(aa="rand-m9"), PREP, 5, Accelerator(cpu=True)).epoch(epoch)
-    )
+    aug = aug or AugConfig(aa="rand-m9")
+    return list(TrainBatches(split, config, aug, PREP, 5, Accelerator(cpu=True)).epoch(epoch))
 
 
 def test_images_do_not_depend_on_workers_or_batches():
@@ -151,9 +144,8 @@ def test_normalisation_is_the_same_in_training_and_validation():
     _, val = open_splits(config, "RGB", 0)
     images, _ = next(iter(eval_loader(val, config, PREP)))
     assert images.dtype == torch.uint8 and images.shape == (360, 3, 16, 16)
-    expected = (images.double() / 255 - torch.tensor(PREP.mean).view(1, 3, 1, 1)) / torch.tensor(PREP.std).view(
-        1, 3, 1, 1
-    )
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PREP.mean, PREP.std))
+    expected = (images.double() / 255 - mean) / std
     assert torch.allclose(PREP.normalize(images), expected.float(), atol=1e-5)
     got = TrainBatches(val, config, AugConfig(no_aug=True), PREP, 0, Accelerator(cpu=True))
     image, target = next(got.epoch(0))
@@ -183,27 +175,14 @@ def test_scores_against_scikit_learn():
     assert result["ece"] == pytest.approx(expected.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_is_named(folder, tmp_path, workers):
-    shutil.copytree(folder, tmp_path / "broken")
-    victim = next((tmp_path / "broken" / "train" / "class1").iterdir())
-    victim.write_bytes(b"garbage")
-    with pytest.raises(UserError, match=victim.name):
-        batches(DataConfig(data_dir=str(tmp_path / "broken"), batch_size=20, workers=workers), 0)
-
-
 def test_data_that_cannot_be_trained_on(folder, tmp_path):
     cases = {
         "missing": "no such file",
         "empty": "found nothing",
         "noval": "no 'validation' part .* --val-share 0.1 takes a part of the training split",
-        "differ": "val has 1 class that training does not have: .'other'.",
     }
-    for name in ("empty", "noval", "differ"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "empty").mkdir()
     shutil.copytree(folder / "train", tmp_path / "noval" / "train")
-    shutil.copytree(folder, tmp_path / "differ", dirs_exist_ok=True)
-    (tmp_path / "differ" / "val" / "class2").rename(tmp_path / "differ" / "val" / "other")
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
             open_splits(DataConfig(data_dir=str(tmp_path / name)), "RGB", 0)

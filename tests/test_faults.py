@@ -4,16 +4,15 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
 import torch
 import yaml
-from conftest import ALONE, ROOT, TORCHRUN, TRAIN, cut, run
+from conftest import ALONE, EVERYTHING, TORCHRUN, TRAIN, change, cut, run, started, train, train_pair
 
-from benchmarks.faults import EVERYTHING, differences
+from benchmarks.faults import differences
 from timm_sfr import RunConfig, UserError
 from timm_sfr.cli.parser import INTERRUPTED
 from timm_sfr.cli.train import parse
@@ -35,36 +34,21 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in checkpoints(tmp_path)}, "no leftovers"
 
 
-def test_any_damage_is_found_and_the_one_before_is_taken(tmp_path):
+def test_damage_is_found_and_the_one_before_is_taken(tmp_path):
     save_checkpoint(tmp_path, state(1, 1.0), 5, False)
     newest = save_checkpoint(tmp_path, state(2, 2.0), 5, False)
     said = []
-    for file in newest.iterdir():
+    for file in newest.iterdir():  # test_fuzz.py has all kinds of damage
         whole = file.read_bytes()
-        flips = [
-            whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in range(0, len(whole), max(1, len(whole) // 300))
-        ]
-        cuts = [whole[: len(whole) * part // 7] for part in range(7)]
-        holes = [whole[:i] + bytes(len(whole[i : i + 64])) + whole[i + 64 :] for i in range(0, len(whole), 64)]
-        for damaged in [
-            *flips,
-            *cuts,
-            whole + b"x",
-            whole[:-1] + b"\r" + whole[-1:],
-            *(hole for hole in holes if hole != whole),
-        ]:
-            file.write_bytes(damaged)
+        for damaged in (bytes([whole[0] ^ 1]) + whole[1:], whole[: len(whole) // 2], whole[:-1] + b"\r" + whole[-1:], None):
+            file.unlink()
+            if damaged is not None:
+                file.write_bytes(damaged)
             with pytest.raises(Damaged, match="is damaged"):
                 load_checkpoint(newest)
         assert load_newest(tmp_path, said.append)["updates"] == 1 and "trying the one before it" in said[-1]
         file.write_bytes(whole)
     assert load_checkpoint(newest)["module"]["x"][0] == 2.0
-    for file in newest.iterdir():
-        whole = file.read_bytes()
-        file.unlink()
-        with pytest.raises(Damaged):
-            load_checkpoint(newest)
-        file.write_bytes(whole)
     for path in checkpoints(tmp_path):
         (path / "state.pt").unlink()
     with pytest.raises(UserError, match=r"no intact checkpoint in .* \(2 damaged\)"):
@@ -102,8 +86,8 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 def test_resuming_in_mid_epoch_ends_with_the_same_bits(whole, tmp_path, keep):
     state = cut(whole, tmp_path / "run", keep)
     assert state["step"] > 0 and state["parts"]
-    done = run(*TRAIN, "--resume", tmp_path / "run", OMP_NUM_THREADS="1")
-    assert f"at epoch {state['epoch'] + 1}, batch {state['step'] + 1}" in done.stdout, done.stderr
+    done = train("--resume", tmp_path / "run", OMP_NUM_THREADS="1")
+    assert f"at epoch {state['epoch'] + 1}, batch {state['step'] + 1}" in done.stdout
     assert differences(whole, tmp_path / "run") == []
 
 
@@ -126,11 +110,7 @@ def test_other_options_on_resume_take_effect(whole, tmp_path):
     options = yaml.safe_load((whole / "args.yaml").read_text())
     path = tmp_path / "run"
     kept = load_newest(path / "checkpoints", print)
-    for changed in (
-        {"grad_accum_steps": 4},
-        {"batch_size": 32},
-        {"weight_decay": 0.3, "momentum": 0.1, "smoothing": 0.4},
-    ):
+    for changed in ({"grad_accum_steps": 4}, {"batch_size": 32}, {"weight_decay": 0.3, "momentum": 0.1, "smoothing": 0.4}):
         config = RunConfig.from_flat({**options, **changed, "device": "cpu"})
         trainer = prepare(config, path)
         restore(trainer, load_newest(path / "checkpoints", print))
@@ -146,39 +126,23 @@ def test_other_options_on_resume_take_effect(whole, tmp_path):
         assert float(trainer.task.smoothing.epsilon_t) == pytest.approx(own_epsilon(10, 3) if given is None else given)
 
 
-def test_a_finished_run_stays_as_it_is(digits_run, tmp_path):
-    shutil.copytree(digits_run[0], tmp_path / "run")
-    before = (tmp_path / "run" / "args.yaml").read_bytes()
-    done = run(*TRAIN, "--resume", tmp_path / "run", "--lr", 0.5, "--seed", 7)
-    assert done.returncode == 0 and "nothing is left to train: 4 epochs of 4 done" in done.stdout, done.stderr
+def test_a_finished_run_stays_as_it_is(finished):
+    before = (finished / "args.yaml").read_bytes()
+    done = train("--resume", finished, "--lr", 0.5, "--seed", 7)
+    assert "nothing is left to train: 4 epochs of 4 done" in done.stdout
     assert "these options change nothing now: lr 0.5 (was 0.1), seed 7 (was 42)" in done.stdout
-    assert "resuming" not in done.stdout and (tmp_path / "run" / "args.yaml").read_bytes() == before
-    shutil.rmtree(tmp_path / "run" / "model")
-    done = run(*TRAIN, "--resume", tmp_path / "run")
-    assert done.returncode == 2 and "is gone, and only a new best epoch writes it" in done.stderr
+    assert "resuming" not in done.stdout and (finished / "args.yaml").read_bytes() == before
+    shutil.rmtree(finished / "model")
+    assert "is gone, and only a new best epoch writes it" in train("--resume", finished, ok=False).stderr
 
 
 @pytest.mark.slow
 def test_plateau_goes_on_with_its_patience(tmp_path):
-    words = (
-        "--sched",
-        "plateau",
-        "--patience-epochs",
-        1,
-        "--lr",
-        1e-6,
-        "--epochs",
-        5,
-        "--img-size",
-        16,
-        "--warmup-epochs",
-        0,
-    )
-    done = run(*TRAIN, *words, "--checkpoint-hist", 9, "--output", tmp_path, "--experiment", "whole")
-    assert done.returncode == 0, done.stderr
+    words = ("--sched", "plateau", "--patience-epochs", 1, "--lr", 1e-6, "--epochs", 5, "--img-size", 16, "--warmup-epochs", 0)
+    train(*words, "--checkpoint-hist", 9, "--output", tmp_path, "--experiment", "whole")
     cut(tmp_path / "whole", tmp_path / "run", 2)
-    done = run(*TRAIN, "--resume", tmp_path / "run")
-    assert done.returncode == 0 and differences(tmp_path / "whole", tmp_path / "run") == [], done.stderr
+    train("--resume", tmp_path / "run")
+    assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
 def test_damaged_checkpoints_are_set_aside(tmp_path):
@@ -202,11 +166,11 @@ def limited(kilobytes, *words):
 
 
 def test_a_checkpoint_that_does_not_fit_stops_the_run_or_is_skipped(tmp_path):
-    words = ("--epochs", 1)
-    done = limited(1800, *words, "--output", tmp_path, "--experiment", "stop")
+    words = ("--epochs", 1, "--output", tmp_path)
+    done = limited(1800, *words, "--experiment", "stop")
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert "output: a checkpoint cannot be written" in done.stderr and "--on-full-disk skip" in done.stderr
-    done = limited(1800, *words, "--on-full-disk", "skip", "--output", tmp_path, "--experiment", "skip")
+    done = limited(1800, *words, "--on-full-disk", "skip", "--experiment", "skip")
     assert done.returncode == 0 and done.stdout.count("warning: a checkpoint cannot be written") == 1, done.stderr
     assert not checkpoints(tmp_path / "skip" / "checkpoints") and (tmp_path / "skip/model/model.safetensors").exists()
 
@@ -224,8 +188,7 @@ cp -r {place}/run {kept}
 def test_a_disk_that_fills_up(tmp_path):
     """A small tmpfs, for real: the run stops in one line, what was kept is whole, and it goes on once there is room."""
     words = ("--epochs", 3, "--img-size", 16, "--batch-size", 64, "-j", 0)
-    done = run(*TRAIN, *words, "--output", tmp_path, "--experiment", "whole", OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
+    train(*words, "--output", tmp_path, "--experiment", "whole", OMP_NUM_THREADS="1")
     # What the run holds after its first epoch, and half of what the second one writes beside it.
     newest = checkpoints(tmp_path / "whole/checkpoints")[-1]
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in (newest, tmp_path / "whole/model")]
@@ -235,20 +198,16 @@ def test_a_disk_that_fills_up(tmp_path):
     done = run("unshare", "-rm", "bash", "-c", script, "bash", *TRAIN, *words, OMP_NUM_THREADS="1")
     if done.returncode == 99 or "unshare failed" in done.stderr:
         pytest.skip("no tmpfs can be mounted here")
-    assert [line for line in done.stdout.splitlines() if line.startswith("status")] == ["status 2", "status 0"], (
-        done.stderr
-    )
+    assert [line for line in done.stdout.splitlines() if line.startswith("status")] == ["status 2", "status 0"], done.stderr
     assert "cannot be written" in done.stderr and len(done.stderr.splitlines()) == 1
     assert "epoch-00001-image" in done.stderr, "the first epoch's checkpoint is what is kept"
     assert not differences(tmp_path / "whole", tmp_path / "kept")
 
 
 def test_auto_takes_the_newest_run_of_the_same_options(digits_run, tmp_path, monkeypatch):
-    first, other = tmp_path / "20260101-000000-resnet20_cifar", tmp_path / "20260102-000000-resnet20_cifar"
-    shutil.copytree(digits_run[0], first)
-    shutil.copytree(digits_run[0], other)
-    args = yaml.safe_load((other / "args.yaml").read_text())
-    (other / "args.yaml").write_text(yaml.safe_dump({**args, "lr": 0.5}))
+    names = ("20260101-000000-resnet20_cifar", "20260102-000000-resnet20_cifar")
+    first, other = (shutil.copytree(digits_run[0], tmp_path / name) for name in names)
+    change(other / "args.yaml", lr=0.5)
     words = ["--resume", "auto", "--output", str(tmp_path)]
     assert parse([*words, "--epochs", "4"])[1] == other
     assert parse([*words, "--lr", "0.1"])[1] == first
@@ -265,8 +224,7 @@ def test_auto_takes_the_newest_run_of_the_same_options(digits_run, tmp_path, mon
 @pytest.mark.parametrize("words", ["--input-size 3 16 16", "--amp --device cpu", "--start-epoch 1", "--no-resume-opt"])
 def test_auto_knows_options_that_a_run_records_otherwise(words, digits_run, tmp_path):
     run = shutil.copytree(digits_run[0], tmp_path / "20260101-000000-resnet20_cifar")
-    args = yaml.safe_load((run / "args.yaml").read_text())
-    (run / "args.yaml").write_text(yaml.safe_dump({**args, "start_epoch": 1, "device": "cpu", "mixed_precision": "bf16"}))
+    change(run / "args.yaml", start_epoch=1, device="cpu", mixed_precision="bf16")
     for more, found in ((words.split(), run), (["--input-size", "3", "16", "24"], None), (["--start-epoch", "2"], None)):
         assert parse(["--resume", "auto", "--output", str(tmp_path), *more])[1] == found
 
@@ -275,8 +233,8 @@ def test_auto_knows_options_that_a_run_records_otherwise(words, digits_run, tmp_
 def pair(tmp_path_factory):
     """The same in two processes, half a batch each."""
     output = tmp_path_factory.mktemp("pair")
-    words = [*EVERYTHING, "--batch-size", 32, "--checkpoint-hist", 99, "--output", output, "--experiment", "run"]
-    done = run(*TORCHRUN, ROOT / "train_sfr.py", *words, OMP_NUM_THREADS="1")
+    words = (*EVERYTHING, "--batch-size", 32, "--output", output, "--experiment", "run")
+    done = train_pair(*words)
     assert done.returncode == 0, done.stderr
     return output / "run"
 
@@ -284,18 +242,16 @@ def pair(tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_resume_in_mid_epoch_with_the_same_bits(pair, tmp_path):
     assert len(cut(pair, tmp_path / "run", 5)["parts"]) == 2
-    done = run(*TORCHRUN, ROOT / "train_sfr.py", "--resume", tmp_path / "run", OMP_NUM_THREADS="1")
+    done = train_pair("--resume", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert differences(pair, tmp_path / "run") == []
 
 
 @pytest.mark.slow
 def test_one_process_takes_up_what_two_left_and_the_other_way_round(pair, whole, tmp_path):
-    for source, name, launcher, batch in ((pair, "one", [sys.executable], 64), (whole, "two", TORCHRUN, 32)):
+    for source, name, train_on, batch in ((pair, "one", train, 64), (whole, "two", train_pair, 32)):
         state = cut(source, tmp_path / name, 5)
-        done = run(
-            *launcher, ROOT / "train_sfr.py", "--resume", tmp_path / name, "--batch-size", batch, OMP_NUM_THREADS="1"
-        )
+        done = train_on("--resume", tmp_path / name, "--batch-size", batch)
         assert f"at epoch {state['epoch'] + 1}, batch {state['step'] + 1}" in done.stdout, done.stderr
         ours, theirs = (load_checkpoint(checkpoints(r / "checkpoints")[-1]) for r in (tmp_path / name, source))
         assert (ours["epoch"], ours["updates"]) == (theirs["epoch"], theirs["updates"])
@@ -304,28 +260,14 @@ def test_one_process_takes_up_what_two_left_and_the_other_way_round(pair, whole,
 
 def test_another_batch_size_goes_on_after_the_images_seen(whole, tmp_path):
     state = cut(whole, tmp_path / "run", 1)  # twelve batches of 64: seven of 100, of which whole groups of two count
-    done = run(*TRAIN, "--resume", tmp_path / "run", "--batch-size", 100, OMP_NUM_THREADS="1")
-    assert state["images"] == 768 and "at epoch 1, batch 7" in done.stdout, done.stderr
-    assert done.returncode == 0
+    done = train("--resume", tmp_path / "run", "--batch-size", 100, OMP_NUM_THREADS="1")
+    assert state["images"] == 768 and "at epoch 1, batch 7" in done.stdout
 
 
 def kill_a_rank(output, *launcher_words):
     """Starts two processes, kills one (SIGKILL) after the first checkpoint; the launcher, and when it was."""
-    words = [
-        *EVERYTHING,
-        "--batch-size",
-        "32",
-        "--checkpoint-hist",
-        "99",
-        "--output",
-        str(output),
-        "--experiment",
-        "run",
-    ]
-    launcher = [*TORCHRUN, *launcher_words, str(ROOT / "train_sfr.py"), *words]
-    process = subprocess.Popen(launcher, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ALONE)
-    while process.poll() is None and not checkpoints(output / "run" / "checkpoints"):
-        time.sleep(0.02)
+    words = (*EVERYTHING, "--batch-size", 32, "--output", output, "--experiment", "run")
+    process = started(output / "run", *TORCHRUN, *launcher_words, TRAIN[1], *words, stderr=subprocess.STDOUT)
     ranks = [child for child in psutil.Process(process.pid).children() if "train_sfr.py" in " ".join(child.cmdline())]
     assert len(ranks) == 2
     ranks[1].kill()

@@ -9,7 +9,6 @@ import timm
 import torch
 from conftest import TRAIN, run
 
-import timm_sfr  # noqa: F401  (registers the architectures for small images)
 from timm_sfr import RunConfig
 from timm_sfr.config import DEFAULT_BATCH
 from timm_sfr.training.forecast import Circumstances, advice, total_reduction, usual_rate
@@ -40,9 +39,8 @@ def test_too_many_loading_processes_are_told_in_one_line_and_the_length_in_anoth
 
 def lines_on(model="resnet20_cifar", **options):
     images = options.pop("images", 50000)
-    config = RunConfig.from_flat(
-        {"data_dir": "x", "model": model, "img_size": 224, "workers": 2, "warmup_epochs": 0, **options}
-    )
+    given = {"data_dir": "x", "model": model, "img_size": 224, "workers": 2, "warmup_epochs": 0, **options}
+    config = RunConfig.from_flat(given)
     batch = (config.data.batch_size or DEFAULT_BATCH) * config.optim.grad_accum_steps
     lr = config.optim.lr if config.optim.lr is not None else config.optim.lr_base
     made = timm.create_model(model, num_classes=10)

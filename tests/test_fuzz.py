@@ -47,9 +47,8 @@ def test_any_mapping_is_a_configuration_or_an_error_of_ours(values):
     assert RunConfig.from_flat(config.flat()).flat() == config.flat() or "nan" in str(config.flat())
 
 
-WORDS = st.sampled_from(["--" + name.replace("_", "-") for name in NAMES]) | st.text(max_size=10).filter(
-    lambda word: word not in ("-h", "--help")
-)
+FLAGS = st.sampled_from(["--" + name.replace("_", "-") for name in NAMES])
+WORDS = FLAGS | st.text(max_size=10).filter(lambda word: word not in ("-h", "--help"))
 
 
 @many
@@ -79,25 +78,14 @@ def test_any_file_is_a_mapping_or_an_error_of_ours(tmp_path_factory, data):
 def folder(tmp_path_factory):
     """A checkpoint to damage, and the bytes of its files."""
     place = tmp_path_factory.mktemp("fuzz") / "checkpoints"
-    state = {
-        "epoch": 1,
-        "step": 2,
-        "images": 128,
-        "updates": 12,
-        "module": {"x": torch.arange(50.0)},
-        "best": {"a": 1.0},
-    }
+    state = {"epoch": 1, "step": 2, "images": 128, "updates": 12, "module": {"x": torch.arange(50.0)}, "best": {"a": 1.0}}
     path = save_checkpoint(place, state, 5, True)
     return path, {file.name: file.read_bytes() for file in path.iterdir()}
 
 
 @many
-@given(
-    file=st.sampled_from(["state.pt", "manifest.txt"]),
-    place=st.floats(0, 1),
-    cut=st.integers(0, 300),
-    new=st.binary(max_size=300),
-)
+@given(file=st.sampled_from(["state.pt", "manifest.txt"]), place=st.floats(0, 1), cut=st.integers(0, 300),
+       new=st.binary(max_size=300))  # fmt: skip
 def test_any_damage_to_a_checkpoint_is_found(folder, file, place, cut, new):
     path, whole = folder
     start = int(place * len(whole[file]))

@@ -70,9 +70,7 @@ def test_under_a_gradient_scaler_nothing_but_the_scaler_leaves_updates_out():
 @pytest.mark.parametrize("gradient", [False, True], ids=["loss", "gradient"])
 def test_by_default_it_stops_the_run(tmp_path, gradient):
     trainer = spoiled(tmp_path, "stop", {3}, gradient)
-    with pytest.raises(
-        UserError, match=r"non-finite (loss|gradients) at epoch 1, update 4: .* stopped before the update"
-    ):
+    with pytest.raises(UserError, match=r"non-finite (loss|gradients) at epoch 1, update 4: .* stopped before the update"):
         trainer.train_epoch(0)
     assert trainer.state.updates == 3 and all(p.isfinite().all() for p in trainer.task.plain_model.parameters())
     assert len(json.loads((tmp_path / "run/nonfinite.json").read_text())) == 1
@@ -85,7 +83,7 @@ def test_too_many_in_a_row_stop_it_anyway(tmp_path):
     assert finite(trainer)
 
 
-def test_outputs_that_are_not_finite_in_validation_stop_the_run_or_count_as_wrong(tmp_path, caplog):
+def test_outputs_that_are_not_finite_in_validation_stop_the_run_or_count_as_wrong(tmp_path):
     trainer = spoiled(tmp_path, "stop", ())
     with torch.no_grad():
         next(trainer.task.plain_model.parameters()).fill_(float("nan"))

@@ -96,10 +96,8 @@ def test_compiles_without_graph_breaks():
 def test_a_model_of_the_users_own():
     """Tokens become a map; the module that runs twice is no feature."""
     task = SFRTask(Mine(), SFRConfig(taps=("stem", "mix")), input_size=(3, 32, 32), verbose=False)
-    assert [(tap.module, tap.channels, tap.grid) for tap in (*task.plan.shallow, task.plan.deep)] == [
-        ("stem", 8, (8, 8)),
-        ("mix", 16, (4, 4)),
-    ]
+    found = [(tap.module, tap.channels, tap.grid) for tap in task.plan.taps]
+    assert found == [("stem", 8, (8, 8)), ("mix", 16, (4, 4))]
     result = task(torch.randn(4, 3, 32, 32), torch.arange(4))
     result["loss"].backward()
     assert result["sfr_loss"] > 0 and all(parameter.grad is not None for parameter in task.parameters())
@@ -148,14 +146,8 @@ def test_maps():
     assert torch.equal(as_map(tokens, images), x)
     assert torch.equal(as_map(torch.cat((torch.zeros(2, 2, 6), tokens), 1), images), x)
     # Among them tokens before the batch, and windows of one.
-    for wrong in (
-        torch.randn(2, 6),
-        torch.randn(2, 31, 6),
-        (x,),
-        torch.randn(2, 5, 4, 30),
-        tokens.transpose(0, 1),
-        x.repeat(4, 1, 1, 1),
-    ):
+    odd = (torch.randn(2, 6), torch.randn(2, 31, 6), torch.randn(2, 5, 4, 30))
+    for wrong in (*odd, (x,), tokens.transpose(0, 1), x.repeat(4, 1, 1, 1)):
         with pytest.raises(UserError, match="expected a map"):
             as_map(wrong, images, "module")
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import train
+from conftest import finished_run
 from PIL import ExifTags, Image
 
 from timm_sfr import UserError
@@ -172,8 +172,7 @@ def test_an_export_scores_what_validate_says(tmp_path, capsys, monkeypatch):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(path)
     words = ("--model", "test_resnet", "--data-dir", tmp_path / "set", "--img-size", 32, "--epochs", 2, "-j", 0, "-b", 16)
-    train(*words, "--device", "cpu", "--output", tmp_path, "--experiment", "run")
-    run = tmp_path / "run"
+    run, _ = finished_run(tmp_path, *words, "--device", "cpu")
     assert main(["validate", str(run), "--json", "-j", "0", "--device", "cpu"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert main(["export", str(run)]) == 0

@@ -4,70 +4,41 @@ import json
 import time
 
 import pytest
+import safetensors.torch
 import torch
-from conftest import ROOT, TRAIN, finished_run, run
-from hub_tools import FILES, PREDICT, STARTING, push, python
-
-LOGITS = """
-import sys, timm, torch
-{imports}
-model = {create}.eval()
-with torch.no_grad():
-    torch.save(model(torch.load("{images}", weights_only=True)), "{out}")
-print(timm.data.resolve_model_data_config(model)["mean"])
-"""
-
-
-# What is left of an environment where this package was never installed.
-WITHOUT = "sys.modules['timm_sfr'] = None"
-
-
-@pytest.fixture(scope="session")
-def resnet_run(tmp_path_factory):
-    """A finished run of an architecture that timm itself has."""
-    words = ("--model", "test_resnet", "--img-size", 64, "--epochs", 1)
-    return finished_run(tmp_path_factory.mktemp("resnet"), *words)[0]
-
-
-def logits_by(create, images, out, env, imports="import timm_sfr"):
-    done = python(LOGITS.format(imports=imports, create=create, images=images, out=out), **env)
-    assert done.returncode == 0, done.stderr
-    return torch.load(out, weights_only=True), done.stdout
+from conftest import ROOT, finished_run, run
+from hub_tools import FILES, PREDICT, STARTING, WITHOUT, logits_by, push, python
 
 
 def test_train_push_load(hub, tmp_path):
     """Training publishes; another process with an empty cache gets the same logits, bit for bit."""
     env = hub.env(tmp_path / "home")
-    words = ("--epochs", 1, "--report-interval", 1, "--output", tmp_path, "--experiment", "run")
-    done = run(*TRAIN, *words, "--push-to-hub", "user/x", **env)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "published: " in done.stdout and 'timm.create_model("hf-hub:user/x", pretrained=True)' in done.stdout
+    words = ("--epochs", 1, "--report-interval", 1, "--push-to-hub", "user/x")
+    _, printed = finished_run(tmp_path, *words, **env)
+    assert "published: " in printed and 'timm.create_model("hf-hub:user/x", pretrained=True)' in printed
     commits = hub.repos["user/x"].commits
     assert len(commits) == 2 and set(commits[1][2]) - {".gitattributes"} == FILES
     images = tmp_path / "images.pt"
     torch.save(torch.randn(4, 3, 16, 16), images)
-    local, _ = logits_by(
-        f'timm.create_model("local-dir:{tmp_path}/run/model", pretrained=True)', images, tmp_path / "a.pt", {}
-    )
-    for number, create in enumerate(
-        ('timm.create_model("hf-hub:user/x", pretrained=True)', 'timm_sfr.create_model("user/x")')
-    ):
+    by_timm, ours = 'timm.create_model("{}", pretrained=True)', 'timm_sfr.create_model("user/x")'
+    local, _ = logits_by(by_timm.format(f"local-dir:{tmp_path}/run/model"), images, tmp_path / "a.pt", {})
+    for number, create in enumerate((by_timm.format("hf-hub:user/x"), ours)):
         env = hub.env(tmp_path / f"empty{number}", token=None)
         found, printed = logits_by(create, images, tmp_path / "b.pt", env)
         assert torch.equal(found, local) and "0.4914, 0.4822, 0.4465" in printed
     # What was loaded once needs no network.
     offline = {**hub.env(tmp_path / "empty1", token=None), "HF_HUB_OFFLINE": "1"}
     hub.close()
-    found, _ = logits_by('timm_sfr.create_model("user/x")', images, tmp_path / "c.pt", offline)
+    found, _ = logits_by(ours, images, tmp_path / "c.pt", offline)
     assert torch.equal(found, local)
 
 
 def test_timm_alone_loads_timms_architecture(hub, resnet_run, tmp_path):
-    assert push(resnet_run, "user/r", hub, tmp_path / "home").returncode == 0
+    assert push(resnet_run[0], "user/r", hub, tmp_path / "home").returncode == 0
     images = tmp_path / "images.pt"
     torch.save(torch.randn(4, 3, 64, 64), images)
     create = 'timm.create_model("{}", pretrained=True)'
-    local, _ = logits_by(create.format(f"local-dir:{resnet_run}/model"), images, tmp_path / "a.pt", {}, WITHOUT)
+    local, _ = logits_by(create.format(f"local-dir:{resnet_run[0]}/model"), images, tmp_path / "a.pt", {}, WITHOUT)
     env = hub.env(tmp_path / "empty", token=None)
     found, _ = logits_by(create.format("hf-hub:user/r"), images, tmp_path / "b.pt", env, WITHOUT)
     assert torch.equal(found, local)
@@ -77,18 +48,21 @@ def test_names_of_classes_travel(hub, folder, tmp_path):
     """Into the configuration, and out of it in a prediction; the card of the run tells of its last epoch."""
     env = hub.env(tmp_path / "home")
     size = ("--img-size", 32, "--batch-size", 20, "--epochs", 3, "--workers", 0)
-    words = ("--data-dir", folder, "--val-split", "val", *size, "--output", tmp_path)
-    done = run(*TRAIN, *words, "--experiment", "run", "--push-to-hub", "user/named", **env)
-    assert done.returncode == 0, done.stderr
+    run_dir, _ = finished_run(tmp_path, "--data-dir", folder, "--val-split", "val", *size, "--push-to-hub", "user/named", **env)
     config = json.loads(hub.repos["user/named"].commits[-1][2]["config.json"])
-    assert config["label_names"] == ["class0", "class1", "class2"]
+    assert config["label_names"] == ["class0", "class1", "class2"] and config["num_classes"] == 3
     image = next((folder / "val").rglob("*.png"))
     done = run(*PREDICT, "user/named", image, **hub.env(tmp_path / "empty", token=None))
-    assert done.returncode == 0 and {line.split()[0] for line in done.stdout.splitlines()[1:]} == set(
-        config["label_names"]
-    )
-    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert done.returncode == 0
+    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == set(config["label_names"])
+    card = (run_dir / "model" / "README.md").read_text()
     assert "| validation, last epoch | 3 |" in card and "in the folder above" in card
+
+
+def repository(digits_run):
+    """The files of that run's model, as they lie on the Hub."""
+    model = digits_run[0] / "model"
+    return {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")}
 
 
 def load_error(hub, home, name="user/bad", **env):
@@ -108,23 +82,22 @@ except timm_sfr.UserError as error:
 
 @pytest.mark.parametrize("name,said", [
     ("pickle", "at least one is missing, and a pickle is not loaded"), ("truncated", "are damaged"),
-    ("unknown architecture", "'resnet_of_mine', which neither timm"), ("keys", "do not fit"),
+    ("types", "to be float32; got I32"), ("unknown architecture", "'resnet_of_mine', which neither timm"), ("keys", "do not fit"),
     ("config", "is damaged or not timm's"),
     ("missing", "no such repository, or it is private"),
     pytest.param("no server", "cannot reach http://127.0.0.1", marks=pytest.mark.slow),
     ("revision", "it has no such revision"), ("offline", "HF_HUB_OFFLINE is set"),
 ])  # fmt: skip
 def test_a_repository_that_does_not_load(name, said, hub, digits_run, tmp_path):
-    model = digits_run[0] / "model"
-    files = {
-        "config.json": (model / "config.json").read_bytes(),
-        "model.safetensors": (model / "model.safetensors").read_bytes(),
-    }
+    files = repository(digits_run)
     config = json.loads(files["config.json"])
     if name == "pickle":
         files["pytorch_model.bin"] = files.pop("model.safetensors")
     elif name == "truncated":
         files["model.safetensors"] = files["model.safetensors"][:50_000]
+    elif name == "types":
+        tensors = safetensors.torch.load(files["model.safetensors"])
+        files["model.safetensors"] = safetensors.torch.save({key: value.int() for key, value in tensors.items()})
     elif name == "unknown architecture":
         files["config.json"] = json.dumps(config | {"architecture": "resnet_of_mine"}).encode()
     elif name == "keys":
@@ -142,8 +115,7 @@ def test_a_repository_that_does_not_load(name, said, hub, digits_run, tmp_path):
 
 def test_a_full_disk(hub, digits_run, tmp_path):
     """The disk is full when the weights come in (their file refuses to be written): one line; it loads once there is room."""
-    model = digits_run[0] / "model"
-    hub.add("user/big", {name: (model / name).read_bytes() for name in ("config.json", "model.safetensors")})
+    hub.add("user/big", repository(digits_run))
     limited = """
 import builtins, errno, timm_sfr
 import huggingface_hub.file_download as download

@@ -4,12 +4,11 @@ import csv
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import COMMAND, ROOT, run
 
 from timm_sfr import RunConfig
 from timm_sfr.cli.lr_find import free_path, lines
@@ -17,7 +16,7 @@ from timm_sfr.training import lr_find
 from timm_sfr.training.lr_find import RangeTest, diverged, exponential_rates, range_test, smooth_losses, steepest
 from timm_sfr.training.run import assemble, start
 
-LR_FIND = [sys.executable, "-m", "timm_sfr.cli.main", "lr-find"]
+LR_FIND = [*COMMAND, "lr-find"]
 SHORT = ("--device", "cpu", "-b", 16, "--lr-updates", 12)
 
 
@@ -54,9 +53,9 @@ def test_when_the_test_ends():
 
 
 def test_gradients_scale_with_the_batch_as_in_training():
-    """A batch of half the mean size has half the gradient with linear scaling; SGD's step shows it."""
+    """A batch of half the mean size has half the gradient with linear scaling, and 0.71 of it with sqrt; SGD's step shows it."""
     steps = {}
-    for mode in ("none", "linear"):
+    for mode in ("none", "linear", "sqrt"):
         options = {"batch_size": 32, "device": "cpu", "train_img_sizes": (8, 16), "train_batch_sizes": (16, 48),
                    "weight_decay": 0.0, "train_size_probs": (1, 1), "variable_batch_loss_scale": mode}  # fmt: skip
         config = RunConfig.from_flat(options)
@@ -65,7 +64,9 @@ def test_gradients_scale_with_the_batch_as_in_training():
         range_test(learner, None, [1e-3])
         steps[mode] = learner.module.model.fc.weight.detach() - before
     share = learner.share(len(next(iter(learner.batches.epoch(0)))[1]))
-    assert share != 1 and torch.allclose(steps["linear"], share * steps["none"], rtol=1e-4, atol=1e-8)
+    assert share != 1
+    for mode, scale in (("linear", share), ("sqrt", share**0.5)):
+        assert torch.allclose(steps[mode], scale * steps["none"], rtol=1e-4, atol=1e-8)
     assert learner.mean_batch == learner.sizes.average_batch == 32
 
 
@@ -80,7 +81,9 @@ def test_an_update_is_one_of_the_run(monkeypatch):
 
     learner, _, _ = assemble(config, start(config))
     task, module = learner.task, learner.module
-    optimizer = torch.optim.AdamW(lr_find_groups(learner), lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
+    # timm's groups, whose weight decays differ.
+    groups = [{name: group[name] for name in ("params", "weight_decay")} for group in learner.optimizer.param_groups]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8)
     task.set_epoch(10, 20)
     task.train()
     batches, losses = lr_find._batches(learner, lr_find.create_mixup(config.aug, 10)), []
@@ -98,13 +101,6 @@ def test_an_update_is_one_of_the_run(monkeypatch):
     assert found == pytest.approx(losses, rel=1e-4) and len(set(found)) == 3
 
 
-def lr_find_groups(learner):
-    """timm's groups, whose weight decays differ."""
-    return [
-        {"params": group["params"], "weight_decay": group["weight_decay"]} for group in learner.optimizer.param_groups
-    ]
-
-
 def test_the_command(tmp_path):
     """A suggestion within the rates, a picture and its figures, no run; the same again by the same seed."""
     words = (*SHORT, "--lr-low", 1e-3, "--lr-high", 1, "--output", tmp_path / "runs")
@@ -117,10 +113,8 @@ def test_the_command(tmp_path):
     again = run(*LR_FIND, *words, "--json", "--picture", tmp_path / "again.png")
     found = json.loads(again.stdout)
     assert (tmp_path / "again.csv").read_text() == (tmp_path / "new" / "curve.csv").read_text()
-    assert (tmp_path / "again.png").read_bytes()[:4] == b"\x89PNG" and (found["batch"], found["updates"]) == (
-        16,
-        len(rows),
-    )
+    assert (tmp_path / "again.png").read_bytes()[:4] == b"\x89PNG"
+    assert (found["batch"], found["updates"]) == (16, len(rows))
     assert 1e-3 < found["lr"] < 1
     assert f"suggestion: --lr {found['lr']:.2g}" in done.stdout and "a start, not an answer" in done.stdout
     assert "note: without effect here, as no run is written and the rate is varied: --output" in done.stdout
@@ -132,9 +126,7 @@ def test_a_loss_that_diverges_ends_it(tmp_path):
     """At once at a rate that is far too high: then there is no suggestion, and the curve shows why."""
     done = run(*LR_FIND, *SHORT, "--lr-low", 1e3, "--lr-high", 1e6, "--picture", tmp_path / "curve.png")
     assert done.returncode == 2 and "of 12 updates" in done.stdout and "the test ended" in done.stdout
-    assert (
-        "lr-high: no suggestion, because the smoothed loss never fell" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert "lr-high: no suggestion, because the smoothed loss never fell" in done.stderr and "Traceback" not in done.stderr
     assert (tmp_path / "curve.csv").is_file()
 
 

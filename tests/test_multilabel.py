@@ -3,15 +3,16 @@
 import csv
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import cut, finished_run, summary, train
+from conftest import adds_up, cut, digits_table, finished_run, summary, train
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
-from test_processes import updates
+from test_processes import agreeing_updates
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy
 from timm.task import MultiLabelClassificationTask
@@ -40,20 +41,8 @@ WORDS = ("--task", "multilabel", "--model", "resnet20_cifar", "--img-size", 16, 
 
 @pytest.fixture(scope="module")
 def labels(tmp_path_factory):
-    """A table of digits with two classes each, the digit and even or odd: 20 of each digit to train, 8 to validate, 4 to test."""
-    root = tmp_path_factory.mktemp("labels")
-    digits, seen = Digits(train=True, mode="RGB"), [0] * 10
-    rows = [("path", "label", "split")]
-    for index in range(len(digits)):
-        image, digit = digits[index]
-        place, seen[digit] = seen[digit], seen[digit] + 1
-        if place < 32:
-            image.save(root / f"{index}.png")
-            split = "train" if place < 20 else "val" if place < 28 else "test"
-            rows.append((f"{index}.png", f"{digit}|{('even', 'odd')[digit % 2]}", split))
-    with (root / "digits.csv").open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    return root / "digits.csv"
+    """A table of digits with two classes each, the digit and even or odd, 8 of each digit to validate on."""
+    return digits_table(tmp_path_factory.mktemp("labels"), 8, lambda digit: f"{digit}|{('even', 'odd')[digit % 2]}")
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +152,8 @@ def test_hugging_face_data_sets(tmp_path, monkeypatch):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Sequence(datasets.ClassLabel(names=names)),
                                   "one": datasets.ClassLabel(names=["a", "b"])})  # fmt: skip
     for split in ("train", "validation"):
-        datasets.Dataset.from_dict(values, features=features).to_parquet(
-            tmp_path / "set" / f"{split}-00000-of-00001.parquet"
-        )
+        path = tmp_path / "set" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_dict(values, features=features).to_parquet(path)
     shared = {"dataset": f"hfds/{tmp_path / 'set'}", "task": "multilabel", "data_dir": str(tmp_path / "cache")}
     split = open_splits(DataConfig(**shared), "RGB", 0)[0]
     assert split.class_names == tuple(names)
@@ -227,9 +215,8 @@ def model_and_batch():
 @pytest.mark.parametrize("total", [False, True])
 def test_terms_add_up_and_lambda_keeps_its_balance(total):
     model, images, target = model_and_batch()
-    task = SFRTask(
-        model, SFRConfig(smoothing=0.1), loss=LossForm(bce=True, bce_sum=total, multi_label=True), verbose=False
-    )
+    form = LossForm(bce=True, bce_sum=total, multi_label=True)
+    task = SFRTask(model, SFRConfig(smoothing=0.1), loss=form, verbose=False)
     result = task(images, target)
     expected = BinaryCrossEntropy(0.1, smooth_dense=True, sum_classes=total)(result["output"], target)
     assert torch.allclose(result["task_loss"], expected) and result["sfr_loss"] > 0
@@ -294,10 +281,7 @@ def test_an_image_with_outputs_that_are_not_finite_counts_as_wrong():
         (("--sampler", "balanced"), "sampler: balanced needs images of one class each"),
         (("--kd-model-name", "resnet18"), "kd_model_name: it does not go with --task multilabel"),
         (("--sfr-smoothing-source", "classes"), "sfr_smoothing_source: it does not go with"),
-        (
-            ("--smoothing", "0.1", "--sfr-smoothing-schedule", "confidence"),
-            "sfr_smoothing_schedule: it does not go with",
-        ),
+        (("--smoothing", "0.1", "--sfr-smoothing-schedule", "confidence"), "sfr_smoothing_schedule: it does not go with"),
         (("--eval-metric", "top1"), "eval_metric: expected one of map, micro_f1, macro_f1, sample_f1, loss"),
         (("--multilabel-threshold", "1"), "multilabel_threshold: expected a value between 0 and 1"),
         (("--loss", "asl"), "--loss: expected one of ce, bce, jsd; got 'asl'"),
@@ -341,22 +325,14 @@ def test_a_run_learns_and_writes_its_scores_card_and_report(labelled):
     assert set(metrics["test"]) == {"epoch", "images", "split", *names}
     assert f"best val_map {metrics['best']['val_map']:.2f}" in said and f"test map {metrics['test']['map']:.2f}" in said
     assert "multi-label BCE" in said and "2 an image, 0 without a class" in said
-    for row in summary(run):
-        value = {name: float(number) for name, number in row.items()}
-        assert value["train_loss"] == pytest.approx(
-            value["task_loss"] + value["sfr_weight"] * value["sfr_loss"], abs=1e-6
-        )
+    assert all(map(adds_up, summary(run)))
     rows = read_class_scores(run / "classes.csv")
     assert [row["class"] for row in rows] == [*map(str, range(10)), "even", "odd"]
     assert np.mean([row["ap"] for row in rows]) == pytest.approx(metrics["best"]["val_map"], abs=1e-4)
     assert not (run / "predictions.csv").exists()
     card, page = (run / "model" / "README.md").read_text(), (run / "report.html").read_text()
-    assert (
-        f"{metrics['test']['map']:.2f} |" in card
-        and "top-1" not in card
-        and "ECE" not in card
-        and ".sigmoid()[0]" in card
-    )
+    assert f"{metrics['test']['map']:.2f} |" in card and ".sigmoid()[0]" in card
+    assert "top-1" not in card and "ECE" not in card
     assert "An image may have any number of them." in card and "type: mean_average_precision" in card
     assert "Classes, lowest average precision first" in page and "mAP, test" in page and "ECE" not in page
     assert "top-1" not in page and 'class="note"' not in page and 'id="sfr"' in page
@@ -372,18 +348,14 @@ def test_commands_on_it(labelled, labels, digits_run, tmp_path, capsys):
     # The model's folder alone says that an image may have several classes.
     assert main(["validate", str(run / "model"), "--dataset", f"csv/{labels}", "--tta", "2", "--device", "cpu"]) == 0
     assert f"{own['map']:.3f} %" in (out := capsys.readouterr().out) and "mAP" in out and "views" in out
-    images = [str(path) for path in sorted(labels.parent.glob("*.png"))[:30]]
+    images = [str(path) for path in sorted(labels.parent.glob("images/*.png"))[:30]]
     assert main(["predict", str(run / "model"), *images, "--json"]) == 0
     found = [json.loads(line)["classes"] for line in capsys.readouterr().out.splitlines()]
     assert sum({"even", "odd"} & {one["class"] for one in classes} != set() for classes in found) > 20
     assert all(one["probability"] >= 0.5 for classes in found if len(classes) != 2 for one in classes)
     csv_file = tmp_path / "p.csv"
-    assert (
-        main(
-            ["predict", str(run), *images, "--csv", str(csv_file), "--multilabel-threshold", "0.999999", "--topk", "2"]
-        )
-        == 0
-    )
+    words = ["--csv", str(csv_file), "--multilabel-threshold", "0.999999", "--topk", "2"]
+    assert main(["predict", str(run), *images, *words]) == 0
     capsys.readouterr()
     with csv_file.open() as file:
         rows = list(csv.DictReader(file))
@@ -411,11 +383,8 @@ def test_a_run_stopped_in_mid_epoch_goes_on_to_the_same_bits(labels, tmp_path):
 
 
 def test_bad_images_are_replaced_by_the_next(labels, tmp_path):
-    bad = tmp_path / "data"
-    bad.mkdir()
-    for path in labels.parent.iterdir():
-        (bad / path.name).write_bytes(path.read_bytes())
-    first = sorted(bad.glob("*.png"))[0]
+    bad = shutil.copytree(labels.parent, tmp_path / "data")
+    first = sorted(bad.glob("images/*.png"))[0]
     first.write_text("junk")
     words = (*WORDS, "--dataset", f"csv/{bad / 'digits.csv'}", "--epochs", 1, "--output", tmp_path, "--on-bad-image")
     assert first.name in train(*words, "stop", ok=False).stderr
@@ -424,11 +393,9 @@ def test_bad_images_are_replaced_by_the_next(labels, tmp_path):
 
 @pytest.mark.slow
 def test_one_process_and_two_agree(labels, tmp_path):
-    options = {"dataset": f"csv/{labels}", "task": "multilabel", "num_classes": 12, "sfr_smoothing_source": "uniform",
-               "epochs": 1}  # fmt: skip
-    one, two = (updates(tmp_path, processes, batch_size=30 // processes, **options) for processes in (1, 2))
-    assert (one["processes"], two["processes"]) == (1, 2) and two["identical"]
-    assert len(one["losses"]) == 6 and two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+    one, two = agreeing_updates(tmp_path, 30, 6, dataset=f"csv/{labels}", task="multilabel", num_classes=12, epochs=1,
+                                sfr_smoothing_source="uniform")  # fmt: skip
+    assert len(one["losses"]) == len(two["losses"]) == 6
     # 80 images do not divide by 2 x 15: each is counted once all the same.
     assert two["val"]["images"] == one["val"]["images"] == 80
     assert two["val"]["map"] == pytest.approx(one["val"]["map"], abs=1) and two["test"]["map"] > 0

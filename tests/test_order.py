@@ -108,10 +108,7 @@ def test_each_repeat_is_augmented_anew_for_any_number_of_workers(aug, folder):
     """Repeats of an image lie beside each other in a batch; passes are one after the other."""
     config = DataConfig(data_dir=str(folder), batch_size=20, workers=0, epoch_repeats=0 if aug else 2)
     train = open_splits(config, "RGB", 0)[0]
-    made = [
-        TrainBatches(train, replace(config, workers=n), AugConfig(**aug), PREP, 5, Accelerator(cpu=True))
-        for n in (0, 2)
-    ]
+    made = [TrainBatches(train, replace(config, workers=n), AugConfig(**aug), PREP, 5, Accelerator(cpu=True)) for n in (0, 2)]
     assert len(made[0]) == (3 if aug else 6)
     ours, theirs = (torch.cat([images for images, _ in one.epoch(1)]) for one in made)
     assert torch.equal(ours, theirs)
@@ -208,11 +205,7 @@ def test_names_that_are_numbers_are_names(tmp_path):
 @pytest.mark.parametrize(
     "name,text,message",
     [
-        (
-            "w.yaml",
-            "cat: 1\ndgo: 2\nowl: 1\n",
-            "has 'dgo', which is neither a class nor an index below 3; did you mean 'dog'",
-        ),
+        ("w.yaml", "cat: 1\ndgo: 2\nowl: 1\n", "has 'dgo', which is neither a class nor an index below 3; did you mean 'dog'"),
         ("w.csv", "0,1\n1,1\n3,1\n", "has '3', which is neither"),
         ("w.txt", "cat 1\ncat 2\ndog 1\nowl 1\n", "has 'cat' twice"),
         ("w.txt", "cat 1\n", "lacks weights of 2 of 3 classes: dog, owl"),

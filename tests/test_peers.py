@@ -5,7 +5,6 @@ import pytest
 import timm
 import torch
 
-import timm_sfr  # noqa: F401  (registers resnet20_cifar)
 from benchmarks.methods import COMPANIONS, METHODS, find
 from benchmarks.methods.peer import kl
 from benchmarks.methods.sliced import sliced_distance
@@ -69,9 +68,8 @@ def test_byot(name, alpha, beta):
     expected = cross_entropy(z, y.numpy())
     for head, feature in zip(heads, features, strict=False):
         expected += (1 - alpha) * cross_entropy(numbers(head), y.numpy())
-        expected += (
-            alpha * divergence(softmax(z / 3), numbers(head), 3) + beta * ((numbers(feature) - deep) ** 2).sum(1).mean()
-        )
+        expected += alpha * divergence(softmax(z / 3), numbers(head), 3)
+        expected += beta * ((numbers(feature) - deep) ** 2).sum(1).mean()
     close(task(x, y)["loss"], expected)
 
 
@@ -181,9 +179,7 @@ def test_dlb():
     with torch.no_grad():
         model.fc.weight.mul_(2.0)
     again, z1 = numbers(model(second)), numbers(model(x1))
-    expected = cross_entropy(np.concatenate([z1, again]), np.concatenate([y1, y0])) + divergence(
-        softmax(z0 / 3), again, 3
-    )
+    expected = cross_entropy(np.concatenate([z1, again]), np.concatenate([y1, y0])) + divergence(softmax(z0 / 3), again, 3)
     result = task(torch.cat([x1, torch.randn_like(x1)]), y1)
     assert result["output"].shape == (len(y1), CLASSES)
     close(result["loss"], expected)
@@ -240,12 +236,6 @@ def test_mixed_targets_train(name):
     assert result["loss"].isfinite()
 
 
-def test_soft_teachers_are_constants():
-    teacher, student = torch.randn(3, 5, requires_grad=True), torch.randn(3, 5, requires_grad=True)
-    kl(teacher, student, 3.0).backward()
-    assert teacher.grad is None and student.grad.abs().sum() > 0
-
-
 @pytest.mark.parametrize("name", ["cskd", "dlb", "pskd"])
 def test_the_gradient_passes_no_teacher(name):
     task, model = make(name)
@@ -287,8 +277,3 @@ def test_unknown_methods_are_errors():
     task = find("cskd:weight=0.3")(timm.create_model("resnet20_cifar"), SIZE, torch.device("cpu"))
     assert (task.weight, task.temperature) == (0.3, 4.0)
 
-
-def test_every_peer_is_in_the_comparison():
-    assert {"ce", "ls", "deepsup", "byot", "tffd", "cskd", "pskd", "ols", "dlb", "tfkd", "sfr-gaussian", "sfr"} <= set(
-        METHODS
-    )

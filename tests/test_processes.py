@@ -5,32 +5,39 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, run, train
+from conftest import ROOT, TORCHRUN, run, train, train_pair
 
 from timm_sfr.cli.main import main
 from timm_sfr.data.datasets import Digits
 from timm_sfr.runs.predictions import read_predictions
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # Layer normalisation does not look across the batch, so only rounding differs between one process and two.
 SHARED = {"model": "test_convnext", "img_size": 64, "num_classes": 10, "device": "cpu", "lr": 0.02, "epochs": 2, "workers": 0,
           "sfr_weight": 1.0, "smoothing": 0.2, "sfr_smoothing_source": "classes"}  # fmt: skip
 
 
-def updates(tmp_path, processes, **options):
+def updates(tmp_path, processes, batch_size=128, **options):
+    """What updates.py says of an epoch in so many processes, on the same global batches."""
     out = tmp_path / f"{processes}.json"
-    options = {**SHARED, "output": str(tmp_path), "batch_size": 128 // processes, **options}
+    options = {**SHARED, "output": str(tmp_path), "batch_size": batch_size // processes, **options}
     launcher = TORCHRUN if processes == 2 else [sys.executable]
     done = run(*launcher, ROOT / "tests" / "updates.py", out, json.dumps(options), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
+    found = json.loads(out.read_text())
+    assert found["processes"] == processes and found["identical"]
+    return found
+
+
+def agreeing_updates(tmp_path, batch_size=128, count=10, **options):
+    """`updates` in one process and in two, whose first `count` losses are the same."""
+    one, two = (updates(tmp_path, processes, batch_size, **options) for processes in (1, 2))
+    # The same images in the same order, summed in another order: rounding alone, which ten updates amplify a little.
+    assert len(one["losses"]) >= count and two["losses"][:count] == pytest.approx(one["losses"][:count], rel=1e-4)
+    return one, two
 
 
 def test_one_process_and_two_agree(tmp_path, capsys):
-    one, two = (updates(tmp_path, processes) for processes in (1, 2))
-    assert (one["processes"], two["processes"]) == (1, 2) and two["identical"]
-    # The same images in the same order, summed in another order: rounding alone, which ten updates amplify a little.
-    assert len(one["losses"]) >= 10 and two["losses"][:10] == pytest.approx(one["losses"][:10], rel=1e-4)
+    one, two = agreeing_updates(tmp_path)
     # The schedule moved once per update, not once per process.
     assert (two["updates"], two["lr"]) == (one["updates"], one["lr"])
     # 360 images do not divide by 2 x 64: each is counted once all the same.
@@ -56,23 +63,19 @@ def test_one_process_and_two_agree(tmp_path, capsys):
     ids=["repeats", "views"],
 )  # fmt: skip
 def test_one_process_and_two_agree_on_repeats_and_views(options, tmp_path):
-    one, two = (updates(tmp_path, processes, epochs=1, **options) for processes in (1, 2))
-    assert (one["processes"], two["processes"]) == (1, 2) and two["identical"]
-    assert len(one["losses"]) >= 10 and two["losses"][:10] == pytest.approx(one["losses"][:10], rel=1e-4)
+    agreeing_updates(tmp_path, epochs=1, **options)
 
 
 @pytest.mark.slow
 def test_batchnorm_statistics_are_shared(tmp_path):
     one, two = (updates(tmp_path, n, model="resnet20_cifar", img_size=16) for n in (1, 2))
-    assert two["identical"]
     # BatchNorm normalises each process's half by its own statistics (64 images, not 128): losses agree, not exactly.
     assert two["losses"][:10] == pytest.approx(one["losses"][:10], rel=0.05)
 
 
 @pytest.mark.slow  # the pages' own commands start two processes, too
 def test_torchrun_on_the_cpu_trains_with_two_processes(tmp_path):
-    done = run(*TORCHRUN, ROOT / "train_sfr.py", "--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--experiment", "run",
-               OMP_NUM_THREADS="1")  # fmt: skip
+    done = train_pair("--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--experiment", "run")
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout and len(re.findall("^epoch 1/1", done.stdout, re.M)) == 1
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -84,29 +87,31 @@ def test_torchrun_on_the_cpu_trains_with_two_processes(tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def publish(tmp_path, hub):
+    """A short training in two processes, which then publishes."""
+    words = ("--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--experiment", "run", "--push-to-hub", "user/two")
+    return train_pair(*words, **hub.env(tmp_path / "home"))
+
+
 @pytest.mark.slow
 def test_two_processes_publish_once(tmp_path, hub):
-    words = ("--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--push-to-hub", "user/two")
-    env = {**hub.env(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    done = run(*TORCHRUN, ROOT / "train_sfr.py", *words, "--experiment", "run", **env)
+    done = publish(tmp_path, hub)
     assert done.returncode == 0 and done.stdout.count("published: ") == 1, done.stderr
-    assert hub.count("create") == hub.count("commit") == hub.count("whoami") == 1
+    assert hub.asked.count("create") == hub.asked.count("commit") == hub.asked.count("whoami") == 1
 
 
 @pytest.mark.slow
 def test_two_processes_fail_to_publish_with_one_line(tmp_path, hub):
-    words = ("--epochs", 1, "--batch-size", 64, "--output", tmp_path, "--push-to-hub", "user/two")
-    env = {**hub.env(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
     hub.faults["commit"] = [403]
-    done = run(*TORCHRUN, ROOT / "train_sfr.py", *words, "--experiment", "other", **env)
+    done = publish(tmp_path, hub)
     assert done.returncode != 0 and done.stderr.count("error: push-to-hub: user/two is not published") == 1, done.stderr
-    assert (tmp_path / "other" / "model" / "model.safetensors").exists() and hub.count("commit") == 1
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists() and hub.asked.count("commit") == 1
     assert len(hub.repos["user/two"].commits) == 1
 
 
 @pytest.mark.slow
 def test_a_failed_launch_says_why_and_fails(tmp_path):
-    done = run(*TORCHRUN, ROOT / "train_sfr.py", "--model", "resnet81", "--output", tmp_path)
+    done = train_pair("--model", "resnet81", "--output", tmp_path)
     assert done.returncode != 0 and "did you mean 'resnet18'" in done.stderr
 
 

@@ -1,6 +1,5 @@
 """What a run shows: bars in a terminal of any width, few lines where there is none, JSON for programs."""
 
-import csv
 import json
 import logging
 import os
@@ -16,10 +15,9 @@ import time
 from fcntl import ioctl
 
 import pytest
-from conftest import ALONE, ROOT, TRAIN, run
+from conftest import ALONE, ROOT, TRAIN, run, started, summary, train
 
 from timm_sfr.cli.parser import INTERRUPTED
-from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.training.progress import Progress
 from timm_sfr.utils.console import clock, console_output, show_log
 
@@ -98,14 +96,12 @@ def events(text):
 
 
 def test_json_lines(tmp_path):
-    done = run(*TRAIN, "--epochs", 3, "--val-interval", 2, "--json-logs", "--output", tmp_path, "--experiment", "run")
+    done = train("--epochs", 3, "--val-interval", 2, "--json-logs", "--output", tmp_path, "--experiment", "run")
     found = events(done.stdout)
-    assert done.returncode == 0 and done.stderr == "" and all({"event", "time", "text"} <= set(line) for line in found)
-    assert (
-        found[0]["event"] == "start" and found[0]["parameters"] == 272474 and found[0]["run"] == str(tmp_path / "run")
-    )
-    with (tmp_path / "run" / "summary.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert done.stderr == "" and all({"event", "time", "text"} <= set(line) for line in found)
+    start = found[0]
+    assert (start["event"], start["parameters"], start["run"]) == ("start", 272474, str(tmp_path / "run"))
+    rows = summary(tmp_path / "run")
     lines = [line for line in found if line["event"] == "epoch"]
     assert len(lines) == len(rows) == 3 and lines[0]["val_top1"] is None
     for line, row in zip(lines, rows, strict=True):
@@ -121,15 +117,12 @@ def test_json_lines(tmp_path):
 
 @pytest.mark.slow
 def test_json_says_why_a_run_has_ended(tmp_path):
-    words = ("--json-logs", "--output", str(tmp_path), "--experiment")
+    words = ("--json-logs", "--output", tmp_path, "--experiment")
     done = run(*TRAIN, *words, "lr", "--epochs", 2, "--lr", 1e30)
     last = events(done.stdout)[-1]
     assert done.returncode == 2 and last["event"] == "error" and done.stderr == f"error: {last['text']}\n"
     assert "non-finite" in last["text"]
-    process = subprocess.Popen([*TRAIN, *words, "stop", "--epochs", "200", "--checkpoint-interval", "5"], env=ALONE,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while process.poll() is None and not checkpoints(tmp_path / "stop" / "checkpoints"):
-        time.sleep(0.02)
+    process = started(tmp_path / "stop", *TRAIN, *words, "stop", "--epochs", 200, "--checkpoint-interval", 5)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     last = events(out)[-1]

@@ -1,13 +1,12 @@
 """What can go wrong with a push, and what is said and kept then."""
 
-import json
 import re
 import time
 
 import pytest
 import timm
-from conftest import TRAIN, run
-from hub_server import READ, WRITE
+from conftest import TRAIN, change, finished_run, run
+from hub_server import READ, WRITE, Repo
 from hub_tools import FILES, PICTURES, PUSH, STARTING, contents, push, python
 
 from timm_sfr.utils import hub_client
@@ -20,92 +19,67 @@ def _hardly_waits(request, monkeypatch):
         monkeypatch.setattr(hub_client, "WAITS", tuple(wait / 100 for wait in hub_client.WAITS))
 
 
-def fails(kind, *answers, forever=True):
-    def prepare(hub):
-        hub.faults[kind] = list(answers)
-        if forever:
-            hub.forever.add(kind)
-
-    return prepare
-
-
-NOTHING = fails("none", 0)
-
-
 FAULTS = {
-    # name: (what is wrong, token, repository, words in the one line)
-    "bad token": (NOTHING, "hf_wrong_1234567890", "user/x", ("refused the token (401)", "hf auth login")),
-    "no token": (NOTHING, None, "user/x", ("no token was found", "hf auth login")),
-    "read-only token": (NOTHING, READ, "user/x", ("no right to write there (403)",)),
-    "another's name": (NOTHING, WRITE, "other/x", ("no right to write there (403)",)),
-    "no server": (lambda hub: hub.close(), WRITE, "user/x", ("cannot reach http://127.0.0.1",)),
-    "server gone in an upload": (fails("put", "close"), WRITE, "user/x", ("cannot reach http://127.0.0.1",)),
-    "503 on PUT": (fails("put", 503), WRITE, "user/x", ("answered 503",)),
-    "503 on commit": (fails("commit", 503), WRITE, "user/x", ("answered 503",)),
-    "412 on commit": (fails("commit", 412), WRITE, "user/x", ("somebody else's commit", "412")),
-    "500 on create": (fails("create", 500), WRITE, "user/x", ("answered 500",)),
-    "offline": (NOTHING, WRITE, "user/x", ("HF_HUB_OFFLINE is set",)),
+    # name: (what always fails and how, token, repository, words in the one line)
+    "bad token": ({}, "hf_wrong_1234567890", "user/x", ("refused the token (401)", "hf auth login")),
+    "no token": ({}, None, "user/x", ("no token was found", "hf auth login")),
+    "read-only token": ({}, READ, "user/x", ("no right to write there (403)",)),
+    "another's name": ({}, WRITE, "other/x", ("no right to write there (403)",)),
+    "no server": ({}, WRITE, "user/x", ("cannot reach http://127.0.0.1",)),
+    "server gone in an upload": ({"put": "close"}, WRITE, "user/x", ("cannot reach http://127.0.0.1",)),
+    "503 on PUT": ({"put": 503}, WRITE, "user/x", ("answered 503",)),
+    "503 on commit": ({"commit": 503}, WRITE, "user/x", ("answered 503",)),
+    "412 on commit": ({"commit": 412}, WRITE, "user/x", ("somebody else's commit", "412")),
+    "500 on create": ({"create": 500}, WRITE, "user/x", ("answered 500",)),
+    "offline": ({}, WRITE, "user/x", ("HF_HUB_OFFLINE is set",)),
 }
-
-
-SLOW = (
-    "server gone in an upload",
-    "503 on PUT",
-    "412 on commit",
-    "500 on create",
-)  # of one kind with others, and twenty seconds of waiting each
+# Of one kind with others, and twenty seconds of waiting each.
+SLOW = ("server gone in an upload", "503 on PUT", "412 on commit", "500 on create")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in FAULTS])
 def test_a_push_that_fails(name, hub, finished, tmp_path):
     """One line that says what and how to try again, exit status 3, the run as it was, the token nowhere."""
-    prepare, token, repo, words = FAULTS[name]
-    prepare(hub)
+    faults, token, repo, words = FAULTS[name]
+    hub.always |= faults
+    if name == "no server":
+        hub.close()
     before = contents(finished)
     extra = {"HF_HUB_OFFLINE": "1"} if name == "offline" else {}
     done = push(finished, repo, hub, tmp_path / "home", token=token, **extra)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 3 and len(errors) == 1, done.stderr
-    assert all(
-        word in errors[0] for word in (*words, f"{repo} is not published", f"timm-sfr push {finished} {repo}")
-    )
+    assert all(word in errors[0] for word in (*words, f"{repo} is not published", f"timm-sfr push {finished} {repo}"))
     assert contents(finished) == before
     assert token is None or token not in done.stdout + done.stderr
-    assert len(hub.repos.get("user/x", Hubless).commits) <= 1, "nothing but the repository's first commit"
+    assert len(hub.repos.get("user/x", Repo()).commits) <= 1, "nothing but the repository's first commit"
     if name not in ("no server", "bad token", "no token", "read-only token", "another's name"):
-        hub.faults.clear()
-        sent = hub.count("put")
+        hub.always.clear()
+        sent = hub.asked.count("put")
         assert push(finished, repo, hub, tmp_path / "home").returncode == 0
         assert set(hub.repos["user/x"].commits[-1][2]) - {".gitattributes"} == FILES
         if "commit" in name:
-            assert hub.count("put") == sent, "what was uploaded is not sent again"
+            assert hub.asked.count("put") == sent, "what was uploaded is not sent again"
 
 
-class Hubless:
-    commits = ()
-
-
-@pytest.mark.parametrize(
-    "kind,answers", [("commit", [503, 503]), ("commit", [412]), ("create", [502]), ("put", ["close"])]
-)
+@pytest.mark.parametrize("kind,answers", [("commit", [503, 503]), ("commit", [412]), ("create", [502]), ("put", ["close"])])
 def test_what_passes_is_tried_again(kind, answers, hub, finished, tmp_path):
     hub.faults[kind] = [*answers]
     done = push(finished, "user/again", hub, tmp_path / "home")
     assert done.returncode == 0, done.stderr
     needed = 1 + len(PICTURES) if kind == "put" else 1
-    assert len(hub.repos["user/again"].commits) == 2 and hub.count(kind) == len(answers) + needed
+    assert len(hub.repos["user/again"].commits) == 2 and hub.asked.count(kind) == len(answers) + needed
 
 
 def test_a_push_after_training_that_fails(hub, tmp_path):
     """The run is whole, the exit status says so, and the command of the error line publishes it. The token is nowhere."""
-    hub.faults["commit"] = [503]
-    hub.forever.add("commit")
+    hub.always["commit"] = 503
     env = hub.env(tmp_path / "home")
     done = run(*TRAIN, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "--push-to-hub", "user/x", **env)
     assert done.returncode == 3 and "Traceback" not in done.stderr
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert timm.create_model(f"local-dir:{tmp_path}/run/model", pretrained=True).num_classes == 10
-    hub.faults.clear()
+    hub.always.clear()
     command = re.search(r"to try again: timm-sfr push (.+)$", error)[1].split()
     again = run(*PUSH, *command, **env)
     assert again.returncode == 0 and hub.repos["user/x"].commits[-1][2]["model.safetensors"], again.stderr
@@ -129,10 +103,7 @@ def test_a_token_that_cannot_write_stops_before_training(hub, tmp_path):
         (("x",), "expected USER/NAME; got 'x'"),
         (("other/x",), "the token cannot write for 'other'; expected one of user, team"),
         (("team/x", "--hub-license", "my own"), """the Hub refuses the card: "license" must be one of [apache-2.0, """),
-        (
-            ("user/x", "--hub-dataset", "my data"),
-            "the Hub refuses the card: not an id; see --hub-license and --hub-dataset",
-        ),
+        (("user/x", "--hub-dataset", "my data"), "the Hub refuses the card: not an id; see --hub-license and --hub-dataset"),
     ):
         done = run(*TRAIN, *words, *repo, **hub.env(tmp_path / "home"))
         assert done.returncode == 2 and said in done.stderr and not (tmp_path / "run").exists(), done.stderr
@@ -157,9 +128,8 @@ def test_a_commit_whose_answer_was_lost(hub, finished, tmp_path):
 def test_a_hub_that_is_away_before_training(hub, tmp_path):
     """It may be back after it."""
     hub.faults["whoami"] = [503]
-    words = ("--epochs", 1, "--output", tmp_path, "--experiment", "run", "--push-to-hub", "user/x")
-    done = run(*TRAIN, *words, **hub.env(tmp_path / "home"))
-    assert done.returncode == 0 and done.stdout.count("training continues") == 1, done.stderr
+    _, printed = finished_run(tmp_path, "--epochs", 1, "--push-to-hub", "user/x", **hub.env(tmp_path / "home"))
+    assert printed.count("training continues") == 1
     assert set(hub.repos["user/x"].commits[-1][2]) - {".gitattributes"} == FILES - PICTURES  # without a report
 
 
@@ -167,11 +137,10 @@ def test_a_hub_that_is_away_before_training(hub, tmp_path):
 def test_a_xet_server_that_is_busy(hub, finished, tmp_path):
     """hf_xet by itself tries for minutes."""
     pytest.importorskip("hf_xet")
-    hub.faults["xet"] = [503]
-    hub.forever.add("xet")
+    hub.always["xet"] = 503
     done = push(finished, "user/x", hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
     assert done.returncode == 3 and "answered 503" in done.stderr, done.stderr
-    assert hub.count("xet") and not hub.count("put") and WRITE not in done.stdout + done.stderr
+    assert hub.asked.count("xet") and not hub.asked.count("put") and WRITE not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -185,34 +154,28 @@ def test_xet_is_bounded_after_a_download_too(hub, finished, tmp_path):
     started = time.monotonic()
     done = python(code, **{**hub.env(tmp_path / "home"), "HF_HUB_DISABLE_XET": "0"})
     assert "cannot reach the storage (Xet)" in done.stdout and time.monotonic() - started < 30 + STARTING, done.stderr
-    hub.faults["xet"] = [403]
-    hub.forever.add("xet")
-    before = hub.count("xet")
+    hub.always["xet"] = 403
+    before = hub.asked.count("xet")
     done = push(finished, "user/x", hub, tmp_path / "home", HF_HUB_DISABLE_XET="0")
     assert done.returncode == 3 and "no right to write there (403)" in done.stderr, done.stderr
-    assert hub.count("xet") == before + 1
+    assert hub.asked.count("xet") == before + 1
 
 
 @pytest.mark.slow
 def test_a_slow_upload_leaves_the_commit_its_tries(hub, finished, tmp_path):
     hub.slow, hub.faults["commit"] = 11, [503]
-    assert push(finished, "user/x", hub, tmp_path / "home").returncode == 0 and hub.count("commit") == 2
+    assert push(finished, "user/x", hub, tmp_path / "home").returncode == 0 and hub.asked.count("commit") == 2
 
 
 def test_a_token_is_in_no_traceback(hub, finished, tmp_path):
     code = "import timm_sfr; timm_sfr.push_to_hub({!r}, 'user/x', token='hf_secret_1234567890{}')"
-    for tail, said in (
-        ("\\n", "refused the token"),
-        (" b", "token: expected one word"),
-        ("é", "token: expected one word"),
-    ):
+    for tail, said in (("\\n", "refused the token"), (" b", "token: expected one word"), ("é", "token: expected one word")):
         done = python(code.format(str(finished), tail), **hub.env(tmp_path / "home", None))
         assert said in done.stderr and "secret" not in done.stderr, done.stderr
 
 
 def test_a_run_that_is_not_whole_is_not_published(hub, finished, tmp_path):
-    metrics = json.loads((finished / "metrics.json").read_text())
-    (finished / "metrics.json").write_text(json.dumps(metrics | {"epochs": 20}))
+    change(finished / "metrics.json", epochs=20)
     done = push(finished, "user/x", hub, tmp_path / "home")
     assert done.returncode == 2 and "stopped after 4 of 20 epochs" in done.stderr and not hub.repos
     weights = finished / "model" / "model.safetensors"

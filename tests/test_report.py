@@ -1,6 +1,5 @@
 """The report of a run: its figures say what the run's files say, the page stands alone, and nothing stops a training."""
 
-import csv
 import json
 import re
 import shutil
@@ -11,12 +10,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-import yaml
-from conftest import ROOT, TRAIN, run
+from conftest import ROOT, TRAIN, change, run, summary, train
 
 import timm_sfr
 from timm_sfr.cli.main import main
-from timm_sfr.hub.push import CARD_PICTURES
 from timm_sfr.method.config import SFRConfig
 from timm_sfr.method.losses import FeatureLoss
 from timm_sfr.method.taps import choose_taps
@@ -45,9 +42,7 @@ class Page(HTMLParser):
         found = dict(attributes)
         self.ids += [found["id"]] if "id" in found else []
         self.links += [found["href"][1:]] if found.get("href", "").startswith("#") else []
-        self.loads += [
-            found[name] for name in ("src", "href", "xlink:href") if not found.get(name, "#").startswith("#")
-        ]
+        self.loads += [found[name] for name in ("src", "href", "xlink:href") if not found.get(name, "#").startswith("#")]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -120,8 +115,7 @@ def test_the_page_stands_alone_and_is_whole(reported):
 
 def test_curves_are_the_summary(reported):
     place, _ = reported
-    with (place / "summary.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = summary(place)
     panels = {panel.name: {curve.label: curve for curve in panel.curves} for panel in own_panels(read_finished(place))}
     assert panels["loss"]["training"].values == [float(row["train_loss"]) for row in rows]
     weighted = [float(row["sfr_weight"]) * float(row["sfr_loss"]) for row in rows]
@@ -168,9 +162,7 @@ def test_projection_is_pictured_by_its_maps():
 def test_a_page_takes_any_names(tmp_path, finished):
     """Names of classes and files are text, whatever they hold: markup, mathematics, scripts that no font here has."""
     names = ["<script>alert(1)</script>", "a & #010203", "$x^2", "_url(#q", "猫", '"', "7", "8", "9", "é" * 60]
-    config = json.loads((finished / "model" / "config.json").read_text())
-    config["label_names"] = names
-    (finished / "model" / "config.json").write_text(json.dumps(config))
+    change(finished / "model" / "config.json", label_names=names)
     predictions = read_predictions(finished / "predictions.csv")
     rows = np.stack([predictions.target, predictions.prediction, predictions.confidence], 1)
     text = write_report(finished).read_text()
@@ -184,8 +176,7 @@ def test_a_page_takes_any_names(tmp_path, finished):
 
 
 def test_a_report_without_its_data_or_predictions_says_so(finished, capsys):
-    args = yaml.safe_load((finished / "args.yaml").read_text())
-    (finished / "args.yaml").write_text(yaml.safe_dump({**args, "dataset": None, "data_dir": "/gone"}))
+    change(finished / "args.yaml", dataset=None, data_dir="/gone")
     (finished / "predictions.csv").unlink()
     assert main(["report", str(finished)]) == 0
     page = Page((finished / "report.html").read_text())
@@ -197,13 +188,8 @@ def test_a_report_without_its_data_or_predictions_says_so(finished, capsys):
 def test_damaged_predictions_are_left_out_and_the_page_says_so(finished, capsys):
     whole = (finished / "predictions.csv").read_text().splitlines()
     other = [whole[0], *(line.replace(",0,0,", ",0,1,") for line in whole[1:])]
-    for lines in (
-        ["index,file", "1,a"],
-        whole[:1],
-        whole[:100],
-        other,
-        [*whole[:-1], "9,a,3,99999999999999999999,0.5"],
-    ):
+    wrong = [*whole[:-1], "9,a,3,99999999999999999999,0.5"]
+    for lines in (["index,file", "1,a"], whole[:1], whole[:100], other, wrong):
         (finished / "predictions.csv").write_text("\n".join(lines))
         assert main(["report", str(finished)]) == 0
         page = Page((finished / "report.html").read_text())
@@ -235,8 +221,8 @@ def test_damaged_files_are_one_line(finished, capsys, name, text):
 
 def test_data_that_have_changed_are_not_shown(folder, tmp_path):
     data = shutil.copytree(folder, tmp_path / "data")
-    words = ("--model", "resnet20_cifar", "--data-dir", data, "--epochs", 1, "-b", 20, "-j", 0, "--output", tmp_path)
-    assert run(*TRAIN, *words, "--experiment", "run").returncode == 0
+    train("--model", "resnet20_cifar", "--data-dir", data, "--epochs", 1, "-b", 20, "-j", 0, "--output", tmp_path,
+          "--experiment", "run")  # fmt: skip
     next((data / "val" / "class0").iterdir()).rename(data / "val" / "class0" / "zzz.png")
     assert main(["report", str(tmp_path / "run")]) == 0
     page = Page((tmp_path / "run" / "report.html").read_text())
@@ -260,8 +246,8 @@ def test_the_report_is_written_while_it_trains_and_changes_no_bit(folder, tmp_pa
     words = ("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 3, "-b", 20, "-j", 1, "--output", tmp_path,
              "--sfr-channels", "projection")  # fmt: skip
     for name, interval in (("with", 1), ("without", 0)):
-        done = run(*TRAIN, *words, "--experiment", name, "--report-interval", interval)
-        assert done.returncode == 0 and ("the report is" in done.stdout) == (interval > 0), done.stderr
+        done = train(*words, "--experiment", name, "--report-interval", interval)
+        assert ("the report is" in done.stdout) == (interval > 0)
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert weights[0] == weights[1] and not (tmp_path / "without" / "report.html").exists()
     text = (tmp_path / "with" / "report.html").read_text()
@@ -313,8 +299,7 @@ def test_samples_are_spread_over_the_classes(digits_run):
 
 def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):
     other = shutil.copytree(finished, tmp_path / "other")
-    args = yaml.safe_load((other / "args.yaml").read_text())
-    (other / "args.yaml").write_text(yaml.safe_dump({**args, "seed": 7, "smoothing": 0.3}))
+    change(other / "args.yaml", seed=7, smoothing=0.3)
     assert main(["compare", str(finished), str(other), "--html", str(tmp_path / "c.html")]) == 0
     page = Page((tmp_path / "c.html").read_text())
     words, out = "".join("".join(page.text).split()), capsys.readouterr().out
@@ -326,11 +311,6 @@ def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):
     assert "error: html: cannot write" in capsys.readouterr().err
 
 
-def test_the_pictures_for_the_card_are_of_figures_alone(reported):
-    names = {path.name for path in (reported[0] / "pictures").iterdir()}
-    assert names == {"curves.png", "confusion.png", "reliability.png"} == {Path(name).name for name in CARD_PICTURES}
-
-
 def test_a_picture_has_numbers_where_its_font_lacks_the_names(finished, monkeypatch):
     """The page itself shows the names: a browser has fonts for them."""
     drawn, confusion = [], figures.confusion
@@ -340,9 +320,8 @@ def test_a_picture_has_numbers_where_its_font_lacks_the_names(finished, monkeypa
         confusion(figure, counts, share, names)
 
     monkeypatch.setattr(figures, "confusion", watched)
-    path = finished / "model" / "config.json"
     names = ["猫", "犬", *"23456789"]
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"label_names": names}))
+    change(finished / "model" / "config.json", label_names=names)
     assert figures.drawable(list("0123456789")) and not figures.drawable(names)
     assert "猫" in write_report(finished).read_text()
     assert drawn == [names, list("0123456789")]

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, TORCHRUN, cut, finished_run, run, summary, train
+from conftest import change, cut, finished_run, summary, train, train_pair
 from huggingface_hub import ModelCard
 from PIL import Image
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
@@ -32,10 +32,8 @@ TINY = ("--model", "resnet20_cifar", "--img-size", 16, "-b", 40, "-j", 0, "--dev
 @pytest.fixture(scope="session")
 def tested(table, tmp_path_factory):
     """A run on a table with a test split, and what it printed."""
-    place = tmp_path_factory.mktemp("tested")
     words = (*TINY, "--dataset", f"csv/{table}", "--epochs", 2, "--test-split", "test", "--report-interval", 9)
-    done = train(*words, "--output", place, "--experiment", "run")
-    return place / "run", done.stdout
+    return finished_run(tmp_path_factory.mktemp("tested"), *words)
 
 
 def metrics(folder):
@@ -91,15 +89,12 @@ def test_card_report_and_comparison_name_the_test(tested, tmp_path, capsys):
     page = (folder / "report.html").read_text()
     assert f'<div class="score"><b>{test["top1"]:.2f} %</b><span>top-1, test</span>' in page
     other = shutil.copytree(folder, tmp_path / "other")
-    scores = metrics(other)
-    scores["test"]["top1"] += 1.5
-    (other / "metrics.json").write_text(json.dumps(scores))
-    args = yaml.safe_load((other / "args.yaml").read_text())
-    (other / "args.yaml").write_text(yaml.safe_dump({**args, "lr": 0.5}))
+    change(other / "metrics.json", test={**test, "top1": test["top1"] + 1.5})
+    change(other / "args.yaml", lr=0.5)
     assert main(["compare", str(folder), str(other)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "test top-1  test - A" in lines[0] and lines[2].endswith(f"{test['top1'] + 1.5:.2f}       +1.50")
-    plain = shutil.copytree(folder, tmp_path / "plain")
+    plain, scores = shutil.copytree(folder, tmp_path / "plain"), metrics(folder)
     del scores["test"]
     (plain / "metrics.json").write_text(json.dumps(scores))
     groups = compare.grouped([compare.read_finished(path) for path in (other, folder)])
@@ -114,13 +109,11 @@ def test_a_finished_run_is_scored_when_it_was_not_and_once(tested, tmp_path):
     unscored = metrics(folder)
     del unscored["test"]
     (folder / "metrics.json").write_text(json.dumps(unscored))
-    args = yaml.safe_load((folder / "args.yaml").read_text())
-    (folder / "args.yaml").write_text(yaml.safe_dump({**args, "test_split": None}))
+    change(folder / "args.yaml", test_split=None)
     done = train("--resume", folder, "--test-split", "test")
     assert metrics(folder) == {**unscored, "test": test}
     assert "test-split" not in done.stdout and yaml.safe_load((folder / "args.yaml").read_text())["test_split"] == "test"
-    marked = {**metrics(folder), "test": {**test, "top1": 12.5}}
-    (folder / "metrics.json").write_text(json.dumps(marked))
+    change(folder / "metrics.json", test={**test, "top1": 12.5})
     assert "test top1 12.50" in train("--resume", folder).stdout, "scored a second time"
     longer = train("--resume", folder, "--epochs", 3).stdout
     best = metrics(folder)["best"]["epoch"]
@@ -138,8 +131,7 @@ def test_a_run_with_split_batchnorm_is_tested_with_its_plain_model(table, tmp_pa
 @pytest.mark.slow
 def test_two_processes_score_the_test_split_as_one_does(table, tmp_path, capsys):
     words = (*TINY, "--dataset", f"csv/{table}", "--epochs", 1, "--test-split", "test", "--validation-batch-size", 3)
-    done = run(*TORCHRUN, ROOT / "train_sfr.py", *words, "--output", tmp_path, "--experiment", "run", "--report-interval", 0,
-               OMP_NUM_THREADS="1")  # fmt: skip
+    done = train_pair(*words, "--output", tmp_path, "--experiment", "run", "--report-interval", 0)
     assert done.returncode == 0 and done.stdout.count("test top1") == 1, done.stderr
     assert main(["validate", str(tmp_path / "run"), "--val-split", "test", "--json", "--device", "cpu"]) == 0
     one, two = json.loads(capsys.readouterr().out), metrics(tmp_path / "run")["test"]
@@ -191,12 +183,10 @@ def test_patience_counts_validated_epochs(best, last, patience, stops):
 @pytest.fixture(scope="module")
 def impatient(table, tmp_path_factory):
     """A run whose rate falls to zero after two epochs, so that without BatchNorm nothing changes any more: it stops early."""
-    place = tmp_path_factory.mktemp("impatient")
     words = (*TINY, "--model", "test_convnext", "--img-size", 32, "--opt", "adamw", "--lr", 1e-3,
              "--sched", "step", "--decay-epochs", 2, "--decay-rate", 0, "--patience", 2)  # fmt: skip
-    done = train(*words, "--dataset", f"csv/{table}", "--epochs", 12, "--test-split", "test", "--checkpoint-hist", 99,
-                 "--output", place, "--experiment", "run")  # fmt: skip
-    return place / "run", done.stdout
+    return finished_run(tmp_path_factory.mktemp("impatient"), *words, "--dataset", f"csv/{table}", "--epochs", 12,
+                        "--test-split", "test", "--checkpoint-hist", 99)  # fmt: skip
 
 
 def test_a_run_stops_early_and_is_finished(impatient, tmp_path):
@@ -284,9 +274,8 @@ def test_predictions_as_a_table(tested, folder, tmp_path, capsys):
 def test_a_run_that_ends_at_its_stop_epoch_is_published_without_local_paths(tested, tmp_path):
     folder = shutil.copytree(tested[0], tmp_path / "run")
     paths = {name: f"/home/me/{name}" for name in ("class_map", "class_weights", "pretrained_path", "initial_checkpoint")}
-    options = yaml.safe_load((folder / "args.yaml").read_text()) | {"stop_epoch": 2, "wandb_resume_id": "mine"} | paths
-    (folder / "args.yaml").write_text(yaml.safe_dump(options))
-    (folder / "metrics.json").write_text(json.dumps(metrics(folder) | {"epochs": 9}))
+    change(folder / "args.yaml", stop_epoch=2, wandb_resume_id="mine", **paths)
+    change(folder / "metrics.json", epochs=9)
     files = run_files(folder, "user/name", tmp_path)
     args = yaml.safe_load(files["args.yaml"].read_text())
     assert {name: args[name] for name in paths} == {name: name for name in paths} and "wandb_resume_id" not in args
@@ -294,8 +283,8 @@ def test_a_run_that_ends_at_its_stop_epoch_is_published_without_local_paths(test
 
 
 def test_local_paths_of_the_data_are_not_published(tested, tmp_path):
-    folder, place = tested[0], tmp_path
-    files = run_files(folder, "user/name", place)
+    folder = tested[0]
+    files = run_files(folder, "user/name", tmp_path)
     args = yaml.safe_load(files["args.yaml"].read_text())
     assert args["dataset"] == metrics(folder)["dataset"] == "csv/digits.csv"
     assert "--dataset csv/FILE" in files["README.md"].read_text()
@@ -307,8 +296,7 @@ def test_local_paths_of_the_data_are_not_published(tested, tmp_path):
                                             ("hf-hub:user/base", None), ("test_resnet.r160_in1k", None)])  # fmt: skip
 def test_a_local_model_is_published_without_its_folder(name, published, tested, tmp_path):
     folder = shutil.copytree(tested[0], tmp_path / "run")
-    options = yaml.safe_load((folder / "args.yaml").read_text()) | {"model": name}
-    (folder / "args.yaml").write_text(yaml.safe_dump(options))
+    change(folder / "args.yaml", model=name)
     files = run_files(folder, "user/name", tmp_path)
     assert yaml.safe_load(files["args.yaml"].read_text())["model"] == (published or name)
     assert "/home/me" not in files["README.md"].read_text()

@@ -2,73 +2,49 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ALONE, TORCHRUN, TRAIN, run
+from conftest import EVERYTHING, TORCHRUN, TRAIN, started, train
 
-from benchmarks.faults import EVERYTHING, differences
+from benchmarks.faults import differences
 from timm_sfr.cli.parser import INTERRUPTED
 from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.training.guards import ECHO, Signals, _command
 
-DIGITS_PAIR = ("--epochs", "200", "-b", "32", "--checkpoint-interval", "5", "--device", "cpu", "--val-interval", "50")
-
 
 def test_sigterm_keeps_a_checkpoint_and_says_how_to_go_on(whole, tmp_path):
-    words = [
-        *EVERYTHING,
-        "--checkpoint-hist",
-        "99",
-        "--output",
-        str(tmp_path),
-        "--experiment",
-        "run",
-        "--resume",
-        "auto",
-    ]
-    process = subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE)
-    folder = tmp_path / "run" / "checkpoints"
-    while process.poll() is None and not checkpoints(folder):
-        time.sleep(0.02)
+    words = (*EVERYTHING, "--output", tmp_path, "--experiment", "run", "--resume", "auto")
+    process = started(tmp_path / "run", *TRAIN, *words)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED and "Traceback" not in err
     assert "stopped by SIGTERM after update" in err and f"train_sfr.py --resume {tmp_path / 'run'}" in err
-    assert str(checkpoints(folder)[-1]) in err
-    done = run(*TRAIN, *words, OMP_NUM_THREADS="1")
-    assert "resuming" in done.stdout and done.returncode == 0, done.stderr
+    assert str(checkpoints(tmp_path / "run" / "checkpoints")[-1]) in err
+    assert "resuming" in train(*words, OMP_NUM_THREADS="1").stdout
     assert differences(whole, tmp_path / "run") == []
 
 
 @pytest.mark.slow
 def test_ctrl_c_on_two_processes_keeps_a_checkpoint(tmp_path):
     """A terminal sends SIGINT to the launcher and to all that it started; torchrun then hands it on once more."""
-    words = [*DIGITS_PAIR, "--output", str(tmp_path), "--experiment", "run"]
-    process = subprocess.Popen([*TORCHRUN, TRAIN[1], *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=ALONE, start_new_session=True)  # fmt: skip
-    folder = tmp_path / "run" / "checkpoints"
-    while process.poll() is None and not checkpoints(folder):
-        time.sleep(0.02)
+    words = ("--epochs", 200, "-b", 32, "--checkpoint-interval", 5, "--device", "cpu", "--val-interval", 50, "--output", tmp_path,
+             "--experiment", "run")  # fmt: skip
+    process = started(tmp_path / "run", *TORCHRUN, TRAIN[1], *words, start_new_session=True)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=100)
-    newest = checkpoints(folder)[-1]
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert f"the checkpoint {newest} is kept; continue with: " in err, out + err
     assert process.returncode != 0
-    done = run(*TRAIN, "--resume", tmp_path / "run", "--epochs", 3, OMP_NUM_THREADS="1")
-    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+    assert "resuming" in train("--resume", tmp_path / "run", "--epochs", 3, OMP_NUM_THREADS="1").stdout
 
 
 def test_a_stop_for_the_whole_group_spares_the_loading_processes(folder, tmp_path):
     """SLURM, systemd and torchrun signal every process of a job."""
-    words = ("--model", "resnet20_cifar", "--data-dir", str(folder), "--epochs", "500", "-b", "20", "-j", "2",
-             "--checkpoint-interval", "1", "--output", str(tmp_path), "--experiment", "run")  # fmt: skip
-    process = subprocess.Popen([*TRAIN, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ALONE,
-                               start_new_session=True)  # fmt: skip
-    while process.poll() is None and not checkpoints(tmp_path / "run" / "checkpoints"):
-        time.sleep(0.02)
+    words = ("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 500, "-b", 20, "-j", 2, "--checkpoint-interval", 1,
+             "--output", tmp_path, "--experiment", "run")  # fmt: skip
+    process = started(tmp_path / "run", *TRAIN, *words, start_new_session=True)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == INTERRUPTED and "stopped by SIGTERM" in err and len(err.splitlines()) == 1, err

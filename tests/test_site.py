@@ -1,16 +1,14 @@
 """The documentation site: it builds without a warning or a network, every link leads somewhere, and the notebooks run."""
 
 import inspect
-import os
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run
 
 import timm_sfr
 from benchmarks.notebooks import FOLDER, executed
@@ -52,14 +50,7 @@ def site(tmp_path_factory):
     # Nothing answers at this address: a build that asked for anything would fail.
     away = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", folder]
-    done = subprocess.run(
-        words,
-        cwd=ROOT,
-        env={**os.environ, **away, "NO_MKDOCS_2_WARNING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run(*words, timeout=120, NO_MKDOCS_2_WARNING="1", **away)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "WARNING" not in done.stderr, done.stderr
     return folder, {path: Html(path.read_text()) for path in folder.rglob("*.html")}
@@ -108,9 +99,8 @@ def test_the_python_page_has_every_name(site):
         # What the markup swallows (<P, C>, say) is missing from the page.
         text_of = inspect.getdoc(getattr(timm_sfr, name))
         plain = re.sub(r"^\s*(Args|Returns|Raises|Attributes|Examples):$|```\w*|[`*]", " ", text_of, flags=re.MULTILINE)
-        lost = set(re.findall(r"[\w<>]{2,}", plain)) - set(
-            re.findall(r"[\w<>]{2,}", " ".join(page.words[f"timm_sfr.{name}"]))
-        )
+        shown = " ".join(page.words[f"timm_sfr.{name}"])
+        lost = set(re.findall(r"[\w<>]{2,}", plain)) - set(re.findall(r"[\w<>]{2,}", shown))
         assert not lost, f"{name}: {lost}"
 
 

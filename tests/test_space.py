@@ -115,14 +115,11 @@ def test_a_space_that_fails_after_the_model(hub, finished, tmp_path):
     """The line says what is published; its command goes on where it stopped, in the Space that was made. Private is private."""
     hub.faults["commit"] = [0, 403]  # the first is the model's
     done = push(finished, "user/x", hub, tmp_path / "home", "--private", "--space")
-    assert (
-        done.returncode == 3
-        and "is published, and its Space user/x is not: no right to write there (403)" in done.stderr
-    )
+    assert done.returncode == 3
+    assert "is published, and its Space user/x is not: no right to write there (403)" in done.stderr
     again = f"timm-sfr push {finished} user/x --private --space user/x"
-    assert (
-        again in done.stderr and len(hub.repos["user/x"].commits) == 2 and len(hub.repos["space:user/x"].commits) == 1
-    )
+    assert again in done.stderr
+    assert len(hub.repos["user/x"].commits) == 2 and len(hub.repos["space:user/x"].commits) == 1
     done = push(finished, "user/x", hub, tmp_path / "home", *again.split()[4:])
     assert done.returncode == 0 and set(made(hub, "space:user/x")) == DEMO | {"cifar.py"}, done.stderr
     assert "note: user/x is private; give the Space a secret HF_TOKEN" in done.stdout

@@ -34,18 +34,7 @@ def test_steps_are_measured_written_and_shown(tmp_path, monkeypatch, capsys):
     threads = torch.get_num_threads()
     path, page = tmp_path / "speed.csv", tmp_path / "page.md"
     page.write_text("# Page\n")
-    words = [
-        "--rounds",
-        "2",
-        "--seconds",
-        "0.01",
-        "--threads",
-        str(threads),
-        "--csv",
-        str(path),
-        "--document",
-        str(page),
-    ]
+    words = ["--rounds", "2", "--seconds", "0.01", "--threads", str(threads), "--csv", str(path), "--document", str(page)]
     assert speed.main([*words, "--parts", "step", "profile"]) == 0
     assert speed.main([*words, "--parts", "graph"]) == 0
     rows = read(path)
@@ -114,7 +103,5 @@ def test_of_a_library_the_fastest_setting_within_the_limit_is_taken():
 
 def test_rows_say_what_they_miss():
     row = {"value": "0.97", "target": "0.98", "at_least": "True"}
-    assert speed.verdict(row) == "at least 0.98: **missed**" and speed.verdict({**row, "at_least": "False"}).endswith(
-        "met"
-    )
+    assert speed.verdict(row) == "at least 0.98: **missed**" and speed.verdict({**row, "at_least": "False"}).endswith("met")
     assert speed.verdict({**row, "target": "None"}) == "" and Row("p", "w", 1, 1, 1).target is None

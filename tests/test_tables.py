@@ -187,15 +187,6 @@ def test_a_run_on_a_table_without_splits_keeps_its_list(tmp_path, capsys):
     assert (len(kept[0].dataset), len(kept[1].dataset)) == (36, 4)
 
 
-def test_bad_images_of_a_table_are_told(tmp_path):
-    rows = images(tmp_path / "i", cat=20, dog=20)
-    path = write(tmp_path / "t.csv", ("image", "label"), rows)
-    (tmp_path / "i" / "cat-3.png").write_text("junk")
-    words = (*TINY, "--dataset", f"csv/{path}", "--output", tmp_path, "--val-share", 0.1)
-    assert "cat-3.png" in train(*words, ok=False).stderr
-    train(*words, "--on-bad-image", "skip")
-
-
 def test_a_long_table_lists_each_folder_once(tmp_path, monkeypatch):
     rows = images(tmp_path / "i", cat=30, dog=30)
     asked = []

@@ -120,11 +120,6 @@ def test_composes_with_a_distillation_task():
         SFRTask(teacher, base=ClassificationTask(student, verbose=False), verbose=False)
 
 
-def test_soft_targets():
-    result = make()(batch()[0], torch.rand(8, 10).softmax(1))
-    assert result["loss"].isfinite()
-
-
 def test_losses_are_float32_under_autocast():
     task = make(SFRConfig(channels="projection"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -154,7 +149,5 @@ def test_the_gradient_of_nodes_has_the_layout_of_the_map(layout, grid):
     nodes = F.adaptive_avg_pool2d(y, grid).flatten(2).transpose(1, 2)
     assert torch.equal(to_nodes(x, grid), nodes)
     weights = torch.randn_like(nodes)
-    ours, theirs = (
-        torch.autograd.grad((one * weights).sum(), to)[0] for one, to in ((to_nodes(x, grid), x), (nodes, y))
-    )
+    (ours,), (theirs,) = (torch.autograd.grad((one * weights).sum(), to) for one, to in ((to_nodes(x, grid), x), (nodes, y)))
     assert torch.allclose(ours, theirs)

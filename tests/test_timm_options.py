@@ -29,8 +29,6 @@ from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.options import plain
 
 HERE = Path(__file__).resolve().parent
-# Options of timm's that are still in work here. Empty it when they are there.
-IN_WORK: set[str] = set()
 # Options of which the list does not know timm's default.
 UNKNOWN = {"--task", "--multilabel-threshold"}
 # Defaults that are written in another way and mean the same.
@@ -74,13 +72,13 @@ def unknown(rows):
 
 
 def test_every_option_of_timm_is_known():
-    assert unknown(read_list()) - IN_WORK == set()
+    assert unknown(read_list()) == set()
 
 
 @pytest.mark.skipif(train_py() is None, reason="no train.py of timm's here; TIMM_TRAIN=FILE names one")
 def test_every_option_of_the_train_py_that_is_here_is_known_and_listed():
     rows = read_train(train_py())
-    assert unknown(rows) - IN_WORK == set()
+    assert unknown(rows) == set()
     listed = {tuple(flags): default for flags, default in read_list()}
     assert {tuple(flags): default for flags, default in rows}.items() <= listed.items()
 
@@ -90,7 +88,7 @@ def test_the_tables_name_what_exists():
     theirs = {name_of(flags) for flags, _ in read_list()}
     older = {"native_amp", "aot_autograd", "apex_amp", "amp_impl", "dr", "jsd"}
     assert set(RENAMED) | set(FOREIGN) | {name_of([flag]) for flag in TRANSLATED} <= theirs | older
-    assert set(RENAMED.values()) - {"amp"} - {name_of([flag]) for flag in IN_WORK} <= ours
+    assert set(RENAMED.values()) - {"amp"} <= ours
     assert not ours & set(FOREIGN)
 
 
@@ -101,14 +99,14 @@ def test_defaults_that_differ_are_told():
         name = RENAMED.get(name_of(flags), name_of(flags))
         if name.startswith("no_") and name[3:] in ours:
             name, default = name[3:], not default
-        if name in ours and flags[0] not in IN_WORK | UNKNOWN and (default or None) != (plain(ours[name]) or None):
+        if name in ours and flags[0] not in UNKNOWN and (default or None) != (plain(ours[name]) or None):
             differ[name] = default
     told = {name: theirs for name, (theirs, _) in DEFAULTS.items()}
     assert {name: value for name, value in differ.items() if name not in SAME} == told
 
 
 def test_the_defaults_of_timm_as_a_file_are_a_run_and_say_nothing():
-    values = {name_of(flags): default for flags, default in read_list() if not set(flags) & (IN_WORK | UNKNOWN)}
+    values = {name_of(flags): default for flags, default in read_list() if not set(flags) & UNKNOWN}
     values = {name: value for name, value in values.items() if name not in ("config", "resume")}
     found, notes = translate(values)
     config = RunConfig.from_flat({**found, "data_dir": "x"})
@@ -126,14 +124,9 @@ def commands():
 
 
 def ours_of(command):
-    """The words for the script without the launcher, and without the options in work and their values."""
+    """The words for the script, without the launcher."""
     words = shlex.split(command)
-    words = words[2:] if words[0].endswith("distributed_train.sh") else words[words.index("train.py") + 1 :]
-    kept, skip = [], False
-    for word in words:
-        skip = word in IN_WORK or (skip and not word.startswith("-"))
-        kept += [] if skip else [word]
-    return kept
+    return words[2:] if words[0].endswith("distributed_train.sh") else words[words.index("train.py") + 1 :]
 
 
 TYPO = "mobilenetv3"  # its command has /--data-dir for --data-dir, which timm's own parser does not take either
@@ -154,9 +147,8 @@ def test_published_commands_are_parsed_as_they_stand(name):
     for key, value in given.items():
         if key in flat:  # and so with every option of the command: nothing is lost on the way
             assert flat[key] == plain(value), key
-    assert (
-        config.engine.mixed_precision == {None: None, True: "bf16" if "bfloat16" in words else "amp"}[given.get("amp")]
-    )
+    precision = "bf16" if "bfloat16" in words else "amp"
+    assert config.engine.mixed_precision == (precision if given.get("amp") else None)
 
 
 @pytest.mark.parametrize("name", [name if name in ("efficientnet_b0", "convnext_tiny")
@@ -214,7 +206,7 @@ def test_timm_words(words, name, value):
     "words,message",
     [
         ("a --data-dir b", "DIR and --data-dir: they are one option; got 'a' and 'b'"),
-        ("--torchscript", "--torchscript: .*use --torchcompile"),
+        ("--model-kwargs a", "expected KEY=VALUE; got 'a'"),
         ("--naflex-max-seq-len 100", "NaFlex models train at one size"),
         ("--amp-impl apex", "use --amp alone"),
         ("--amp --mixed-precision no", "--amp: it is --mixed-precision amp; got --mixed-precision no"),
@@ -238,10 +230,7 @@ def test_what_does_not_go_is_one_line(words, message):
 @pytest.mark.parametrize(
     "given,notes",
     [
-        (
-            {"fuser": "te", "no_prefetcher": True},
-            ["--fuser has no meaning here", "--no-prefetcher has no meaning here"],
-        ),
+        ({"fuser": "te", "no_prefetcher": True}, ["--fuser has no meaning here", "--no-prefetcher has no meaning here"]),
         ({"local_rank": "1", "worker_seeding": "part"}, ["--local_rank", "--worker-seeding"]),
         ({"amp_dtype": "bfloat16"}, ["--amp-dtype has no meaning without --amp"]),
         ({"fuser": "", "amp_dtype": "float16", "naflex_max_seq_len": "576", "amp_impl": "native"}, []),
@@ -254,9 +243,7 @@ def test_options_without_a_meaning_are_told_once(given, notes):
 
 def test_a_file_and_the_command_line_together(tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text(
-        "amp: true\namp_dtype: bfloat16\nno_resume_opt: false\nreport_to: [tensorboard]\ndata: null\nresume: ''\n"
-    )
+    file.write_text("amp: true\namp_dtype: bfloat16\nno_resume_opt: false\nreport_to: [tensorboard]\ndata: null\nresume: ''\n")
     assert parse(["--config", str(file)])[0].engine.mixed_precision == "bf16"
     assert parse(["--config", str(file), "--amp-dtype", "float16"])[0].engine.mixed_precision == "fp16"
     assert parse(["--config", str(file), "--mixed-precision", "no"])[0].engine.mixed_precision == "no"
@@ -314,9 +301,8 @@ def follow(schedule, optimizer, updates, metrics, start=0):
 def test_schedules_are_timms_and_resume_from_counts(name, on_updates):
     """The oracle is timm's factory on the options as its train.py has them; a resumed schedule goes on as if never stopped."""
     metrics, updates = [1.0, 3.0, 2.0, 2.0, 4.0, 1.0, 1.0, 1.0], 3
-    config = OptimConfig(
-        epochs=6, warmup_epochs=1, min_lr=1e-3, sched=name, sched_on_updates=on_updates, **SCHEDULES[name]
-    )
+    options = {"epochs": 6, "warmup_epochs": 1, "min_lr": 1e-3, "sched": name, "sched_on_updates": on_updates}
+    config = OptimConfig(**options, **SCHEDULES[name])
 
     def fresh():
         optimizer = create_optimizer_v2(torch.nn.Linear(2, 2), "sgd", lr=0.5)
@@ -349,11 +335,8 @@ def test_model_options_reach_the_model():
     model = new_model(ModelConfig(model="test_efficientnet", bn_momentum=0.3, bn_eps=0.5, gp="max", drop_block=None), 5)
     norms = [one for one in model.modules() if isinstance(one, torch.nn.BatchNorm2d)]
     assert {(norm.momentum, norm.eps) for norm in norms} == {(0.3, 0.5)} and "max" in model.global_pool.pool_type
-    blocks = [
-        one
-        for one in new_model(ModelConfig(model="resnet10t", drop_block=0.2), 5).modules()
-        if "DropBlock" in str(type(one))
-    ]
+    dropped = new_model(ModelConfig(model="resnet10t", drop_block=0.2), 5)
+    blocks = [one for one in dropped.modules() if "DropBlock" in str(type(one))]
     assert blocks and max(block.drop_prob for block in blocks) == 0.2
     with pytest.raises(UserError, match=r"cannot create 'resnet20_cifar'.*bn_eps"):
         new_model(ModelConfig(model="resnet20_cifar", bn_eps=0.5), 5)
@@ -392,10 +375,8 @@ def test_wandb_gets_what_was_asked(tmp_path):
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for a machine without a GPU")
 def test_a_device_that_is_not_here():
-    assert (
-        "error: device: expected cpu, which this machine has; got 'cuda:1'"
-        in train("--device", "cuda:1", ok=False).stderr
-    )
+    error = train("--device", "cuda:1", ok=False).stderr
+    assert "error: device: expected cpu, which this machine has; got 'cuda:1'" in error
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -427,14 +408,11 @@ def test_stopped_late_and_resumed_runs(folder, tmp_path):
     assert same(weights(part), weights(whole))
     assert [row["lr"] for row in summary(part)] == [row["lr"] for row in summary(whole)]
     train("--resume", other, "--stop-epoch", 3, "--no-resume-opt")
-    assert (
-        not same(weights(other), weights(whole))
-        and yaml.safe_load((other / "args.yaml").read_text())["resume_opt"] is False
-    )
+    assert not same(weights(other), weights(whole))
+    assert yaml.safe_load((other / "args.yaml").read_text())["resume_opt"] is False
     late, _ = finished_run(tmp_path / "late", *words, "--start-epoch", 2)
-    assert [(row["epoch"], row["lr"]) for row in summary(late)] == [
-        (row["epoch"], row["lr"]) for row in summary(whole)[2:]
-    ]
+    rates = [[(row["epoch"], row["lr"]) for row in rows] for rows in (summary(late), summary(whole)[2:])]
+    assert rates[0] == rates[1]
     assert "a resumed run continues where it is" in train("--resume", part, "--start-epoch", 1, ok=False).stderr
 
 

@@ -1,9 +1,7 @@
 """Trackers: what they hold, read back from their own files, is what summary.csv holds."""
 
 import contextlib
-import csv
 import json
-import logging
 import shutil
 import sys
 from collections import defaultdict
@@ -12,7 +10,7 @@ import psutil
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
-from conftest import TRAIN, run
+from conftest import run, summary, train
 
 from timm_sfr import RunConfig, UserError
 from timm_sfr.runs.checkpoints import checkpoints
@@ -63,8 +61,7 @@ def from_wandb(folder):
 
 
 def expected(folder):
-    with (folder / "summary.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = summary(folder)
     return {NAMES[name]: [(int(row["epoch"]) + 1, float(row[name])) for row in rows if row[name] != ""]
             for name in rows[0] if name in NAMES}  # fmt: skip
 
@@ -79,23 +76,10 @@ def assert_same(found, wanted, but=()):
 
 def test_tensorboard_and_wandb_hold_what_summary_holds_also_after_a_resume(tmp_path):
     pytest.importorskip("tensorboard"), pytest.importorskip("wandb")
-    words = (
-        "--report-to",
-        "tensorboard",
-        "wandb",
-        "--val-interval",
-        2,
-        "--sched",
-        "step",
-        "--smoothing",  # what SFR finds itself depends on the number of epochs, which the resume changes
-        0.1,
-        "--output",
-        tmp_path,
-        "--experiment",
-        "run",
-    )
-    done = run(*TRAIN, "--epochs", 2, *words, WANDB_MODE="offline")
-    assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
+    # A smoothing of its own: what SFR finds itself depends on the number of epochs, which the resume changes.
+    words = ("--report-to", "tensorboard", "wandb", "--val-interval", 2, "--sched", "step", "--smoothing", 0.1,
+             "--output", tmp_path, "--experiment", "run")  # fmt: skip
+    assert "warning" not in train("--epochs", 2, *words, WANDB_MODE="offline").stdout
     folder = tmp_path / "run"
     wanted = expected(folder)
     assert [step for step, _ in wanted["val/top1"]] == [2]
@@ -107,8 +91,7 @@ def test_tensorboard_and_wandb_hold_what_summary_holds_also_after_a_resume(tmp_p
     assert len(ids) == 1 and options["model"] == "resnet20_cifar" and options["lr"] == 0.1
     # A run that died before its last checkpoint goes on an epoch earlier than its trackers are.
     shutil.rmtree(checkpoints(folder / "checkpoints")[-1])
-    done = run(*TRAIN, "--resume", folder, "--epochs", 4, WANDB_MODE="offline")
-    assert done.returncode == 0 and "at epoch 2" in done.stdout, done.stderr
+    assert "at epoch 2" in train("--resume", folder, "--epochs", 4, WANDB_MODE="offline").stdout
     wanted = expected(folder)
     # What TensorBoard had of epoch 2 is struck out and written anew; wandb takes no step twice, and keeps its own.
     assert_same(from_tensorboard(folder / "tensorboard")[0], wanted)
@@ -123,8 +106,7 @@ def test_trackio_holds_what_summary_holds(tmp_path):
 
     words = ("--report-to", "trackio", "--output", tmp_path, "--experiment", "run")
     for more in (("--epochs", 1, *words), ("--resume", tmp_path / "run", "--epochs", 2)):
-        done = run(*TRAIN, *more, TRACKIO_DIR=str(tmp_path / "trackio"))
-        assert done.returncode == 0, done.stderr
+        train(*more, TRACKIO_DIR=str(tmp_path / "trackio"))
     with sqlite3.connect(tmp_path / "trackio" / "timm_sfr.db") as base:
         found = base.execute("select run_name, step, metrics from metrics order by id").fetchall()
     assert len({name for name, _, _ in found}) == 1
@@ -139,23 +121,10 @@ def test_a_tracker_that_is_not_installed_is_told_before_training(tmp_path):
     hidden = f"import sys; sys.modules['wandb'] = None; import train_sfr; sys.exit(train_sfr.main({{}}))"  # noqa: F541
     done = run(sys.executable, "-c", hidden.format(["--report-to", "wandb", "--output", str(tmp_path)]))
     assert done.returncode == 2 and not any(tmp_path.iterdir())
-    assert (
-        done.stderr == "error: report-to: wandb is not installed; pip install wandb, or leave it out of --report-to\n"
-    )
+    assert done.stderr == "error: report-to: wandb is not installed; pip install wandb, or leave it out of --report-to\n"
     with pytest.raises(UserError, match=r"report_to: expected one of none, tensorboard, .* did you mean 'wandb'"):
         RunConfig.from_flat({"report_to": ["wandbb"]})
     assert chosen(("none",)) == []
-
-
-@pytest.fixture
-def said():
-    """What the package says, line by line."""
-    logger, lines = logging.getLogger("timm_sfr"), []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
 
 
 def opened(folder, name):

@@ -8,7 +8,8 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import TRAIN, run, summary, train
+from conftest import TRAIN, adds_up, run, summary, train
+from hub_tools import WITHOUT, logits_by
 from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -23,15 +24,8 @@ from timm_sfr.training.run import prepare
 def test_what_a_run_writes(digits_run):
     folder, printed = digits_run
     assert {p.name for p in folder.iterdir()} - {".lock"} == {
-        "args.yaml",
-        "summary.csv",
-        "checkpoints",
-        "model",
-        "metrics.json",
-        "predictions.csv",
-        "pictures",
-        "report.html",
-    }
+        "args.yaml", "summary.csv", "checkpoints", "model", "metrics.json", "predictions.csv", "pictures", "report.html",
+    }  # fmt: skip
     assert {p.name for p in (folder / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
     assert len({p.stat().st_mode for p in (folder / "model").iterdir()}) == 1, "others may read all of it or none"
     assert str(folder / "model") in printed and "shallow" in printed
@@ -49,15 +43,8 @@ def test_what_a_run_writes(digits_run):
 def test_logged_is_optimised(digits_run):
     rows = summary(digits_run[0])
     assert len(rows) == 4
-    for row in rows:
-        parts = float(row["task_loss"]) + float(row["sfr_weight"]) * float(row["sfr_loss"])
-        assert float(row["train_loss"]) == pytest.approx(parts, abs=1e-6)
+    assert all(map(adds_up, rows))
     assert float(rows[-1]["sfr_loss"]) > 0 and float(rows[-1]["smoothing"]) == pytest.approx(own_epsilon(10, 4))
-
-
-def test_exported_keys_are_the_models(digits_run):
-    found = load_file(digits_run[0] / "model" / "model.safetensors")
-    assert set(found) == set(timm.create_model("resnet20_cifar").state_dict())
 
 
 def test_the_line_that_a_run_prints_loads_its_model(digits_run):
@@ -67,67 +54,38 @@ def test_the_line_that_a_run_prints_loads_its_model(digits_run):
     assert done.returncode == 0 and done.stdout == "10 False\n", done.stderr
 
 
-LOADS = """
-import sys, timm, torch
-{imports}
-model = timm.create_model("local-dir:{model}", pretrained=True).eval()
-with torch.no_grad():
-    torch.save(model(torch.load("{images}", weights_only=True)), "{out}")
-"""
-
-
 @pytest.mark.parametrize("name,plugin", [("resnet20_cifar", True), ("test_resnet", False)])
-def test_plain_timm_loads_the_model_bit_for_bit(name, plugin, digits_run, tmp_path):
+def test_plain_timm_loads_the_model_bit_for_bit(name, plugin, request, tmp_path):
     """In a process that blocks timm_sfr for timm's own models; with `import timm_sfr` for ours."""
-    folder = digits_run[0]
-    if not plugin:
-        done = train(
-            "--model", name, "--img-size", 64, "--epochs", 1, "--output", tmp_path, "--experiment", "run", "-b", 128
-        )
-        assert "load it with: import timm; model = " in done.stdout
-        folder = tmp_path / "run"
+    folder, printed = request.getfixturevalue("digits_run" if plugin else "resnet_run")
+    assert f"load it with: import timm{', timm_sfr' * plugin}; model = " in printed
     state = load_checkpoint(checkpoints(folder / "checkpoints")[-1])
     best = json.loads((folder / "metrics.json").read_text())["best"]["epoch"] + 1
     trained = timm.create_model(name, num_classes=10).eval()
     images = torch.randn(5, 3, 64, 64)
     torch.save(images, tmp_path / "x.pt")
-    code = LOADS.format(imports="import timm_sfr" if plugin else "sys.modules['timm_sfr'] = None",
-                        model=folder / "model", images=tmp_path / "x.pt", out=tmp_path / "y.pt")  # fmt: skip
     # Sums come in another order with another number of threads.
-    done = run(TRAIN[0], "-c", code, OMP_NUM_THREADS=str(torch.get_num_threads()))
-    assert done.returncode == 0, done.stderr
+    found, _ = logits_by(f'timm.create_model("local-dir:{folder}/model", pretrained=True)', tmp_path / "x.pt", tmp_path / "y.pt",
+                         {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+                         "import timm_sfr" if plugin else WITHOUT)  # fmt: skip
     exported = load_file(folder / "model" / "model.safetensors")
     if state["epoch"] == best:
         plain = {key.removeprefix("model."): value for key, value in state["module"].items()}
         assert all(torch.equal(plain[key], value) for key, value in exported.items())
     trained.load_state_dict(exported)
     with torch.no_grad():
-        assert torch.equal(trained(images), torch.load(tmp_path / "y.pt", weights_only=True))
+        assert torch.equal(trained(images), found)
 
 
-EVERYTHING = ("--mixup", 0.2, "--cutmix", 1, "--model-ema", "--model-ema-decay", 0.9, "--grad-accum-steps", 2,
-              "--clip-grad", 1, "--aa", "rand-m5", "--reprob", 0.2, "--drop-path", 0.1, "--channels-last", "-j", 1,
-              "--sfr-channels", "projection", "--epochs", 3, "--batch-size", 128, "--img-size", 16)  # fmt: skip
-
-
-def test_resume_is_bit_identical_and_config_repeats_the_run(tmp_path):
-    train(*EVERYTHING, "--output", tmp_path, "--experiment", "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    newest = checkpoints(tmp_path / "cut" / "checkpoints")[-1]
-    newest = newest / "state.pt"
+def test_resume_is_bit_identical_and_config_repeats_the_run(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "cut")
+    newest = checkpoints(tmp_path / "cut" / "checkpoints")[-1] / "state.pt"
     newest.write_bytes(newest.read_bytes()[:-1000])  # the newest is damaged: the one before it counts
-    done = train("--resume", tmp_path / "cut")
+    done = train("--resume", tmp_path / "cut", OMP_NUM_THREADS="1")
     assert "is damaged" in done.stdout and "at epoch 3" in done.stdout
-    train("--config", tmp_path / "whole" / "args.yaml", "--experiment", "again")
+    train("--config", whole / "args.yaml", "--output", tmp_path, "--experiment", "again", OMP_NUM_THREADS="1")
     for other in ("cut", "again"):
-        assert not differences(tmp_path / "whole", tmp_path / other)
-
-
-def test_more_epochs_on_resume(digits_run, tmp_path):
-    shutil.copytree(digits_run[0], tmp_path / "run")
-    train("--resume", tmp_path / "run", "--epochs", 5)
-    rows = summary(tmp_path / "run")
-    assert [row["epoch"] for row in rows] == list("01234") and float(rows[4]["lr"]) > 0
+        assert not differences(whole, tmp_path / other)
 
 
 @pytest.mark.parametrize(
@@ -144,41 +102,18 @@ def test_more_epochs_on_resume(digits_run, tmp_path):
 def test_options_train(words, tmp_path):
     train("--epochs", 2, "--img-size", 16, *words, "--output", tmp_path, "--experiment", "run")
     row = summary(tmp_path / "run")[-1]
-    parts = float(row["task_loss"]) + float(row["sfr_weight"]) * float(row["sfr_loss"])
-    assert float(row["train_loss"]) == pytest.approx(parts, abs=1e-6) and row["val_top1"]
+    assert adds_up(row) and row["val_top1"]
 
 
 def test_torchcompile(tmp_path):
     train("--epochs", 1, "--torchcompile", "aot_eager", "--output", tmp_path, "--experiment", "run")
-    assert set(load_file(tmp_path / "run/model/model.safetensors")) == set(
-        timm.create_model("resnet20_cifar").state_dict()
-    )
-
-
-def test_folder_of_images(folder, tmp_path):
-    train("--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 2, "-b", 20, "-j", 1, "--output", tmp_path,
-          "--experiment", "run")  # fmt: skip
-    config = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert config["label_names"] == ["class0", "class1", "class2"] and config["num_classes"] == 3
-    assert json.loads((tmp_path / "run/metrics.json").read_text())["last"]["images"] == 21
-
-
-def test_an_export_carries_no_provenance_of_timms_weights(tmp_path):
-    train(
-        "--model", "resnet18", "--img-size", 32, "--epochs", 1, "-b", 256, "--output", tmp_path, "--experiment", "run"
-    )
-    config = json.loads((tmp_path / "run/model/config.json").read_text())
-    assert not {"origin_url", "paper_ids", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
-    assert config["pretrained_cfg"]["tag"] == "sfr_digits" and config["pretrained_cfg"]["license"] == "apache-2.0"
-    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert set(load_file(tmp_path / "run/model/model.safetensors")) == set(timm.create_model("resnet20_cifar").state_dict())
 
 
 def test_no_sfr_is_a_plain_timm_loop(tmp_path):
     """One epoch of the engine against a hand-written loop over the same batches: equal to float rounding."""
-    config = RunConfig.from_flat(
-        {"sfr": False, "smoothing": 0.0, "epochs": 2, "output": str(tmp_path), "device": "cpu"}
-    )
-    trainer = prepare(config)
+    options = {"sfr": False, "smoothing": 0.0, "epochs": 2, "output": str(tmp_path), "device": "cpu"}
+    trainer = prepare(RunConfig.from_flat(options))
     model = timm.create_model("resnet20_cifar", num_classes=10)
     model.load_state_dict(trainer.exported_model().state_dict())
     optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=5e-4, momentum=0.9)
@@ -200,20 +135,18 @@ def test_no_sfr_is_a_plain_timm_loop(tmp_path):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_non_finite_loss_keeps_the_last_checkpoint(digits_run, tmp_path):
-    shutil.copytree(digits_run[0], tmp_path / "run")
-    before = (tmp_path / "run/model/model.safetensors").read_bytes()
-    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
-    done = train("--resume", tmp_path / "run", "--epochs", 6, "--lr", 1e30, ok=False)
+def test_a_non_finite_loss_keeps_the_last_checkpoint(finished):
+    before = (finished / "model/model.safetensors").read_bytes()
+    newest = checkpoints(finished / "checkpoints")[-1]
+    done = train("--resume", finished, "--epochs", 6, "--lr", 1e30, ok=False)
     assert "non-finite loss at epoch 5" in done.stderr and str(newest) in done.stderr
-    assert checkpoints(tmp_path / "run/checkpoints")[-1] == newest
-    assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
+    assert checkpoints(finished / "checkpoints")[-1] == newest
+    assert (finished / "model/model.safetensors").read_bytes() == before
 
 
-def test_options_that_do_not_fit_the_run_to_resume_change_nothing(digits_run, tmp_path):
-    shutil.copytree(digits_run[0], tmp_path / "run")
-    done = train("--resume", tmp_path / "run", "--model", "wrn_16_2_cifar", "--epochs", 6, ok=False)
+def test_options_that_do_not_fit_the_run_to_resume_change_nothing(finished):
+    done = train("--resume", finished, "--model", "wrn_16_2_cifar", "--epochs", 6, ok=False)
     assert "does not fit these options" in done.stderr
-    assert yaml.safe_load((tmp_path / "run/args.yaml").read_text())["model"] == "resnet20_cifar"
-    done = train("--output", tmp_path, "--experiment", "run", ok=False)
+    assert yaml.safe_load((finished / "args.yaml").read_text())["model"] == "resnet20_cifar"
+    done = train("--output", finished.parent, "--experiment", finished.name, ok=False)
     assert "already holds files" in done.stderr

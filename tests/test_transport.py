@@ -323,13 +323,6 @@ def test_no_cost_and_no_marginals_break_the_solver(floor):
         assert torch.allclose(plan.sum(2), a, atol=1e-5) and torch.allclose(plan.sum(1), b, atol=1e-5)
 
 
-def test_the_solver_compiles_without_graph_breaks():
-    torch._dynamo.reset()
-    solve = torch.compile(sinkhorn, backend="eager", fullgraph=True)
-    cost, a, b = random_problem(9, 16)
-    assert torch.allclose(solve(cost, a, b), sinkhorn(cost, a, b), atol=1e-6)
-
-
 def test_wrong_shapes_and_names_are_refused():
     cost = torch.rand(2, 3, 4)
     with pytest.raises(UserError, match=r"expected a \(2, 3\)"):

@@ -2,26 +2,24 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import timm
 import torch
 import yaml
-from conftest import run
+from conftest import change, run
+from hub_tools import PREDICT, python
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 import timm_sfr
 from benchmarks.zoo import main as measure
 from timm_sfr import RunConfig
-from timm_sfr.cli.predict import find_images
 from timm_sfr.data.datasets import Digits
 from timm_sfr.models.zoo import CONFIGS, Measured, ZooEntry, register, zoo
 
 NAME = "resnet20_cifar.sfr_digits"
-PREDICT = [sys.executable, "-m", "timm_sfr.cli.main", "predict"]
 SHIPPED = [name for name, entry in zoo().items() if entry.about.weights]
 
 
@@ -45,6 +43,8 @@ def test_every_recipe_is_a_run_and_a_model(entry):
         assert about["input_size"] == (3, config.model.img_size, config.model.img_size)
     if config.model.mean:
         assert about["mean"] == config.model.mean and about["std"] == config.model.std
+    with torch.no_grad():
+        assert model.eval().forward_features(torch.zeros(1, *about["input_size"])).shape[2:] == about["pool_size"]
 
 
 def test_timm_lists_what_loads():
@@ -60,14 +60,6 @@ def test_timm_lists_what_loads():
     assert timm.list_pretrained("resnet*") == before
 
 
-def test_a_tag_has_the_size_of_its_last_feature_map():
-    for name in zoo():
-        model = timm_sfr.create_model(name, pretrained=False)
-        about = model.pretrained_cfg
-        with torch.no_grad():
-            assert model.eval().forward_features(torch.zeros(1, *about["input_size"])).shape[2:] == about["pool_size"], name
-
-
 def test_the_table():
     models, recipes = (part.splitlines() for part in str(timm_sfr.list_pretrained()).split("\n\n"))
     assert models[0].split() == ["name", "parameters", "dataset", "top-1", "weights"]
@@ -79,14 +71,8 @@ def test_the_table():
     assert [entry.name for entry in timm_sfr.list_pretrained("*digits")] == [NAME]
 
 
-def test_the_namespace_is_a_setting():
-    code = "import timm_sfr; print(timm_sfr.list_pretrained('*cifar10')[0].repo_id)"
-    assert run(sys.executable, "-c", code, TIMM_SFR_NAMESPACE="me").stdout == "me/mobilenetv2_cifar.sfr_cifar10\n"
-
-
 def test_a_namespace_that_is_none():
-    code = "import timm_sfr; print(timm_sfr.list_pretrained('*cifar10')[0].repo_id)"
-    done = run(sys.executable, "-c", code, TIMM_SFR_NAMESPACE="a/b")
+    done = python("import timm_sfr; print(timm_sfr.list_pretrained('*cifar10')[0].repo_id)", TIMM_SFR_NAMESPACE="a/b")
     assert done.stdout == "timm-sfr/mobilenetv2_cifar.sfr_cifar10\n" and "expected the name of a user" in done.stderr
 
 
@@ -103,25 +89,23 @@ def test_not_published_yet(hub, tmp_path):
         "import timm_sfr\ntry:\n    timm_sfr.create_model('resnet20_cifar.sfr_cifar10')\n"
         "except timm_sfr.HubError as error:\n    print(error)"
     )
-    done = run(sys.executable, "-c", code, **hub.env(tmp_path, token=None))
+    done = python(code, **hub.env(tmp_path, token=None))
     said = "timm-sfr/resnet20_cifar.sfr_cifar10: it is not published yet (or private); to train it: timm-sfr train --config "
     assert f"{said}{CONFIGS / 'resnet20_cifar.sfr_cifar10.yaml'}" in done.stdout, done.stderr
 
 
 def test_published_loads_by_its_name(hub, tmp_path):
-    """Once its repository is there, the zoo's name loads it, in timm too."""
-    model = timm.create_model("resnet20_cifar")
-    weights = tmp_path / "model.safetensors"
-    save_file(model.state_dict(), weights)
+    """Once its repository is there, in the namespace that is set, the zoo's name loads it, in timm too."""
     about = {"num_classes": 10, "input_size": [3, 32, 32]}
     config = {"architecture": "resnet20_cifar", "num_classes": 10, "pretrained_cfg": about}
-    files = {"config.json": json.dumps(config).encode(), "model.safetensors": weights.read_bytes()}
+    weights = save(timm.create_model("resnet20_cifar").state_dict())
+    files = {"config.json": json.dumps(config).encode(), "model.safetensors": weights}
     hub.add("me/resnet20_cifar.sfr_cifar10", files)
     code = (
         "import timm, timm_sfr; a = timm.create_model('resnet20_cifar.sfr_cifar10', pretrained=True); "
         "b = timm_sfr.create_model('resnet20_cifar.sfr_cifar10'); print(a.fc.bias.tolist() == b.fc.bias.tolist())"
     )
-    done = run(sys.executable, "-c", code, TIMM_SFR_NAMESPACE="me", **hub.env(tmp_path / "home", token=None))
+    done = python(code, TIMM_SFR_NAMESPACE="me", **hub.env(tmp_path / "home", token=None))
     assert done.stdout == "True\n", done.stderr
 
 
@@ -175,15 +159,11 @@ def test_a_recipe_is_measured(tmp_path, monkeypatch, capsys):
     longer = dataclasses.replace(short, options=entry.options | {"epochs": 2})
     monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: longer})
     for seed in (0, 1):
-        args = tmp_path / "runs" / f"{NAME}-seed{seed}" / "args.yaml"
-        args.write_text(yaml.safe_dump(yaml.safe_load(args.read_text()) | {"epochs": 2}))
-        path = args.with_name("metrics.json")
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"epochs": 2}))
+        for name in ("args.yaml", "metrics.json"):
+            change(tmp_path / "runs" / f"{NAME}-seed{seed}" / name, epochs=2)
     assert measure(words) == 0 and json.loads((run / "metrics.json").read_text())["last"]["epoch"] == 1
-    times = [path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")]
-    assert measure(words) == 0 and times == [
-        path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")
-    ]
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("metrics.json")}
+    assert measure(words) == 0 and all(path.stat().st_mtime_ns == time for path, time in times.items())
     monkeypatch.setattr("benchmarks.zoo.zoo", lambda: {NAME: entry})
     capsys.readouterr()
     assert measure(words) == 2 and "other options than the recipe: epochs" in capsys.readouterr().err
@@ -219,11 +199,6 @@ def test_predict_json_and_bad_files(pictures):
     assert "skipped: " in done.stderr and "error: 2 of 6 images could not be read" in done.stderr
 
 
-def test_predict_a_run(digits_run, pictures):
-    done = run(*PREDICT, digits_run[0], pictures / "grey.png")
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 6, done.stderr
-
-
 @pytest.mark.parametrize(
     "words,said",
     [
@@ -239,6 +214,3 @@ def test_predict_mistakes(words, said):
     done = run(*PREDICT, *words)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
-
-def test_find_images_sorts(pictures):
-    assert [path.name for path in find_images([pictures])][-1] == "grey.png"

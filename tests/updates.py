@@ -49,9 +49,7 @@ def main() -> None:
     else:
         torch.nn.init.zeros_(trainer.exported_model().get_classifier().weight)  # the main process's weights count
     chosen = exported(trainer.exported_model(), folder, trainer.accelerator)
-    test, _ = score_split(
-        chosen, trainer.test_loader(), trainer.prep, trainer.accelerator, trainer.config.threshold
-    )
+    test, _ = score_split(chosen, trainer.test_loader(), trainer.prep, trainer.accelerator, trainer.config.threshold)
     error = table_error(trainer.accelerator.process_index, len(everyone))
     if main:
         result = {"losses": losses, "identical": all(other == everyone[0] for other in everyone), "val": val,

@@ -4,7 +4,7 @@ A test's command then starts in a quarter of a second instead of six, and is els
 folder and streams, run from its file, ended by the interpreter. Our own modules are never imported beforehand. All forks of one
 server share the seed of Python's hashes: tests with launchers, signals and COLD=1 have processes of other seeds.
 
-``python warm.py MODULE...`` serves: it reads a command as a line of JSON, and answers its process and then its exit status.
+``python warm.py`` serves: it reads a command as a line of JSON, and answers its process and then its exit status.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ LATER = (*HUB, "WANDB_", "TRACKIO_", "TIMM_SFR_", "PYTEST_", "KMP_")
 class Warm:
     """A server, started when it is first asked."""
 
-    def __init__(self, modules: Sequence[str], environment: Mapping[str, str]) -> None:
-        self.modules, self.environment = modules, dict(environment)
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = dict(environment)
         self.server: subprocess.Popen | None = None
 
     def run(
@@ -68,7 +68,7 @@ class Warm:
     def _ask(self, command: list) -> None:
         if self.server is None:
             self.server = subprocess.Popen(
-                [sys.executable, __file__, *self.modules],
+                [sys.executable, __file__],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=self.environment,
             )  # fmt: skip
         self.server.stdin.write(json.dumps(command).encode() + b"\n")
@@ -160,7 +160,7 @@ def execute(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    for module in sys.argv[1:]:
+    for module in SLOW:
         importlib.import_module(module)
     assert threading.active_count() == 1, "a fork has only the thread that forks"
     gc.freeze()  # a fork that ends need not look through all these modules
