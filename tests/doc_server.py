@@ -7,6 +7,7 @@ hands its words, folder, environment and streams over. What needs hardware, a ne
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -35,8 +36,9 @@ sys.exit(status[0] if status else 134)
 # Of an option given twice the last one counts: so these cut a training short, and nothing is edited.
 DIGITS = ("--epochs", "1", "--report-interval", "0", "-j", "0", "--img-size", "8", "--device", "cpu")
 IMAGES = ("--epochs", "1", "--report-interval", "0", "-j", "0", "--img-size", "64", "--device", "cpu", "-b", "32")
+IMPORTED = ("accelerate.commands.launch", "datasets", "matplotlib.figure", "onnx", "onnxruntime", "onnxscript", "ot",
+            "torchvision", "webdataset", "timm_sfr.cli.main", "train_sfr")  # fmt: skip
 SHORT_TEST = ("--lr-low", "1e-4", "--lr-high", "1", "--lr-updates", "20")
-NETWORK = ("--dataset-download",)
 
 
 def train(words: list[str]) -> int:
@@ -47,7 +49,7 @@ def train(words: list[str]) -> int:
     if "--resume" in words and "auto" not in words:
         return main(words)
     config, _ = parse(words)
-    if any(word in words for word in NETWORK):
+    if "--dataset-download" in words:  # needs a network
         return 0
     shorter = DIGITS if config.data.dataset == "digits" else IMAGES
     if config.model.input_size is not None:  # in the place of --img-size
@@ -222,7 +224,7 @@ def page(words: list[str]) -> int:
     return 0
 
 
-RULES = {"python": python, "python3": python, "timm-sfr": timm_sfr, "train-sfr": train, "accelerate": accelerate,
+RULES = {"python": python, "python3": python, "timm-sfr": timm_sfr, "accelerate": accelerate,
          "torchrun": torchrun, "pip": pip, "pytest": pytest, "hf": hf, "git": git, "srun": srun, "scontrol": scontrol,
          "mkdocs": mkdocs, "docker": docker, "doc-page": page}  # fmt: skip
 
@@ -260,32 +262,8 @@ def answer(link: socket.socket) -> None:
 
 def main(address: str) -> None:
     """Serves for good."""
-    import accelerate.commands.launch
-    import datasets
-    import matplotlib.figure
-    import onnx
-    import onnxruntime
-    import onnxscript
-    import ot
-    import torchvision
-    import webdataset
-
-    import timm_sfr.cli.main
-    import train_sfr
-
-    del (
-        accelerate,
-        datasets,
-        matplotlib,
-        onnx,
-        onnxruntime,
-        onnxscript,
-        ot,
-        torchvision,
-        webdataset,
-        timm_sfr,
-        train_sfr,
-    )
+    for module in IMPORTED:
+        importlib.import_module(module)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with socket.socket(socket.AF_UNIX) as place:
         place.bind(address)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from conftest import ROOT
-from doc_pages import PAGES, Page, Shell, blocks, seconds, shape
+from doc_pages import PAGES, Page, Shell, blocks, shape
 
 from benchmarks import options as option_page
 from timm_sfr.cli.main import make_parser
@@ -46,6 +46,11 @@ WARNING = re.compile(r"Warning: (?!`?torch\.jit)")  # PyTorch's, that TorchScrip
 OTHERS = {"--rm", "--gpus", "--ipc", "--user", "--entrypoint", "--build-arg",
           "--nproc-per-node", "--max-restarts", "--no-deps", "--durations", "--logdir", "--project"}  # fmt: skip
 NAMED = [page for page in PAGES if blocks(page)]
+LONG = "docs/train.md"  # with about fifty trainings
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def shell(tmp_path_factory):
 def names(path, shell, tmp_path):
     """Python with what the page takes as given."""
     page = Page(shell, tmp_path / "here")
-    assert not page.run(textwrap.dedent(GIVEN.get(str(path.relative_to(ROOT)), "")), "given")
+    assert not page.run(textwrap.dedent(GIVEN.get(name_of(path), "")), "given")
     yield page
     page.close()
 
@@ -70,14 +75,7 @@ def fill(code):
     return code
 
 
-def name_of(page):
-    return str(page.relative_to(ROOT))
-
-
-LONG = {"docs/train.md"}  # with about fifty trainings
-
-
-@pytest.mark.parametrize("path", [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) in LONG))
+@pytest.mark.parametrize("path", [pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] * (name_of(page) == LONG))
                                   for page in NAMED])  # fmt: skip
 def test_every_block_runs(path, shell, tmp_path, request):
     folder, printed = shell.folder(tmp_path / "here"), ""
@@ -91,9 +89,7 @@ def test_every_block_runs(path, shell, tmp_path, request):
                 place = tmp_path / "fresh"
                 place.mkdir()
             done = shell.bash(code, place)
-            assert done.returncode == 0, (
-                f"{block.where}: status {done.returncode}\n{code}\n{done.stdout}\n{done.stderr}"
-            )
+            assert done.returncode == 0, f"{block.where}: status {done.returncode}\n{code}\n{done.stdout}\n{done.stderr}"
             assert "Traceback" not in done.stderr and not WARNING.search(done.stderr), f"{block.where}:\n{done.stderr}"
             printed = done.stdout
         elif block.kind == "python":
@@ -108,17 +104,15 @@ def test_every_block_runs(path, shell, tmp_path, request):
             assert re.fullmatch(r"# [\w-]+\.yaml", first), f"{block.where}: its first line should name a file"
             (folder / first[2:]).write_text(code)
         elif (block.page, block.code.splitlines()[0]) not in SHOWN:
-            assert block.kind == "text", (
-                f"{block.where}: no rule for {block.kind!r}; run it, or list it in SHOWN with a reason"
-            )
+            assert block.kind == "text", f"{block.where}: no rule for {block.kind!r}; run it, or list it in SHOWN with a reason"
             missing = set(shape(code)) - set(shape(printed))
             assert not missing, f"{block.where}: not what the block before it prints: {missing}\n{printed}"
-        print(f"{block.where} {block.kind} {seconds(started)}", file=sys.stderr)
+        print(f"{block.where} {block.kind} {time.monotonic() - started:.1f} s", file=sys.stderr)
 
 
 def test_what_is_listed_is_there():
     first = {(block.page, block.code.splitlines()[0]) for page in PAGES for block in blocks(page)}
-    assert first >= SHOWN.keys() and {str(page.relative_to(ROOT)) for page in NAMED} >= GIVEN.keys()
+    assert first >= SHOWN.keys() and {*map(name_of, NAMED)} >= GIVEN.keys()
 
 
 @pytest.mark.slow
@@ -143,7 +137,7 @@ def known_options():
     return known | OTHERS
 
 
-@pytest.mark.parametrize("path", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_every_option_is_one(path):
     text = re.sub(r"^#SBATCH.*", "", path.read_text(), flags=re.MULTILINE)
     fenced = re.findall(r"^ *```.*?^ *```", text, re.MULTILINE | re.DOTALL)
@@ -151,9 +145,7 @@ def test_every_option_is_one(path):
         if code.startswith("pip "):
             continue
         for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
-            exists = flag in known_options() or (
-                flag.endswith("-") and any(one.startswith(flag) for one in known_options())
-            )
+            exists = flag in known_options() or (flag[-1] == "-" and any(one.startswith(flag) for one in known_options()))
             assert exists or "unrecognized arguments" in code, f"{path.name}: there is no {flag}: {code}"
 
 
