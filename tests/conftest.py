@@ -169,6 +169,21 @@ def _fresh():
 
 
 @pytest.fixture
+def command(capsys):
+    """A function of the words of ``timm-sfr``: what it prints on standard output, or its one line of error at status 2."""
+
+    def printed(*words, status=0):
+        assert timm_sfr_main([str(word) for word in words]) == status
+        out, err = capsys.readouterr()
+        if status != 2:
+            return out
+        assert len(err.splitlines()) == 1 and err.startswith("error: ") and not out
+        return err
+
+    return printed
+
+
+@pytest.fixture
 def said():
     """What the package says, line by line."""
     logger, lines = logging.getLogger("timm_sfr"), []

@@ -29,16 +29,6 @@ from timm_sfr.runs.records import columns, write_summary
 NAME = "resnet20_cifar.sfr_digits"
 
 
-def said(capsys, *words, status=0):
-    """What the command prints on standard output, or its one line of error."""
-    assert main([str(word) for word in words]) == status
-    out, err = capsys.readouterr()
-    if status != 2:
-        return out
-    assert len(err.splitlines()) == 1 and err.startswith("error: ") and not out
-    return err
-
-
 def test_help_names_every_verb(capsys):
     with pytest.raises(SystemExit) as done:
         main(["--help"])
@@ -68,8 +58,8 @@ def test_help_names_every_verb(capsys):
         (("train", "--modle", "x"), "did you mean '--model'"),
     ],
 )
-def test_mistakes(words, hint, capsys):
-    assert hint in said(capsys, *words, status=2)
+def test_mistakes(words, hint, command):
+    assert hint in command(*words, status=2)
 
 
 def test_the_installed_command():
@@ -84,53 +74,53 @@ def test_completion(capsys):
     assert all(name in script for name in VERBS) and "--sfr-matching" in script
 
 
-def test_train_is_train_sfr(capsys, tmp_path):
+def test_train_is_train_sfr(command, tmp_path):
     words = ("--epochs", 1, "--img-size", 16, "--device", "cpu", "--output", tmp_path, "--experiment", "run")
-    said(capsys, "train", *words)
+    command("train", *words)
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 
 
-def test_validate_gives_the_trainings_own_figures(digits_run, capsys):
+def test_validate_gives_the_trainings_own_figures(digits_run, command):
     folder = digits_run[0]
-    found = json.loads(said(capsys, "validate", folder, "--json", "--device", "cpu"))
+    found = json.loads(command("validate", folder, "--json", "--device", "cpu"))
     best = json.loads((folder / "metrics.json").read_text())["best"]
     assert {name: found[name] for name in ("images", "ece")} == {name: best[name] for name in ("images", "ece")}
     assert {name: found[name] for name in ("top1", "top5", "loss")} == {
         name: best[f"val_{name}"] for name in ("top1", "top5", "loss")
     }
-    text = said(capsys, "validate", folder / "model", "--dataset", "digits", "--device", "cpu")
+    text = command("validate", folder / "model", "--dataset", "digits", "--device", "cpu")
     assert f"{found['top1']:.3f} %" in text and "360 at 16 pixels" in text
 
 
-def test_validate_other_classes(capsys, tmp_path):
+def test_validate_other_classes(command, tmp_path):
     for name in [*"123456789", "ten"]:
         (tmp_path / "val" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "val" / name / "0.png")
     words = ("validate", NAME, "--data-dir", tmp_path, "--device", "cpu", "-j", 0)
-    assert "class 0 is '1' in the data and '0' in the model" in said(capsys, *words, status=2)
+    assert "class 0 is '1' in the data and '0' in the model" in command(*words, status=2)
     (tmp_path / "val" / "ten").rename(tmp_path / "val" / "eleven")
     (tmp_path / "val" / "ten").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "val" / "ten" / "0.png")
-    assert "expected 10 classes, as the model has; got 11" in said(capsys, *words, status=2)
+    assert "expected 10 classes, as the model has; got 11" in command(*words, status=2)
     for name in ("ten", "eleven"):
         shutil.rmtree(tmp_path / "val" / name)
-    assert json.loads(said(capsys, *words, "--json"))["images"] == 9, "a class may have no images in val"
+    assert json.loads(command(*words, "--json"))["images"] == 9, "a class may have no images in val"
 
 
-def test_list(capsys):
-    assert NAME in said(capsys, "list") and NAME not in said(capsys, "list", "wrn*")
+def test_list(command):
+    assert NAME in command("list") and NAME not in command("list", "wrn*")
 
 
-def test_taps(capsys, tmp_path):
+def test_taps(command, tmp_path):
     picture = tmp_path / "taps.png"
-    text = said(capsys, "taps", "test_resnet", "--img-size", 64, "-b", 4, "--picture", picture)
+    text = command("taps", "test_resnet", "--img-size", 64, "-b", 4, "--picture", picture)
     plan = timm_sfr.choose_taps(timm.create_model("test_resnet"), (3, 64, 64))
     lines = text.splitlines()
     for line, tap in zip(lines[1:], plan.taps, strict=False):
         assert tap.module in line and f"{tap.grid[0]}x{tap.grid[1]}" in line
     assert lines[len(plan.taps) + 1].startswith("at 3x64x64: ") and "for a batch of 4" in lines[-1]
     assert matplotlib.image.imread(picture).std() > 0.01, "something is drawn"
-    found = json.loads(said(capsys, "taps", "resnet20_cifar", "--json", "-b", 2, "--sfr-channels", "projection"))
+    found = json.loads(command("taps", "resnet20_cifar", "--json", "-b", 2, "--sfr-channels", "projection"))
     shallow, deep = found["taps"][0], found["taps"][-1]
     assert deep["role"] == "deep" and shallow["match"] == f"{shallow['channels']} projected to {deep['channels']}"
     assert all(tap["milliseconds"] > 0 for tap in found["taps"][:-1])
@@ -149,37 +139,37 @@ def fake_run(place, top1, **options):
     return place
 
 
-def test_compare_pairs_by_seed(capsys, tmp_path):
+def test_compare_pairs_by_seed(command, tmp_path):
     tops = {"a": [50.0, 51.0, 52.5], "b": [51.0, 52.5, 53.0]}
     runs = [
         fake_run(tmp_path / f"{name}{seed}", top1, seed=seed, mixup=float(name == "b"))
         for name, values in tops.items()
         for seed, top1 in enumerate(values)
     ]
-    text = said(capsys, "compare", *runs).splitlines()
+    text = command("compare", *runs).splitlines()
     assert text[1].startswith("A  0,1,2") and text[2].startswith("B  0,1,2") and "60" not in text[1]
     gains = np.subtract(tops["b"], tops["a"])
     low, high = scipy.stats.t.interval(0.95, 2, gains.mean(), scipy.stats.sem(gains))
     assert f"{gains.mean():+.2f} ± {(high - low) / 2:.2f}" in text[2]
     assert text[-1].split() == ["mixup", "0.0", "1.0"], "what differs, and nothing else"
-    groups = [json.loads(line) for line in said(capsys, "compare", *runs, "--json").splitlines()]
+    groups = [json.loads(line) for line in command("compare", *runs, "--json").splitlines()]
     assert groups[1]["top1_minus_first"] == pytest.approx(list(gains)) and groups[1]["seeds"] == [0, 1, 2]
-    assert "have the same options and seed 0" in said(capsys, "compare", runs[0], runs[0], status=2)
+    assert "have the same options and seed 0" in command("compare", runs[0], runs[0], status=2)
     (runs[0] / "metrics.json").write_text("{}")
-    assert "are damaged" in said(capsys, "compare", *runs, status=2)
+    assert "are damaged" in command("compare", *runs, status=2)
 
 
-def test_compare_says_that_runs_were_validated_on_other_images(capsys, tmp_path):
+def test_compare_says_that_runs_were_validated_on_other_images(command, tmp_path):
     runs = [fake_run(tmp_path / name, 50.0, seed=0, val_split=name) for name in ("val", "test")]
     note = "note: the runs may have been validated on different images (val_split); differences then mean little"
-    assert note in said(capsys, "compare", *runs).splitlines()
+    assert note in command("compare", *runs).splitlines()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("kind", export.FORMATS)
-def test_export(kind, capsys, tmp_path):
+def test_export(kind, command, tmp_path):
     path = tmp_path / f"model{export.FORMATS[kind]}"
-    assert "largest difference from PyTorch" in said(capsys, "export", NAME, "--format", kind, "--output", path)
+    assert "largest difference from PyTorch" in command("export", NAME, "--format", kind, "--output", path)
     images = torch.randn(5, 3, 16, 16)
     expected = timm_sfr.create_model(NAME)(images).detach()
     if kind == "onnx":
@@ -219,7 +209,7 @@ def test_the_readme_names_every_verb():
     assert all(f"timm-sfr {name}" in text for name in VERBS)
 
 
-def test_mistyped_paths_are_met_with_those_that_are_there(finished, folder, capsys):
+def test_mistyped_paths_are_met_with_those_that_are_there(finished, folder, command):
     wrong, images = f"{finished}x", f"{folder}r"
     for words, name in (
         (("report", wrong), finished.name),
@@ -229,10 +219,8 @@ def test_mistyped_paths_are_met_with_those_that_are_there(finished, folder, caps
         (("train", "--data-dir", images), folder.name),
         (("predict", NAME, images), folder.name),
     ):
-        assert main([str(word) for word in words]) == 2
-        error = capsys.readouterr().err
-        assert f"did you mean '{finished.parent if name == finished.name else folder.parent}/{name}'" in error, error
-        assert error.count("\n") == 1
+        expected = f"did you mean '{finished.parent if name == finished.name else folder.parent}/{name}'"
+        assert expected in command(*words, status=2)
 
 
 @pytest.mark.parametrize("name,word,said", [("main", "--lerning-rate", "timm_sfr's is --lr"), ("main", "--help", "--sfr-weight"),

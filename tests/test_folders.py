@@ -62,13 +62,11 @@ def test_nothing_is_passed_over_without_a_word(messy):
     assert facts["train"]["images"] == 12 and "2 .txt" in facts["train"]["passed_over"]
 
 
-def test_the_command_shows_all_of_it(messy, capsys):
-    assert main(["data", str(messy)]) == 0
-    out = capsys.readouterr().out
+def test_the_command_shows_all_of_it(messy, command):
+    out = command("data", messy)
     for text in ("cat    8      4", "dog    4      1", "all    12     5", "passed over: 2 .txt", "val and in train", "PNG RGB"):
         assert text in out, out
-    assert main(["data", str(messy), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(command("data", messy, "--json"))
     assert found["classes"] == {"cat": {"train": 8, "val": 4}, "dog": {"train": 4, "val": 1}} and found["train"]["loose"] == 1
 
 
@@ -108,15 +106,14 @@ def test_a_tar_may_lack_classes_too(tmp_path):
         open_splits(dataclasses.replace(config, val_split="odd.tar"), "RGB", 0)
 
 
-def test_a_run_is_scored_on_other_data_than_its_own(tmp_path, capsys):
+def test_a_run_is_scored_on_other_data_than_its_own(tmp_path, command):
     root, other = flat(tmp_path / "flat", cat=40, dog=30), tmp_path / "other"
     train(*SMALL, "--data-dir", root, "--val-share", 0.2, "--output", tmp_path, "--experiment", "run")
     shutil.copytree(root, other)
     flat(tmp_path / "splits" / "validation", dog=3)
     for place, count in ((other, 14), (tmp_path / "splits", 3)):
-        words = ["validate", str(tmp_path / "run"), "--data-dir", str(place), "--json", "--device", "cpu", "-j", "0"]
-        assert main(words) == 0, capsys.readouterr().err
-        assert json.loads(capsys.readouterr().out)["images"] == count
+        words = ("validate", tmp_path / "run", "--data-dir", place, "--json", "--device", "cpu", "-j", 0)
+        assert json.loads(command(*words))["images"] == count
 
 
 def flat(root, **counts):

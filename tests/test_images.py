@@ -15,7 +15,6 @@ from conftest import finished_run
 from PIL import ExifTags, Image
 
 from timm_sfr import UserError
-from timm_sfr.cli.main import main
 from timm_sfr.config import DataConfig
 from timm_sfr.data.images import ImageReading, image_endings, model_input, to_mode
 from timm_sfr.data.samples import image_reading
@@ -160,7 +159,7 @@ def test_the_exports_input_is_validations(options):
         model_input(image, {**about, "crop_mode": "border"})
 
 
-def test_an_export_scores_what_validate_says(tmp_path, capsys, monkeypatch):
+def test_an_export_scores_what_validate_says(tmp_path, command, monkeypatch):
     """On images that are not square, which most examples squeeze."""
     noise = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 40)):
@@ -173,9 +172,8 @@ def test_an_export_scores_what_validate_says(tmp_path, capsys, monkeypatch):
                 Image.fromarray(pixels).save(path)
     words = ("--model", "test_resnet", "--data-dir", tmp_path / "set", "--img-size", 32, "--epochs", 2, "-j", 0, "-b", 16)
     run, _ = finished_run(tmp_path, *words, "--device", "cpu")
-    assert main(["validate", str(run), "--json", "-j", "0", "--device", "cpu"]) == 0
-    scores = json.loads(capsys.readouterr().out)
-    assert main(["export", str(run)]) == 0
+    scores = json.loads(command("validate", run, "--json", "-j", 0, "--device", "cpu"))
+    command("export", run)
     code = (run / "timm_sfr_images.py").read_text()
     assert "torch" not in sys.modules["timm_sfr.data.images"].__dict__ and "import timm" not in code
     monkeypatch.syspath_prepend(run)

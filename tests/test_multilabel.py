@@ -19,7 +19,6 @@ from timm.task import MultiLabelClassificationTask
 
 from benchmarks.faults import differences
 from timm_sfr import DynamicLabelSmoothing, LossForm, RunConfig, SFRConfig, SFRTask, UserError
-from timm_sfr.cli.main import main
 from timm_sfr.cli.train import parse
 from timm_sfr.config import DataConfig
 from timm_sfr.data.datasets import Digits, open_splits, open_validation
@@ -338,38 +337,31 @@ def test_a_run_learns_and_writes_its_scores_card_and_report(labelled):
     assert "top-1" not in page and 'class="note"' not in page and 'id="sfr"' in page
 
 
-def test_commands_on_it(labelled, labels, digits_run, tmp_path, capsys):
+def test_commands_on_it(labelled, labels, digits_run, tmp_path, command):
     run, _ = labelled
     best = json.loads((run / "metrics.json").read_text())["best"]
-    assert main(["validate", str(run), "--json", "--device", "cpu"]) == 0
-    own = json.loads(capsys.readouterr().out)
+    own = json.loads(command("validate", run, "--json", "--device", "cpu"))
     assert {name: own[name] for name in ("map", "micro_f1", "loss")} == pytest.approx(
         {name: best[f"val_{name}"] for name in ("map", "micro_f1", "loss")}, rel=1e-5)  # fmt: skip
     # The model's folder alone says that an image may have several classes.
-    assert main(["validate", str(run / "model"), "--dataset", f"csv/{labels}", "--tta", "2", "--device", "cpu"]) == 0
-    assert f"{own['map']:.3f} %" in (out := capsys.readouterr().out) and "mAP" in out and "views" in out
-    images = [str(path) for path in sorted(labels.parent.glob("images/*.png"))[:30]]
-    assert main(["predict", str(run / "model"), *images, "--json"]) == 0
-    found = [json.loads(line)["classes"] for line in capsys.readouterr().out.splitlines()]
+    out = command("validate", run / "model", "--dataset", f"csv/{labels}", "--tta", 2, "--device", "cpu")
+    assert f"{own['map']:.3f} %" in out and "mAP" in out and "views" in out
+    images = sorted(labels.parent.glob("images/*.png"))[:30]
+    found = [json.loads(line)["classes"] for line in command("predict", run / "model", *images, "--json").splitlines()]
     assert sum({"even", "odd"} & {one["class"] for one in classes} != set() for classes in found) > 20
     assert all(one["probability"] >= 0.5 for classes in found if len(classes) != 2 for one in classes)
     csv_file = tmp_path / "p.csv"
-    words = ["--csv", str(csv_file), "--multilabel-threshold", "0.999999", "--topk", "2"]
-    assert main(["predict", str(run), *images, *words]) == 0
-    capsys.readouterr()
+    command("predict", run, *images, "--csv", csv_file, "--multilabel-threshold", 0.999999, "--topk", 2)
     with csv_file.open() as file:
         rows = list(csv.DictReader(file))
     assert all(len(row["class"].split("|")) == len(row["probability"].split("|")) == 2 for row in rows)
-    assert main(["data", f"csv/{labels}", "--task", "multilabel", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = json.loads(command("data", f"csv/{labels}", "--task", "multilabel", "--json"))
     assert data["classes"]["even"] == {"train": 100, "val": 40} and data["train"]["images"] == 200
     # Compared with a run without SFR, and with one whose images have one class.
     other, _ = finished_run(tmp_path, *WORDS, "--dataset", f"csv/{labels}", "--no-sfr", "--epochs", 1, "--mixup", 0.5)
-    assert main(["compare", str(run), str(other)]) == 0
-    out = capsys.readouterr().out
+    out = command("compare", run, other)
     assert "mAP" in out and "best mAP" in out and "top-1" not in out and "ECE" not in out
-    assert main(["compare", str(run), str(digits_run[0])]) == 2
-    assert "some of the runs have --task multilabel and some not" in capsys.readouterr().err
+    assert "some of the runs have --task multilabel and some not" in command("compare", run, digits_run[0], status=2)
 
 
 def test_a_run_stopped_in_mid_epoch_goes_on_to_the_same_bits(labels, tmp_path):

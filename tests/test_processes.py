@@ -7,7 +7,6 @@ import sys
 import pytest
 from conftest import ROOT, TORCHRUN, run, train, train_pair
 
-from timm_sfr.cli.main import main
 from timm_sfr.data.datasets import Digits
 from timm_sfr.runs.predictions import read_predictions
 
@@ -36,7 +35,7 @@ def agreeing_updates(tmp_path, batch_size=128, count=10, **options):
     return one, two
 
 
-def test_one_process_and_two_agree(tmp_path, capsys):
+def test_one_process_and_two_agree(tmp_path, command):
     one, two = agreeing_updates(tmp_path)
     # The schedule moved once per update, not once per process.
     assert (two["updates"], two["lr"]) == (one["updates"], one["lr"])
@@ -44,8 +43,7 @@ def test_one_process_and_two_agree(tmp_path, capsys):
     assert two["val"]["images"] == one["val"]["images"] == 360
     assert two["val"]["loss"] == pytest.approx(one["val"]["loss"], rel=1e-2)
     # The test split is scored with the main process's weights, and as one process scores it.
-    assert main(["validate", two["model"], "--dataset", "digits", "--img-size", "64", "--json", "--device", "cpu"]) == 0
-    alone = json.loads(capsys.readouterr().out)
+    alone = json.loads(command("validate", two["model"], "--dataset", "digits", "--img-size", 64, "--json", "--device", "cpu"))
     assert two["test"] == pytest.approx({name: alone[name] for name in two["test"]}, abs=1e-6) and two["test"]["images"] == 360
     # The class table over two processes is that of one on the joined batches: exactly on the same predictions, and
     # closely after an epoch of training, whose rounding differs.

@@ -175,23 +175,23 @@ def test_a_page_takes_any_names(tmp_path, finished):
     assert read_predictions(finished / "predictions.csv").files[3] == "</script>,\n'3"
 
 
-def test_a_report_without_its_data_or_predictions_says_so(finished, capsys):
+def test_a_report_without_its_data_or_predictions_says_so(finished, command):
     change(finished / "args.yaml", dataset=None, data_dir="/gone")
     (finished / "predictions.csv").unlink()
-    assert main(["report", str(finished)]) == 0
+    command("report", finished)
     page = Page((finished / "report.html").read_text())
     words = "".join(page.text)
     assert "The images cannot be shown" in words and "There is no predictions.csv" in words
     assert "curves" in page.ids and "sfr" not in page.ids
 
 
-def test_damaged_predictions_are_left_out_and_the_page_says_so(finished, capsys):
+def test_damaged_predictions_are_left_out_and_the_page_says_so(finished, command):
     whole = (finished / "predictions.csv").read_text().splitlines()
     other = [whole[0], *(line.replace(",0,0,", ",0,1,") for line in whole[1:])]
     wrong = [*whole[:-1], "9,a,3,99999999999999999999,0.5"]
     for lines in (["index,file", "1,a"], whole[:1], whole[:100], other, wrong):
         (finished / "predictions.csv").write_text("\n".join(lines))
-        assert main(["report", str(finished)]) == 0
+        command("report", finished)
         page = Page((finished / "report.html").read_text())
         assert "Scores by class are left out" in "".join(page.text) and "confusion" not in page.ids
         assert [path.name for path in (finished / "pictures").iterdir()] == ["curves.png"]  # for the card
@@ -219,16 +219,16 @@ def test_damaged_files_are_one_line(finished, capsys, name, text):
         assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
-def test_data_that_have_changed_are_not_shown(folder, tmp_path):
+def test_data_that_have_changed_are_not_shown(folder, tmp_path, command):
     data = shutil.copytree(folder, tmp_path / "data")
     train("--model", "resnet20_cifar", "--data-dir", data, "--epochs", 1, "-b", 20, "-j", 0, "--output", tmp_path,
           "--experiment", "run")  # fmt: skip
     next((data / "val" / "class0").iterdir()).rename(data / "val" / "class0" / "zzz.png")
-    assert main(["report", str(tmp_path / "run")]) == 0
+    command("report", tmp_path / "run")
     page = Page((tmp_path / "run" / "report.html").read_text())
     assert "the data do not match predictions.csv" in "".join(page.text) and "mistakes" not in page.ids
     shutil.rmtree(data / "val" / "class2")
-    assert main(["report", str(tmp_path / "run")]) == 0
+    command("report", tmp_path / "run")
 
 
 def test_a_run_named_as_a_model_is_the_run(finished, tmp_path, monkeypatch):
@@ -297,12 +297,12 @@ def test_samples_are_spread_over_the_classes(digits_run):
     assert all(one.target == predictions.target[one.index] for one in samples)
 
 
-def test_compare_draws_the_curves_over_each_other(finished, tmp_path, capsys):
+def test_compare_draws_the_curves_over_each_other(finished, tmp_path, command, capsys):
     other = shutil.copytree(finished, tmp_path / "other")
     change(other / "args.yaml", seed=7, smoothing=0.3)
-    assert main(["compare", str(finished), str(other), "--html", str(tmp_path / "c.html")]) == 0
+    out = command("compare", finished, other, "--html", tmp_path / "c.html")
     page = Page((tmp_path / "c.html").read_text())
-    words, out = "".join("".join(page.text).split()), capsys.readouterr().out
+    words = "".join("".join(page.text).split())
     assert not page.loads and "2runssidebyside" in words
     for line in out.splitlines()[:-1]:  # the last one says where the page is
         assert "".join(line.split()) in words, line

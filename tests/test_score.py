@@ -80,7 +80,7 @@ def test_the_test_split_is_scored_with_the_exported_weights(tested, table):
     assert summary(folder)[-1]["val_top1"], "the test is not the validation"
 
 
-def test_card_report_and_comparison_name_the_test(tested, tmp_path, capsys):
+def test_card_report_and_comparison_name_the_test(tested, tmp_path, command):
     folder, test = tested[0], metrics(tested[0])["test"]
     card = ModelCard.load(folder / "model" / "README.md")
     results = {one.metric_name: (one.metric_value, one.dataset_split) for one in card.data.eval_results}
@@ -91,16 +91,14 @@ def test_card_report_and_comparison_name_the_test(tested, tmp_path, capsys):
     other = shutil.copytree(folder, tmp_path / "other")
     change(other / "metrics.json", test={**test, "top1": test["top1"] + 1.5})
     change(other / "args.yaml", lr=0.5)
-    assert main(["compare", str(folder), str(other)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = command("compare", folder, other).splitlines()
     assert "test top-1  test - A" in lines[0] and lines[2].endswith(f"{test['top1'] + 1.5:.2f}       +1.50")
     plain, scores = shutil.copytree(folder, tmp_path / "plain"), metrics(folder)
     del scores["test"]
     (plain / "metrics.json").write_text(json.dumps(scores))
     groups = compare.grouped([compare.read_finished(path) for path in (other, folder)])
     assert compare.tables(groups)[0][1][-2:] == (f"{test['top1'] + 1.5:.2f}", "")
-    assert main(["compare", str(plain), str(other), "--json"]) == 0
-    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    first, second = map(json.loads, command("compare", plain, other, "--json").splitlines())
     assert "test_top1" not in first and second["test_top1"] == [pytest.approx(test["top1"] + 1.5)]
 
 
@@ -129,12 +127,12 @@ def test_a_run_with_split_batchnorm_is_tested_with_its_plain_model(table, tmp_pa
 
 
 @pytest.mark.slow
-def test_two_processes_score_the_test_split_as_one_does(table, tmp_path, capsys):
+def test_two_processes_score_the_test_split_as_one_does(table, tmp_path, command):
     words = (*TINY, "--dataset", f"csv/{table}", "--epochs", 1, "--test-split", "test", "--validation-batch-size", 3)
     done = train_pair(*words, "--output", tmp_path, "--experiment", "run", "--report-interval", 0)
     assert done.returncode == 0 and done.stdout.count("test top1") == 1, done.stderr
-    assert main(["validate", str(tmp_path / "run"), "--val-split", "test", "--json", "--device", "cpu"]) == 0
-    one, two = json.loads(capsys.readouterr().out), metrics(tmp_path / "run")["test"]
+    one = json.loads(command("validate", tmp_path / "run", "--val-split", "test", "--json", "--device", "cpu"))
+    two = metrics(tmp_path / "run")["test"]
     assert {name: two[name] for name in ("images", "top1", "top5")} == {name: one[name] for name in ("images", "top1", "top5")}
     assert (two["loss"], two["ece"]) == pytest.approx((one["loss"], one["ece"]), abs=1e-6) and two["images"] == 40
 
@@ -231,11 +229,10 @@ def test_the_views_are_torchvisions_crops(crop_mode, size):
         Preprocessing(size, (0.5,) * 3, (0.5,) * 3, "bilinear", 0.8, "border").eval_transform(5)
 
 
-def test_validate_with_test_time_augmentation(tested, table, capsys):
+def test_validate_with_test_time_augmentation(tested, table, command, capsys):
     """The plain scores stay; the others are those of the mean of the logits."""
     words = ["validate", str(tested[0]), "--val-split", "test", "--json", "--device", "cpu", "-j", "0"]
-    assert main(words) == 0 and main([*words, "--tta", "2"]) == 0
-    plain, both = map(json.loads, capsys.readouterr().out.splitlines())
+    plain, both = (json.loads(command(*words, *more)) for more in ((), ("--tta", "2")))
     names = ("images", "top1", "top5", "loss", "ece")
     assert {name: both[name] for name in names} == pytest.approx({name: plain[name] for name in names}, abs=1e-6)
     files, target = labelled(table, "test")
@@ -243,8 +240,8 @@ def test_validate_with_test_time_augmentation(tested, table, capsys):
     assert both["tta"]["views"] == 2 and {name: both["tta"][name] for name in names[1:]} == pytest.approx(
         {name: expected[name] for name in names[1:]}, abs=1e-5
     )
-    assert main([*words[:4], *words[5:], "--tta", "10", "--crop-pct", "0.8"]) == 0
-    assert "the mean of the logits of 10 views" in capsys.readouterr().out
+    shown = command(*(word for word in words if word != "--json"), "--tta", "10", "--crop-pct", "0.8")
+    assert "the mean of the logits of 10 views" in shown
     assert main([*words, "--tta", "5", "--crop-pct", "1"]) == 0
     assert "all crops of a square image are the same" in capsys.readouterr().err
 

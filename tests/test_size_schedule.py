@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import COMMAND, adds_up, cut, finished_run, run, summary, timm_sfr_main, train
+from conftest import COMMAND, adds_up, cut, finished_run, run, summary, train
 from PIL import Image
 from timm.data.scheduled_sampler import ScheduledBatchSampler
 
@@ -219,9 +219,8 @@ def test_a_vit_is_made_for_images_that_are_not_square(tmp_path):
     not_square("test_vit", (1, 32, 64), tmp_path)
 
 
-def test_taps_of_images_that_are_not_square(capsys):
-    assert timm_sfr_main(["taps", "resnet10t", "--input-size", "3", "64", "96", "-b", "2"]) == 0
-    assert "at 3x64x96: " in capsys.readouterr().out
+def test_taps_of_images_that_are_not_square(command):
+    assert "at 3x64x96: " in command("taps", "resnet10t", "--input-size", 3, 64, 96, "-b", 2)
 
 
 def test_a_teacher_sees_images_of_any_size_at_its_own():

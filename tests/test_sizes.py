@@ -129,6 +129,7 @@ def test_a_compiled_task_is_compiled_again_for_each_size():
         assert torch.allclose(logits, own, atol=1e-4)
         assert [x.shape for x in nodes] == [x.shape for x in theirs]
         assert all(torch.allclose(x, y, atol=1e-3) for x, y in zip(nodes, theirs, strict=True))
+    _, nodes = compiled.train()(images)  # nothing breaks the graph in training either
     nodes = [x.detach().requires_grad_() for x in nodes]  # dynamo warns of inputs that are no leaves
     loss = torch.compile(task.feature_loss, backend="eager", fullgraph=True)
     assert torch.allclose(loss(nodes[:-1], nodes[-1]), task.feature_loss(nodes[:-1], nodes[-1]), atol=1e-6)

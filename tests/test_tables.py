@@ -8,7 +8,6 @@ from conftest import train
 from PIL import Image
 
 from timm_sfr import UserError
-from timm_sfr.cli.main import main
 from timm_sfr.config import DataConfig
 from timm_sfr.data import summary, tables
 from timm_sfr.data.datasets import open_splits, open_test, open_validation
@@ -150,26 +149,24 @@ def test_mistakes_are_told_in_one_line_with_file_and_row(text, options, said, tm
     assert said.replace("FILE", str(path)) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_missing_tables_and_folders(tmp_path, capsys):
+def test_missing_tables_and_folders(tmp_path, command):
     (tmp_path / "t.csv").write_text("image,label\n")
     for dataset, data_dir, said in (("csv/", None, "expected csv/FILE"), (f"csv/{tmp_path}/tt.csv", None, "did you mean"),
                                     (f"csv/{tmp_path}/t.csv", "/does/not", "there is no folder '/does/not'")):  # fmt: skip
         with pytest.raises(UserError, match=said):
             open_splits(DataConfig(dataset=dataset, data_dir=data_dir), "RGB", 0)
-    assert main(["data", str(tmp_path / "t.csv")]) == 2 and "--dataset csv/FILE" in capsys.readouterr().err
-    assert main(["data", str(tmp_path), "--data-dir", "x"]) == 2 and "data-dir: it is for" in capsys.readouterr().err
+    assert "--dataset csv/FILE" in command("data", tmp_path / "t.csv", status=2)
+    assert "data-dir: it is for" in command("data", tmp_path, "--data-dir", "x", status=2)
 
 
-def test_the_command_shows_a_table(table, capsys):
-    assert main(["data", f"csv/{table}", "--test-split", "test"]) == 0
-    out = capsys.readouterr().out
+def test_the_command_shows_a_table(table, command):
+    out = command("data", f"csv/{table}", "--test-split", "test")
     assert "class  train  val  test" in out and "all    200    50   40" in out
-    assert main(["data", f"csv/{table}", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(command("data", f"csv/{table}", "--json"))
     assert found["classes"]["7"] == {"train": 20, "val": 5} and found["train"]["other_splits"] == {"test": 40}
 
 
-def test_a_run_on_a_table_without_splits_keeps_its_list(tmp_path, capsys):
+def test_a_run_on_a_table_without_splits_keeps_its_list(tmp_path, command):
     rows = images(tmp_path / "i", cat=20, dog=20)
     path = write(tmp_path / "t.csv", ("image", "label"), rows)
     done = train(*TINY, "--dataset", f"csv/{path}", "--output", tmp_path, "--experiment", "run")
@@ -180,8 +177,7 @@ def test_a_run_on_a_table_without_splits_keeps_its_list(tmp_path, capsys):
     done = train("--resume", tmp_path / "run", "--epochs", 2)
     assert "36/4 train/val images" in done.stdout and "2 that are not in the run's split.csv" in done.stdout
     assert (tmp_path / "run" / SPLIT_FILE).read_text() == listed
-    assert main(["validate", str(tmp_path / "run"), "--json", "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out)["images"] == 4
+    assert json.loads(command("validate", tmp_path / "run", "--json", "--device", "cpu"))["images"] == 4
     # A run's list is itself such a table.
     kept = opened(tmp_path / "run" / SPLIT_FILE, data_dir=str(tmp_path))
     assert (len(kept[0].dataset), len(kept[1].dataset)) == (36, 4)
