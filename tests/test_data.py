@@ -1,7 +1,6 @@
 """Datasets, order, augmentation and scores."""
 
 import gc
-import itertools
 import pickle
 import random
 import shutil
@@ -15,10 +14,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from PIL import Image
-from sklearn.metrics import top_k_accuracy_score
+from test_score import expected_scores
 from timm.data.auto_augment import posterize
 
 from timm_sfr import UserError
@@ -42,23 +40,6 @@ def test_digits_split():
     again = open_splits(DataConfig(dataset="digits"), "RGB", 1)[1]
     assert np.array_equal(val.dataset.pixels, again.dataset.pixels)
     assert {p.tobytes() for p in train.dataset.pixels}.isdisjoint({p.tobytes() for p in val.dataset.pixels})
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-def test_processes_share_the_same_global_batches(processes):
-    count, batch = 107, 16
-    reference = EpochSampler(EpochOrder(count, 3), batch)
-    reference.epoch = 2
-    whole = torch.tensor(list(reference)).view(-1, batch)
-    parts = []
-    for process in range(processes):
-        sampler = EpochSampler(EpochOrder(count, 3), batch // processes, process, processes)
-        sampler.epoch = 2
-        parts.append(torch.tensor(list(sampler)).view(-1, batch // processes))
-    assert torch.equal(torch.cat(parts, 1), whole)
-    assert len(whole.unique()) == whole.numel() and (whole // count == 2).all()
-    reference.epoch = 3
-    assert not torch.equal(torch.tensor(list(reference)).view(-1, batch) % count, whole % count)
 
 
 def batches(config, epoch, aug=None):
@@ -155,24 +136,12 @@ def test_normalisation_is_the_same_in_training_and_validation():
 
 
 def test_scores_against_scikit_learn():
-    logits, target = torch.randn(500, 8), torch.randint(0, 8, (500,))
+    logits, target = torch.randn(500, 10), torch.randint(0, 10, (500,))
     scores = Scores(torch.device("cpu"))
     for part in range(0, 500, 64):
         scores.add(logits[part : part + 64], target[part : part + 64])
-    result = scores.result()
-    for k, name in ((1, "top1"), (5, "top5")):
-        expected = top_k_accuracy_score(target.numpy(), logits.numpy(), k=k)
-        assert result[name] == pytest.approx(100 * expected)
-    assert result["images"] == 500 and result["loss"] == pytest.approx(F.cross_entropy(logits, target).item(), rel=1e-6)
-    confidence, predicted = logits.softmax(1).max(1)
-    right = (predicted == target).double()
-    edges = torch.linspace(0, 1, 16)
-    expected = 0.0
-    for low, high in itertools.pairwise(edges):
-        inside = (confidence >= low) & (confidence < high)
-        if inside.any():
-            expected += inside.double().mean() * (right[inside].mean() - confidence[inside].double().mean()).abs()
-    assert result["ece"] == pytest.approx(expected.item(), abs=1e-6)
+    found, expected = scores.result(), expected_scores(logits.double().softmax(1).numpy(), target.numpy())
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_data_that_cannot_be_trained_on(folder, tmp_path):

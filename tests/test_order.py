@@ -50,6 +50,7 @@ def test_repeats_are_those_of_timms_sampler(repeats, processes):
 
 
 ORDERS = {
+    "plain": {},
     "repeats": {"repeats": 3},
     "passes": {"passes": 2.5},
     "both": {"passes": 2, "repeats": 1.5},

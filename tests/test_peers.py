@@ -276,4 +276,3 @@ def test_unknown_methods_are_errors():
         find("cskd:alpha=1")
     task = find("cskd:weight=0.3")(timm.create_model("resnet20_cifar"), SIZE, torch.device("cpu"))
     assert (task.weight, task.temperature) == (0.3, 4.0)
-

@@ -6,7 +6,7 @@ import timm.optim
 import torch
 
 from timm_sfr import SFRConfig, SFRTask, UserError, choose_taps
-from timm_sfr.method.tapped_model import TappedModel, to_nodes
+from timm_sfr.method.tapped_model import TappedModel
 from timm_sfr.models import SMALL_IMAGE_MODELS
 
 # name: (indices, channels, grids) at the model's own size
@@ -104,12 +104,6 @@ def test_taps_by_stage():
     assert choose_taps(model, taps=["stage2", "stage5"]).modules == ["layer1", "layer4"]
     with pytest.raises(UserError, match="no feature 'stage6'"):
         choose_taps(model, taps=["stage2", "stage6"])
-
-
-def test_nodes_are_locations():
-    x = torch.randn(2, 3, 4, 6)
-    assert torch.equal(to_nodes(x, (4, 6))[:, 7], x[:, :, 1, 1])
-    assert torch.allclose(to_nodes(x, (2, 3))[:, 0], x[:, :, :2, :2].mean((2, 3)))
 
 
 @pytest.mark.parametrize(

@@ -213,4 +213,3 @@ def test_predict_json_and_bad_files(pictures):
 def test_predict_mistakes(words, said):
     done = run(*PREDICT, *words)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
-
