@@ -226,9 +226,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", help="sets of the preset (default: all)")
     parser.add_argument("--methods", nargs="+", help="methods, or sfr:OPTION=VALUE,... (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4; with --heldout 100 to 104")
-    parser.add_argument(
-        "--epochs", type=positive, help="epochs (default: the set's), for a trial or a comparison at equal time"
-    )
+    parser.add_argument("--epochs", type=positive, help="epochs (default: the set's), for a trial or a comparison at equal time")
     parser.add_argument("--heldout", action="store_true", help="score on a held-out tenth of train, to choose options")
     parser.add_argument("--part", type=int, choices=(1, 2), default=1, help="2: train on the next images of each class, the "
                         "same number; no option was chosen on them")  # fmt: skip

@@ -61,9 +61,7 @@ def wait_for_write(process: subprocess.Popen, folder: Path, after: float) -> boo
     return False
 
 
-def trial(
-    number: int, output: Path, length: float, ready: float, draw: random.Random
-) -> tuple[list[float], int, list[str]]:
+def trial(number: int, output: Path, length: float, ready: float, draw: random.Random) -> tuple[list[float], int, list[str]]:
     """Trains one run, killed and resumed until it ends.
 
     Returns:
@@ -85,11 +83,7 @@ def trial(
                 lived.append(time.monotonic() - began)
                 continue
         process.wait()
-        wrong = (
-            differences(output / "whole", output / name)
-            if process.returncode == 0
-            else [f"status {process.returncode}"]
-        )
+        wrong = differences(output / "whole", output / name) if process.returncode == 0 else [f"status {process.returncode}"]
         return lived, writes, wrong
 
 
@@ -144,17 +138,13 @@ def main(arguments: list[str] | None = None) -> int:
         length = time.monotonic() - began
         print(f"a whole run takes {length:.1f} s; training begins after {ready:.1f} s\n", flush=True)
         print("| trial | killed after, s | while it wrote | same bits |\n|---|---|---:|---|", flush=True)
-        jobs = [
-            (number, output, length, ready, random.Random(args.seed * 1000 + number)) for number in range(args.kills)
-        ]
+        jobs = [(number, output, length, ready, random.Random(args.seed * 1000 + number)) for number in range(args.kills)]
         bad = kills = writes = 0
         for number, (lived, written, wrong) in enumerate(pool.map(lambda job: trial(*job), jobs), 1):
             bad, kills, writes = bad + bool(wrong), kills + len(lived), writes + written
             instants = ", ".join(f"{instant:.1f}" for instant in lived) or "ended before"
             print(f"| {number} | {instants} | {written} | {', '.join(wrong) or 'yes'} |", flush=True)
-    print(
-        f"\n{args.kills - bad} of {args.kills} runs ended with the same bits; {kills} kills, {writes} of them in a write"
-    )
+    print(f"\n{args.kills - bad} of {args.kills} runs ended with the same bits; {kills} kills, {writes} of them in a write")
     return int(bad > 0)
 
 

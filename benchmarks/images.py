@@ -38,9 +38,7 @@ def decode(root: Path, name: str, part: str, pixels: int) -> tuple[np.ndarray, n
             return kept["images"], kept["labels"], kept["names"].tolist()
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
     if not names:
-        raise UserError(
-            f"data-root: expected {folder}/CLASS/*.jpg; found {'no classes' if folder.is_dir() else 'nothing'}"
-        )
+        raise UserError(f"data-root: expected {folder}/CLASS/*.jpg; found {'no classes' if folder.is_dir() else 'nothing'}")
     images, labels = [], []
     for label, kind in enumerate(names):
         for path in sorted(path for path in (folder / kind).iterdir() if path.suffix.lower() in SUFFIXES):
@@ -89,9 +87,7 @@ def choose(labels: np.ndarray, per_class: int | None, held_out: bool, part: int 
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(rest))
 
 
-def open_sets(
-    root: Path, name: str, pixels: int, per_class: int | None, held_out: bool, part: int = 1
-) -> tuple[Split, Split]:
+def open_sets(root: Path, name: str, pixels: int, per_class: int | None, held_out: bool, part: int = 1) -> tuple[Split, Split]:
     """Returns the training split and the split to score: ``val``, or with `held_out` a fixed tenth of ``train``."""
     images, labels, names = decode(root, name, "train", pixels)
     chosen, rest = choose(labels, per_class, held_out, part)
@@ -100,9 +96,7 @@ def open_sets(
         *val, found = decode(root, name, "val", pixels)
         if found != names:
             missing = sorted(set(names) ^ set(found))
-            raise UserError(
-                f"data-root: {root / name}: train and val must have the same classes; only one has {missing}"
-            )
+            raise UserError(f"data-root: {root / name}: train and val must have the same classes; only one has {missing}")
     return tuple(
         Split(TensorDataset(torch.from_numpy(x), torch.from_numpy(y).long()), tuple(names))
         for x, y in ((images[chosen], labels[chosen]), val)
@@ -123,9 +117,7 @@ class DeviceBatches:
     ) -> None:  # fmt: skip
         images, self.labels = split.dataset.tensors
         if len(images) < config.batch_size:
-            raise UserError(
-                f"batch-size: {len(images)} training images are fewer than one batch of {config.batch_size}"
-            )
+            raise UserError(f"batch-size: {len(images)} training images are fewer than one batch of {config.batch_size}")
         self.pad = PAD * images.shape[-1] // 32
         self.pixels, self.prep, self.seed = images.shape[-1], prep, seed
         self.device, self.batch, self.companions = accelerator.device, config.batch_size, companions
@@ -166,9 +158,7 @@ class DeviceBatches:
         top, left = torch.randint(2 * self.pad + 1, (2, count, 1), generator=generator)
         flip = torch.rand(count, 1, generator=generator) < 0.5
         rows, columns = top + span, left + torch.where(flip, span.flip(0), span)
-        place = [
-            x.to(self.device, non_blocking=True) for x in (chosen[:, None, None], rows[:, :, None], columns[:, None])
-        ]
+        place = [x.to(self.device, non_blocking=True) for x in (chosen[:, None, None], rows[:, :, None], columns[:, None])]
         images = self.images[place[0], :, place[1], place[2]].permute(0, 3, 1, 2)
         return self.prep.normalize(images.contiguous())
 

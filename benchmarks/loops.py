@@ -94,8 +94,7 @@ def _loader_rows(folder: Path, rounds: int) -> list[Row]:
         config = DataConfig(data_dir=str(folder), batch_size=BATCH, workers=workers)
         val = open_splits(config, "RGB", 0)[1]
         work = [
-            _drained(eval_loader(val, replace(config, cache_dataset=cached), PREP), len(val.dataset))
-            for cached in (False, True)
+            _drained(eval_loader(val, replace(config, cache_dataset=cached), PREP), len(val.dataset)) for cached in (False, True)
         ]
         rows.append(_loader_row(f"validation, {workers} workers", *work, rounds))
     return rows
@@ -122,9 +121,7 @@ def _loader_row(what: str, plain: tuple[Callable, int], cached: tuple[Callable, 
 def small_images(source: Path | None, per_class: int = 1000) -> Iterator[Path]:
     """Yields a folder with the first images of each class of `source`; without it, of noise: 32 pixels, JPEG, 10 classes."""
     if source is not None and not all((source / split).is_dir() for split in ("train", "val")):
-        raise UserError(
-            f"data-dir: expected {str(source)!r} to hold train/CLASS/*.jpg and val/CLASS/*.jpg; give such a folder"
-        )
+        raise UserError(f"data-dir: expected {str(source)!r} to hold train/CLASS/*.jpg and val/CLASS/*.jpg; give such a folder")
     with tempfile.TemporaryDirectory() as place:
         random = np.random.default_rng(0)
         for split in ("train", "val"):

@@ -26,9 +26,7 @@ def _work(answer: Any, function: Callable[..., Any], *job: Any) -> None:
     answer.send(found)
 
 
-def side_by_side(
-    function: Callable[..., Any], pieces: Iterable[T], jobs: int, *more: Any
-) -> Iterator[tuple[T, Any | str]]:
+def side_by_side(function: Callable[..., Any], pieces: Iterable[T], jobs: int, *more: Any) -> Iterator[tuple[T, Any | str]]:
     """Calls ``function(piece, *more)`` for all pieces, `jobs` at the same time, each in a fresh process.
 
     Yields each piece when it ends, with its result; if it failed or its process was killed, with the error as text.

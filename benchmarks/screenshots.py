@@ -52,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             top = page.locator(start).bounding_box()["y"]
             whole = Image.open(io.BytesIO(page.screenshot(full_page=True)))
             part = whole.crop((0, max(0, int(top) - 16), width, min(whole.height, int(top) + height)))
-            part.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(
-                IMAGES / f"{name}.png", optimize=True
-            )
+            part.convert("RGB").quantize(256, method=Image.Quantize.FASTOCTREE).save(IMAGES / f"{name}.png", optimize=True)
             print(IMAGES / f"{name}.png")
         chromium.close()
     return 0

@@ -173,22 +173,15 @@ def write_page(rows: list[dict[str, str]], document: Path) -> None:
         table = []
         for (features, nodes, batch), found in sorted(cells.items()):
             if features == kind:
-                cell = [
-                    f"{_number(found[n], 'ratio')} x ({_number(found[n], 'gap')} %)" if n in found else ""
-                    for n in others
-                ]
+                cell = [f"{_number(found[n], 'ratio')} x ({_number(found[n], 'gap')} %)" if n in found else "" for n in others]
                 mine = found[OURS]
                 gap = f"{_number(mine, 'gap')} % ({_number(mine, 'worst')} %)"
                 table.append([f"{batch} of {nodes} x {nodes}", f"{_number(mine, 'milliseconds')} ms", gap, *cell])
         text = fill(text, f"solvers-{kind}", markdown(["problems", "ours", "its gap, mean (worst)", *others], table))
     listed = {
-        f"{row['features']}: {row['solver']} ({row['setting']})"
-        for row in sizes
-        if row["solver"] != OURS and row["setting"]
+        f"{row['features']}: {row['solver']} ({row['setting']})" for row in sizes if row["solver"] != OURS and row["setting"]
     }
-    about = (
-        f"Settings: {'; '.join(sorted(listed))}. `reg` is in units of the mean cost; then the number of iterations.\n"
-    )
+    about = f"Settings: {'; '.join(sorted(listed))}. `reg` is in units of the mean cost; then the number of iterations.\n"
     text = fill(text, "solvers-settings", about)
     document.write_text(text)
     swept = [row for row in rows if row["kind"] == "sweep"]

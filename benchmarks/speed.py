@@ -75,9 +75,7 @@ def write_page(rows: list[dict[str, str]], document: Path) -> None:
             table, header = [[line[0], line[1], line[4]] for line in table], ["operation", "ms more a step", "seen"]
         text = fill(text, f"speed-{part}", markdown(header, table))
     some = [row for row in rows if row["part"] == "step"] or rows
-    about = "; ".join(
-        dict.fromkeys(f"{r['hardware']}, {r['threads']} threads, {r['versions']}, {r['date']}" for r in some)
-    )
+    about = "; ".join(dict.fromkeys(f"{r['hardware']}, {r['threads']} threads, {r['versions']}, {r['date']}" for r in some))
     text = fill(text, "speed-about", "".join(letter for letter in about if letter not in '{}"') + "\n")
     document.write_text(text)
 
@@ -91,9 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="length of one turn of steps")
     parser.add_argument("--threads", type=positive, default=os.cpu_count() or 1)
     parser.add_argument("--models", nargs="+", help="measure only the steps of these models")
-    parser.add_argument(
-        "--data-dir", type=Path, help="folder with {train,val}/CLASS/*.jpg for the loader (default: noise)"
-    )
+    parser.add_argument("--data-dir", type=Path, help="folder with {train,val}/CLASS/*.jpg for the loader (default: noise)")
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--document", type=Path, default=DOCUMENT)
     args = parser.parse_args(arguments)

@@ -133,9 +133,7 @@ def memory_rows(settings: tuple[Setting, ...], device: torch.device, repeats: in
         each = sorted(ours / plain for plain, ours in pairs)
         note = f"{pairs[0][0]:.0f} MiB against {pairs[0][1]:.0f} MiB, {repeats} processes each"
         what = f"peak memory, {setting.label}"
-        rows.append(
-            Row("memory", what, each[repeats // 2], each[repeats // 4], each[-1 - repeats // 4], 1.03, False, note)
-        )
+        rows.append(Row("memory", what, each[repeats // 2], each[repeats // 4], each[-1 - repeats // 4], 1.03, False, note))
         print(rows[-1], flush=True)
     return rows
 

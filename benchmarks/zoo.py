@@ -79,17 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", help="a recipe in hub_configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
-    parser.add_argument(
-        "--output", type=Path, default=Path("output/zoo"), help="folder of the runs (default: output/zoo)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("output/zoo"), help="folder of the runs (default: output/zoo)")
     parser.add_argument("--data-dir", help="folder of the data, if the recipe does not name it")
     args = parser.parse_args(arguments)
     entry = zoo().get(args.name)
     try:
         if entry is None:
-            raise UserError(
-                f"name: expected any of {', '.join(zoo())}; got {args.name!r}{near_matches(args.name, zoo())}"
-            )
+            raise UserError(f"name: expected any of {', '.join(zoo())}; got {args.name!r}{near_matches(args.name, zoo())}")
         if args.data_dir:
             entry = dataclasses.replace(entry, options=entry.options | {"data_dir": args.data_dir})
         published = int(entry.options["seed"])

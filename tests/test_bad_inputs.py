@@ -95,9 +95,7 @@ def test_any_other_state_is_taken_up_or_an_error_of_ours(trainer, state, data):
     inner = other
     for key in path:
         inner = inner[key]
-    tensors = st.sampled_from(
-        [torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), torch.zeros(()), torch.ones(1).bool()]
-    )
+    tensors = st.sampled_from([torch.zeros(3), torch.zeros(2, 2, dtype=torch.long), torch.zeros(()), torch.ones(1).bool()])
     inner[last] = data.draw(VALUES | tensors)
     try:
         restore(trainer, other)

@@ -58,9 +58,7 @@ def test_damage_is_found_and_the_one_before_is_taken(tmp_path):
 def test_a_checkpoint_that_is_cut_off_while_it_is_written_leaves_those_before(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, state(1), 5, False)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            torch, "save", lambda state, file: (file.write(b"half"), (_ for _ in ()).throw(KeyboardInterrupt))[0]
-        )
+        patch.setattr(torch, "save", lambda state, file: (file.write(b"half"), (_ for _ in ()).throw(KeyboardInterrupt))[0])
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, state(2), 5, False)
     assert [load_checkpoint(path)["updates"] for path in checkpoints(tmp_path)] == [1]

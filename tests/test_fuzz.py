@@ -23,13 +23,9 @@ from timm_sfr.runs.checkpoints import Damaged, checkpoints, load_checkpoint, loa
 from timm_sfr.utils.files import read_yaml
 
 MANY = int(os.environ.get("FUZZ", "300"))
-many = settings(
-    max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck), derandomize="FUZZ" not in os.environ
-)
+many = settings(max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck), derandomize="FUZZ" not in os.environ)
 NAMES = [name for _, name, _ in options()]
-SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.sampled_from(["auto", "no"])
-)
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.sampled_from(["auto", "no"]))
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

@@ -85,9 +85,7 @@ def test_quiet_without_a_terminal(tmp_path):
     lines = [line for line in done.stdout.splitlines() if line.startswith("epoch ")]
     within = [line.split(":")[0] for line in lines if "batch" in line]
     assert within == ["epoch 1/2", "epoch 1/2", "epoch 2/2", "epoch 2/2"]
-    shown = re.fullmatch(
-        r"epoch 1/2: batch 16/22 \| loss \d\.\d+, \d+ images/s, \d:\d\d left; \d:\d\d left of the run", lines[1]
-    )
+    shown = re.fullmatch(r"epoch 1/2: batch 16/22 \| loss \d\.\d+, \d+ images/s, \d:\d\d left; \d:\d\d left of the run", lines[1])
     assert shown and done.stderr == ""
 
 

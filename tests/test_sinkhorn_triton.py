@@ -146,9 +146,7 @@ def test_it_compiles_for_gpus(name, capability, tmp_path, monkeypatch):
     kernel, options = getattr(sinkhorn_triton, name), sinkhorn_triton._shape(49, 49)
     warps = options.pop("num_warps")
     constants = {
-        key: value
-        for key, value in {**options, "CHANNELS": sinkhorn_triton._CHANNELS}.items()
-        if key in kernel.arg_names
+        key: value for key, value in {**options, "CHANNELS": sinkhorn_triton._CHANNELS}.items() if key in kernel.arg_names
     }
     kinds = {"rows": "i32", "columns": "i32", "channels": "i32"}
     signature = {

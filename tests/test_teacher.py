@@ -125,9 +125,7 @@ def test_the_terms_by_hand(way, sfr, tmp_path):
 @pytest.mark.parametrize("weight", [0.0, 0.2])
 def test_timms_own_feature_distillation_as_a_base(weight):
     student, teacher = (timm.create_model(name, num_classes=10) for name in ("wrn_16_2_cifar", "resnet20_cifar"))
-    base = FeatureDistillationTask(
-        student, teacher, torch.nn.CrossEntropyLoss(), distill_loss_weight=2.0, verbose=False
-    ).eval()
+    base = FeatureDistillationTask(student, teacher, torch.nn.CrossEntropyLoss(), distill_loss_weight=2.0, verbose=False).eval()
     images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
     expected, learned = base(images, target), base.trainable_module.projection
     task = SFRTask(student, SFRConfig(weight=weight), base=base, verbose=False).eval()
@@ -209,9 +207,7 @@ def test_the_teacher_sees_its_own_preprocessing():
     eye = Teacher(timm.create_model("resnet20_cifar", in_chans=1, num_classes=10,
                                     pretrained_cfg_overlay={"mean": (0.0,), "std": (1.0,), "input_size": (1, 16, 16)}),
                   same, KDConfig(model_name="eye"))  # fmt: skip
-    by_pil = np.stack(
-        [np.array(Image.fromarray(i.permute(1, 2, 0).numpy()).convert("L")) for i in images[..., :16, :16]]
-    )
+    by_pil = np.stack([np.array(Image.fromarray(i.permute(1, 2, 0).numpy()).convert("L")) for i in images[..., :16, :16]])
     assert np.abs(eye.normalize_input(batch)[:, 0].numpy() * 255 - by_pil).max() < 1
     with pytest.raises(UserError, match="channels, and the student's have 4"):
         seen_by(Preprocessing((4, 16, 16), (0.4,) * 4, (0.2,) * 4, "bicubic", 1.0), images)

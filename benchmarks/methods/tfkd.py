@@ -19,9 +19,7 @@ class TfKDReg(PeerTask):
     instead of its logarithm and does not soften the student, which is label smoothing of about alpha.
     """
 
-    def __init__(
-        self, model: nn.Module, device: Any, alpha: float = 0.1, temperature: float = 20.0, right: float = 0.99
-    ) -> None:
+    def __init__(self, model: nn.Module, device: Any, alpha: float = 0.1, temperature: float = 20.0, right: float = 0.99) -> None:
         super().__init__(Logits(model), device)
         self.alpha, self.temperature, self.right = alpha, temperature, right
 

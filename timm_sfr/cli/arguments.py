@@ -27,9 +27,7 @@ FORMATS = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2"}  # 
 
 def training_parser() -> Parser:
     """Returns the parser of the training options; its result has only the options that the user gave."""
-    parser = Parser(
-        prog="train_sfr.py", description=_train.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
-    )
+    parser = Parser(prog="train_sfr.py", description=_train.__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     _train(parser)
     return parser
 

@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import functools
 import os
 import re
 import sys
@@ -66,7 +67,7 @@ def given(args: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> None:
     """Adds one option of a section, made from its field."""
-    flag, hint = "--" + name.replace("_", "-"), typing.get_type_hints(SECTIONS[section])[item.name]
+    flag, hint = "--" + name.replace("_", "-"), _types(section)[item.name]
     text = item.metadata["help"].replace("%", "%%")
     kind = next(k for k in typing.get_args(hint) if k is not type(None)) if isinstance(hint, types.UnionType) else hint
     if kind is bool:
@@ -88,6 +89,11 @@ def add_option(group: Any, section: str, name: str, item: dataclasses.Field) -> 
     else:
         extra |= {"type": _number_or_word if str in typing.get_args(hint)[1:] else kind}
     group.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **extra)
+
+
+@functools.cache
+def _types(section: str) -> dict[str, Any]:
+    return typing.get_type_hints(SECTIONS[section])
 
 
 def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Sequence[str] | None) -> int:

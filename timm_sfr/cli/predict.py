@@ -126,8 +126,7 @@ def _likely(logits: torch.Tensor, topk: int, threshold: float | None) -> list[li
     probabilities = logits.softmax(1) if threshold is None else logits.sigmoid()
     best = probabilities.topk(min(topk, classes) if threshold is None else classes)
     found = [
-        list(zip(places, values, strict=True))
-        for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        list(zip(places, values, strict=True)) for values, places in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ]
     if threshold is None:
         return found

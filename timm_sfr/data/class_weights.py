@@ -63,9 +63,7 @@ def resolve_class_weights(
                         "auto")  # fmt: skip
     targets = class_targets(train.dataset)
     if len(targets) == 0 or targets.min() < 0:
-        raise UserError(
-            "class-weights: auto counts the images of each class, and some have none; give a file of weights"
-        )
+        raise UserError("class-weights: auto counts the images of each class, and some have none; give a file of weights")
     return balanced_weights(targets, num_classes)
 
 
@@ -106,9 +104,7 @@ def _read(path: Path) -> list[tuple[str, Any]]:
         if path.suffix.lower() in (".yaml", ".yml", ".json"):
             values = yaml.safe_load(text)
             if not isinstance(values, dict):
-                raise UserError(
-                    f"class-weights: expected CLASS: WEIGHT lines in {str(path)!r}; got {type(values).__name__}"
-                )
+                raise UserError(f"class-weights: expected CLASS: WEIGHT lines in {str(path)!r}; got {type(values).__name__}")
             return [(str(key), value) for key, value in values.items()]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         hint = near_paths(path) if isinstance(error, FileNotFoundError) else ""

@@ -153,9 +153,7 @@ def open_validation(
     return split
 
 
-def _from_scan(
-    config: DataConfig, scan: FolderScan, part: str, classes: tuple[str, ...] | None, chosen: bool = False
-) -> Split:
+def _from_scan(config: DataConfig, scan: FolderScan, part: str, classes: tuple[str, ...] | None, chosen: bool = False) -> Split:
     """Returns the split that a folder's images make."""
     if config.class_map is not None:
         class_to_idx = _class_map(config.class_map, scan.root)
@@ -209,9 +207,7 @@ def _from_timm(config: DataConfig, part: str, img_mode: str, seed: int, classes:
             trust_remote_code=config.dataset_trust_remote_code,
         )
     except (RuntimeError, AssertionError, ValueError, ImportError, OSError, KeyError, TypeError) as error:
-        raise UserError(
-            f"data: cannot open the {split!r} split of {name or config.data_dir!r}: {first_line(error)}"
-        ) from error
+        raise UserError(f"data: cannot open the {split!r} split of {name or config.data_dir!r}: {first_line(error)}") from error
     reader = getattr(dataset, "reader", dataset)
     # Readers of tars have class_name_to_idx.
     class_to_idx = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
@@ -271,9 +267,7 @@ def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "trai
     return Parts(_chosen_scans(config, scan, seed, listed, part))
 
 
-def _chosen_scans(
-    config: DataConfig, scan: FolderScan, seed: int, listed: Path | None, part: str
-) -> dict[str, FolderScan]:
+def _chosen_scans(config: DataConfig, scan: FolderScan, seed: int, listed: Path | None, part: str) -> dict[str, FolderScan]:
     """Returns the parts to train and to validate on of images without a validation split, as `_parts`."""
     if listed is not None and listed.is_file():
         train, val = read_split(listed, scan, ("train", "val") if part == "train" else ("val",))

@@ -63,9 +63,7 @@ class EpochOrder:
         UserError: if a class index is negative, as for images without a label.
     """
 
-    def __init__(
-        self, count: int, seed: int, passes: float = 1, repeats: float = 1, targets: Tensor | None = None
-    ) -> None:
+    def __init__(self, count: int, seed: int, passes: float = 1, repeats: float = 1, targets: Tensor | None = None) -> None:
         self.count, self.seed, self.targets = count, seed, targets
         self.passes, self.repeats = max(1, passes), max(1, repeats)
         turns = 1

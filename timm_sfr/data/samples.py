@@ -67,9 +67,7 @@ class Decoded(Dataset):
             return self._convert(image), int(target)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = file_name(self.dataset, index)
-            bad = BadImage(
-                f"data: cannot decode image {name}: {error}; replace or delete the file, or give --on-bad-image skip"
-            )
+            bad = BadImage(f"data: cannot decode image {name}: {error}; replace or delete the file, or give --on-bad-image skip")
             # Several classes are no class whose next image could take the place.
             bad.name, bad.target = name, int(target) if target is not None and self.encode is None else None
             raise bad from error

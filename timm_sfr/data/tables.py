@@ -202,9 +202,7 @@ def _text(value: Any) -> str | None:
     return str(value).strip()
 
 
-def _column(
-    file: Path, columns: Sequence[str], given: str | None, defaults: Sequence[str], option: str, what: str
-) -> str:
+def _column(file: Path, columns: Sequence[str], given: str | None, defaults: Sequence[str], option: str, what: str) -> str:
     """Returns the name of a column; raises UserError if the table does not have it."""
     wanted = (given,) if given else defaults
     found = next((name for name in wanted if name in columns), None)

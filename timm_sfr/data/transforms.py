@@ -35,9 +35,7 @@ class Preprocessing:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Returns uint8 images (B, C, H, W) as float32, normalised: (images / 255 - mean) / std."""
-        mean, std = (
-            torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std)
-        )
+        mean, std = (torch.tensor(values, device=images.device).view(1, -1, 1, 1) * 255 for values in (self.mean, self.std))
         return (images.float() - mean) / std
 
     def at(self, size: int) -> Preprocessing:
@@ -185,9 +183,7 @@ def preprocessing(config: ModelConfig, model: nn.Module) -> Preprocessing:
     except (ValueError, AssertionError) as error:
         if "Requested" in str(error):  # timm's words on a model of a fixed size, and on one of other channels
             raise UserError(f"img_size: {error}") from error
-        raise UserError(
-            f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}"
-        ) from error
+        raise UserError(f"mean and std: expected one value, or one per channel; got {config.mean} and {config.std}") from error
     found = {name: resolved[name] for name in Preprocessing.__dataclass_fields__}
     return Preprocessing(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
 

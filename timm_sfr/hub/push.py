@@ -82,16 +82,16 @@ def push_to_hub(
             # Check everything before creating the repository, so that a refused push leaves none behind.
             if demo is not None:
                 about = demo.files[README].read_text(encoding="utf-8")
-                retried(lambda: check_space(api, space, repo_id, about, private), logger.warning)
-            retried(lambda: validate_card(files[CARD].read_text(encoding="utf-8")), logger.warning)
-            retried(lambda: upload.create_repository(private), logger.warning)
+                retried(lambda: check_space(api, space, repo_id, about, private))
+            retried(lambda: validate_card(files[CARD].read_text(encoding="utf-8")))
+            retried(lambda: upload.create_repository(private))
             with bounded_xet():
                 # Upload separately from the commit, so that the commit has its own retries after a long upload.
-                retried(upload.send_files, logger.warning)
-            url = retried(upload.commit, logger.warning)
+                retried(upload.send_files)
+            url = retried(upload.commit)
         if demo is not None:
             with hub_errors(f"push-to-hub: {url} is published, and its Space {space} is not", again, token):
-                retried(lambda: demo.publish_beside(repo_id), logger.warning)
+                retried(lambda: demo.publish_beside(repo_id))
         return url
 
 

@@ -39,9 +39,7 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
         raise UserError("space: the demo is for one class an image, and this model has several; leave out --space")
     channels, architecture = config["pretrained_cfg"]["input_size"][0], config["architecture"]
     if channels not in (1, 3):
-        raise UserError(
-            f"space: a demo takes grey or colour images; this model takes {channels} channels; leave out --space"
-        )
+        raise UserError(f"space: a demo takes grey or colour images; this model takes {channels} channels; leave out --space")
     ours = architecture in SMALL_IMAGE_MODELS
     head = SpaceCardData(
         title=title,

@@ -62,8 +62,7 @@ class CifarResNet(ResNet):
         self.stages = nn.Sequential(*build(layers, channels, width, drop_path_rate, dd))
         self.norm = BatchNormAct2d(channels[-1], act_layer=nn.ReLU, **dd) if preact else nn.Identity()
         self.feature_info = [
-            {"num_chs": count, "reduction": 2**index, "module": f"stages.{index}"}
-            for index, count in enumerate(channels)
+            {"num_chs": count, "reduction": 2**index, "module": f"stages.{index}"} for index, count in enumerate(channels)
         ]
         self.num_features = channels[-1]
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)

@@ -104,9 +104,7 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
         hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
         raise UserError(f"model: timm has no model {name!r}{hint}")
     if folder is not None and config.pretrained_path is not None:
-        raise UserError(
-            f"pretrained-path: {name!r} has weights of its own; leave the option out, or give a name of timm's"
-        )
+        raise UserError(f"pretrained-path: {name!r} has weights of its own; leave the option out, or give a name of timm's")
     arguments = _model_arguments(config)
     request = {name: getattr(config, name) for name in ("img_size", "input_size", "in_chans")}
     try:
@@ -147,9 +145,7 @@ def _model_arguments(config: ModelConfig) -> dict[str, Any]:
     }
     if config.pretrained_path is not None:
         if not Path(config.pretrained_path).is_file():
-            raise UserError(
-                f"pretrained-path: no such file: {config.pretrained_path!r}{near_paths(config.pretrained_path)}"
-            )
+            raise UserError(f"pretrained-path: no such file: {config.pretrained_path!r}{near_paths(config.pretrained_path)}")
         # timm makes a new classifier, because no model has -1 classes.
         arguments["pretrained_cfg_overlay"] = {"file": config.pretrained_path, "num_classes": -1}
     return {**arguments, **(config.model_kwargs or {})}
@@ -163,9 +159,7 @@ def _scale_head(model: nn.Module, config: ModelConfig, name: str) -> None:
     heads = model.get_classifier()
     for head in heads if isinstance(heads, (tuple, list)) else (heads,):
         if getattr(head, "bias", None) is None or getattr(head, "weight", None) is None:
-            raise UserError(
-                f"head-init-scale and head-init-bias: the classifier of {name!r} has no weights or no biases"
-            )
+            raise UserError(f"head-init-scale and head-init-bias: the classifier of {name!r} has no weights or no biases")
         with torch.no_grad():
             if scale is not None:
                 head.weight.mul_(scale)
@@ -182,8 +176,7 @@ def _local(name: str) -> Path | None:
             return folder
     if name.startswith("local-dir:") or given.startswith((".", "/", "~")):
         raise UserError(
-            f"model: {given!r} has no {CONFIG} and no model/{CONFIG}{near_paths(given)}; use the folder that the training "
-            "printed"
+            f"model: {given!r} has no {CONFIG} and no model/{CONFIG}{near_paths(given)}; use the folder that the training printed"
         )
     return None
 
@@ -241,9 +234,7 @@ def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
             raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
     names = model.pretrained_cfg.get("label_names")
     if names and len(names) != model.num_classes:  # the names belong to another classifier
-        model.pretrained_cfg = {
-            key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")
-        }
+        model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")}
     return model.eval() if arguments["pretrained"] else model
 
 

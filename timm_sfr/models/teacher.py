@@ -161,9 +161,7 @@ def open_teacher(
     return teacher
 
 
-def load_teacher(
-    config: KDConfig, num_classes: int, class_names: tuple[str, ...] | None, student: Preprocessing
-) -> Teacher:
+def load_teacher(config: KDConfig, num_classes: int, class_names: tuple[str, ...] | None, student: Preprocessing) -> Teacher:
     """Returns the teacher that the options name; from the Hub, only safetensors are loaded.
 
     The random state does not change: a student starts with the same weights with or without a teacher.
@@ -209,9 +207,7 @@ def headline(teacher: Teacher) -> str:
     size = "x".join(map(str, teacher.input_size))
     name = f"{'the run ' if facts['folder'] else ''}{facts['name']}"
     known = facts.get("task_loss_weight") is not None  # a custom task may weight the terms differently
-    weights = (
-        f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}" if known else "its own weights"
-    )
+    weights = f"weights {facts['task_loss_weight']:g} and {facts['distill_loss_weight']:g}" if known else "its own weights"
     return f"taught by {name} ({facts['parameters'] / 1e6:.2f} M parameters, {size}; {kind}{heat}, {weights})"
 
 

@@ -80,9 +80,7 @@ def confusion(figure: Figure, counts: np.ndarray, share: int, names: Sequence[st
         axes.set_yticks(range(size), labels, fontsize=7)
     if size <= 12:
         for i, j in np.argwhere(counts > 0):
-            axes.text(
-                j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.5 else INK
-            )
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.5 else INK)
 
 
 def drawable(texts: Sequence[str]) -> bool:

@@ -51,9 +51,7 @@ class Gallery:
         UserError: if the split cannot be opened, or is a stream.
     """
 
-    def __init__(
-        self, run: Path, config: RunConfig, prep: Preprocessing, names: Sequence[str], dataset: Any = None
-    ) -> None:
+    def __init__(self, run: Path, config: RunConfig, prep: Preprocessing, names: Sequence[str], dataset: Any = None) -> None:
         mode = config.data.input_img_mode or prep.img_mode
         split = Split(dataset, None)
         if dataset is None:

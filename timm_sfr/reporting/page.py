@@ -235,9 +235,7 @@ def _mistakes(table: PredictionTable, names: list[str], gallery: Gallery, count:
     return found
 
 
-def _sfr_values(
-    run: Run, opened: Any, gallery: Gallery, table: PredictionTable | None, names: list[str]
-) -> dict[str, Any]:
+def _sfr_values(run: Run, opened: Any, gallery: Gallery, table: PredictionTable | None, names: list[str]) -> dict[str, Any]:
     """Returns the values for the template's SFR section: each shallow tap's plan on images, and its channel weights."""
     model, prep, config = opened
     count = SFR_BATCH if config.sfr.channels == "transport" else SFR_IMAGES

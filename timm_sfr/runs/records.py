@@ -126,12 +126,10 @@ def read_summary(path: Path, epochs: int) -> list[dict[str, Any]]:
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
     except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"resume: {str(path)!r} is not what the run wrote: {error!r}; move it away to continue without it"
-        ) from error
+        raise UserError(f"run: {str(path)!r} is not what the run wrote: {error!r}; move it away to resume without it") from error
     if any(set(row) != set(columns(*_parts([row]))) for row in rows):
         raise UserError(
-            f"resume: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to continue without it"
+            f"run: expected the columns {', '.join(columns(False))} in {str(path)!r}; move it away to resume without it"
         )
     return rows
 

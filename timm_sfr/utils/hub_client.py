@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from safetensors import SafetensorError
 
+from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import HubError, UserError, brief
 
 Result = TypeVar("Result")
@@ -105,7 +106,7 @@ def check_token(token: str | None) -> str | None:
     return clean
 
 
-def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
+def retried(action: Callable[[], Result]) -> Result:
     """Returns the result of `action`, tried up to four times on transient errors such as a lost network or a busy server."""
     started, waits = time.monotonic(), iter(WAITS)
     while True:
@@ -115,7 +116,7 @@ def retried(action: Callable[[], Result], say: Callable[[str], None]) -> Result:
             wait = next(waits, None)
             if wait is None or not transient(error) or time.monotonic() - started > RETRY_SECONDS:
                 raise
-            say(f"the Hub: {reason(error)}; trying again in {wait} s")
+            logger.warning(f"the Hub: {reason(error)}; trying again in {wait} s")
         time.sleep(wait)
 
 
