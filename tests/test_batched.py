@@ -11,10 +11,12 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms
 
+from timm_sfr.config import AugConfig
 from timm_sfr.data import batch_transform, samples
 from timm_sfr.data.batch_transform import BatchTransform
 from timm_sfr.data.cache import Cached
 from timm_sfr.data.samples import _batch_transform
+from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.utils.seeding import seed_cpu
 
 
@@ -76,6 +78,32 @@ OTHERS = (
 @pytest.mark.parametrize("options", OTHERS, ids=str)
 def test_sizes_filters_and_crops(options):
     check(made(**options), list(pictures(high=90)))
+
+
+@pytest.mark.parametrize("aug", [AugConfig(crop_padding=4), AugConfig(crop_padding=9, vflip=0.5, color_jitter=0.0, hflip=0.0)])
+def test_crops_of_the_padded_image(aug):
+    prep = Preprocessing((3, 24, 32), (0.5,) * 3, (0.2,) * 3, "bicubic", 1.0)
+    transform, images = prep.train_transform(aug), [*pictures(), *pictures(3, 32, 33)]
+    found = check(transform, images)
+    # torchvision's steps by hand: the image at the training size, black around it, a part of that size.
+    plain = AugConfig(crop_padding=aug.crop_padding, hflip=0.0, color_jitter=0.0)
+    resize = transforms.Resize((24, 32), transforms.InterpolationMode.BICUBIC)
+    around = aug.crop_padding
+    for number, image in enumerate(images):
+        seed_cpu(0, number)
+        one = prep.train_transform(plain)(Image.fromarray(image)).numpy()
+        seed_cpu(0, number)
+        top, left = (int(torch.randint(2 * around + 1, (1,))) for _ in range(2))
+        padded = np.pad(np.asarray(resize(Image.fromarray(image))), ((around, around), (around, around), (0, 0)))
+        assert np.array_equal(one, padded[top : top + 24, left : left + 32].transpose(2, 0, 1))
+    assert found.shape == (len(images), 3, 24, 32)
+
+
+def test_views_share_the_crop_of_the_padded_image():
+    prep = Preprocessing((3, 32, 32), (0.5,) * 3, (0.2,) * 3, "bilinear", 1.0)
+    views = prep.train_transform(AugConfig(crop_padding=4, aug_splits=2, color_jitter=0.0))
+    first, second = views(Image.fromarray(next(pictures(low=32, high=33))))
+    assert first.shape == (3, 32, 32) and torch.equal(first, second)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -44,6 +44,8 @@ def test_config_file_under_the_command_line(tmp_path):
         ({"epochs": "many"}, "epochs: expected int; got 'many'"),
         ({"sfr_channels": "group"}, "sfr_channels: expected one of groups, transport, projection; got 'group'"),
         ({"scale": [1.0]}, "scale: expected two positive numbers"),
+        ({"crop_padding": 4, "scale": [0.5, 1.0]}, "crop_padding: it crops the whole image in place of scale"),
+        ({"crop_padding": 4, "no_aug": True}, "crop_padding: it crops the whole image in place of no_aug"),
         ({"hflip": 2}, "hflip: expected a value from 0 to 1"),
         ({"mixup": 0.2, "batch_size": 15}, "need an even size; got 15"),
         ({"sfr": "maybe"}, "sfr: expected bool"),

@@ -226,12 +226,15 @@ class ModelConfig(Checked):
 
 @dataclass(frozen=True)
 class AugConfig(Checked):
-    """Training augmentation, all by timm."""
+    """Training augmentation, by timm and torchvision."""
 
     no_aug: bool = option(False, "turn all training augmentation off")
     train_crop_mode: str | None = option(None, "random crop mode", choices=("rrc", "rkrc", "rkrr"))
     scale: tuple[float, ...] = option((0.08, 1.0), "random resize scale")
     ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "random resize aspect ratio")
+    crop_padding: int | None = option(
+        None, "crop the whole image, padded with so many black pixels on each side, in place of a resized part (CIFAR: 4)", low=1
+    )
     hflip: float = option(0.5, "horizontal flip probability", low=0, high=1)
     vflip: float = option(0.0, "vertical flip probability", low=0, high=1)
     color_jitter: float = option(0.4, "colour jitter factor", low=0)
@@ -268,6 +271,9 @@ class AugConfig(Checked):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or not 0 < value[0] <= value[1]):
                 raise UserError(f"{name}: expected two positive numbers, smaller first; got {value}")
+        for name in ("no_aug", "train_crop_mode", "scale", "ratio"):
+            if self.crop_padding is not None and name in self.changed():
+                raise UserError(f"crop_padding: it crops the whole image in place of {name}; leave out one of the two")
         low, high = self.cutmix_minmax or (0, 1)
         if not low < high <= 1:
             raise UserError(f"cutmix_minmax: expected two different shares up to 1, smaller first; got {self.cutmix_minmax}")

@@ -1,4 +1,4 @@
-"""Runs timm's training transform on a whole batch of small images: same random numbers, bit-identical output, less time.
+"""Runs the training transform on a whole batch of small images: same random numbers, bit-identical output, less time.
 
 For a 32-pixel image, timm spends most of the time on converting to and from PIL at every step. Here Pillow only resizes;
 everything else is array arithmetic on the batch.
@@ -20,18 +20,28 @@ from PIL import Image
 from timm.data.loader import fast_collate
 from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
 from torch import Tensor
-from torchvision.transforms import ColorJitter, Compose, InterpolationMode, RandomHorizontalFlip, RandomVerticalFlip
+from torchvision.transforms import (
+    ColorJitter,
+    Compose,
+    InterpolationMode,
+    RandomCrop,
+    RandomHorizontalFlip,
+    RandomVerticalFlip,
+    Resize,
+)
 
 _FILTERS = {InterpolationMode.BILINEAR: Image.Resampling.BILINEAR, InterpolationMode.BICUBIC: Image.Resampling.BICUBIC}
 _LARGEST = 128 * 128  # pixels of a transformed image; for larger images Pillow's own operations are about as fast
-_STEPS = (RandomResizedCropAndInterpolation, RandomHorizontalFlip, RandomVerticalFlip, ColorJitter, MaybePILToTensor)
+# A resized crop, or a crop of the padded image; the steps after it are the same.
+_CROPS = ((RandomResizedCropAndInterpolation,), (Resize, RandomCrop))
+_STEPS = (RandomHorizontalFlip, RandomVerticalFlip, ColorJitter, MaybePILToTensor)
 
 
 @dataclass(frozen=True)
 class Draw:
     """The random parameters that timm's transform draws for one image."""
 
-    crop: tuple[int, int, int, int]  # top, left, height, width
+    crop: tuple[int, int, int, int]  # top, left, height, width, in the image or the padded one
     resample: int  # Pillow's filter
     hflip: bool
     vflip: bool
@@ -39,10 +49,15 @@ class Draw:
 
 
 class BatchTransform:
-    """A random resized crop, flips and colour jitter without hue, in timm's order; `of` makes it from a timm transform."""
+    """A random crop, flips and colour jitter without hue, in timm's order; `of` makes it from a transform.
+
+    The crop is timm's random resized one, or torchvision's random one of the resized and padded image.
+    """
 
     def __init__(self, steps: dict[type, Any]) -> None:
-        self.crop = steps[RandomResizedCropAndInterpolation]
+        self.padded = RandomCrop in steps
+        self.crop = steps[RandomCrop if self.padded else RandomResizedCropAndInterpolation]
+        self.filters = steps[Resize].interpolation if self.padded else self.crop.interpolation
         self.jitter: ColorJitter | None = steps.get(ColorJitter)
         self.flips = [getattr(steps.get(kind), "p", None) for kind in (RandomHorizontalFlip, RandomVerticalFlip)]
 
@@ -52,12 +67,13 @@ class BatchTransform:
         if type(transform) is not Compose:
             return None
         steps = {type(step): step for step in transform.transforms}
-        order = [_STEPS.index(kind) if kind in _STEPS else -1 for kind in map(type, transform.transforms)]
-        if order != sorted(set(order)) or not {0, len(_STEPS) - 1} <= set(order) or -1 in order:
+        kinds = tuple(map(type, transform.transforms))
+        crop = next((crop for crop in _CROPS if kinds[: len(crop)] == crop), None)
+        rest = kinds[len(crop or ()) :]
+        if crop is None or rest != tuple(kind for kind in _STEPS if kind in rest) or MaybePILToTensor not in rest:
             return None
         made, hue = cls(steps), getattr(steps.get(ColorJitter), "hue", None)
-        filters = made.crop.interpolation
-        filters = {filters} if isinstance(filters, InterpolationMode) else set(filters)
+        filters = {made.filters} if isinstance(made.filters, InterpolationMode) else set(made.filters)
         known = hue is None and filters <= set(_FILTERS)
         return made if known and math.prod(made.crop.size) <= _LARGEST else None
 
@@ -76,23 +92,20 @@ class BatchTransform:
 
     def draw(self, height: int, width: int) -> Draw:
         """Draws the parameters for an image of this size, with the functions that timm's transform calls, in its order."""
+        if self.padded:
+            height, width = (side + 2 * self.crop.padding for side in self.crop.size)
         blank = torch.empty(0, height, width)  # get_params reads only its size
-        crop = self.crop.get_params(blank, self.crop.scale, self.crop.ratio)
-        mode = self.crop.interpolation
-        mode = mode if isinstance(mode, InterpolationMode) else random.choice(mode)
+        crop = self.crop.get_params(blank, *((self.crop.size,) if self.padded else (self.crop.scale, self.crop.ratio)))
+        mode = self.filters if isinstance(self.filters, InterpolationMode) else random.choice(self.filters)
         hflip, vflip = (p is not None and bool(torch.rand(1) < p) for p in self.flips)
         return Draw(crop, _FILTERS[mode], hflip, vflip, self._draw_colours())
 
     def __call__(self, images: Sequence[np.ndarray], draws: Sequence[Draw]) -> np.ndarray:
         """Transforms uint8 images (H, W, C) of any sizes by their `draws`; returns a batch (B, C, H, W), uint8."""
-        height, width = self.crop.size
-        batch_BCHW = np.empty((len(images), 3, height, width), np.uint8)
+        batch_BCHW = np.empty((len(images), 3, *self.crop.size), np.uint8)
         for out, image, draw in zip(batch_BCHW, images, draws, strict=True):
-            top, left, h, w = draw.crop
-            part = Image.fromarray(image[top : top + h, left : left + w])
-            pixels = part.resize((width, height), draw.resample).tobytes()
-            resized = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
-            out[:] = resized[:: -1 if draw.vflip else 1, :: -1 if draw.hflip else 1].transpose(2, 0, 1)
+            cropped = self._cropped(image, draw)
+            out[:] = cropped[:: -1 if draw.vflip else 1, :: -1 if draw.hflip else 1].transpose(2, 0, 1)
         for place in range(4):
             for operation, change in enumerate(_CHANGES):
                 factors = {row: factor for row, draw in enumerate(draws) for at, kind, factor in draw.colours
@@ -101,6 +114,15 @@ class BatchTransform:
                     rows, factors_B111 = list(factors), np.array([*factors.values()], np.float32).reshape(-1, 1, 1, 1)
                     batch_BCHW[rows] = change(batch_BCHW[rows], factors_B111)
         return batch_BCHW
+
+    def _cropped(self, image: np.ndarray, draw: Draw) -> np.ndarray:
+        """Returns the crop of an image (H, W, C), at the training size."""
+        top, left, h, w = draw.crop
+        if self.padded:
+            resized, around = _resized(image, self.crop.size, draw.resample), self.crop.padding
+            image = np.zeros((*(side + 2 * around for side in self.crop.size), 3), np.uint8)
+            image[around:-around, around:-around] = resized
+        return _resized(image[top : top + h, left : left + w], self.crop.size, draw.resample)
 
     def _draw_colours(self) -> tuple[tuple[int, int, float], ...]:
         if self.jitter is None:
@@ -124,6 +146,14 @@ def collate(samples: list[tuple[Any, int]] | Batch) -> tuple[Tensor, Tensor]:
         images_BCHW, targets = samples
         return torch.from_numpy(images_BCHW), torch.from_numpy(np.array(targets))
     return fast_collate(samples)
+
+
+def _resized(image: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+    """Returns an image (H, W, C) as Pillow resizes it to `size`, (height, width)."""
+    if image.shape[:2] == tuple(size):
+        return image
+    pixels = Image.fromarray(image).resize((size[1], size[0]), resample).tobytes()
+    return np.frombuffer(pixels, np.uint8).reshape(*size, 3)
 
 
 def _blend(base: np.ndarray, images_BCHW: np.ndarray, factors_B111: np.ndarray) -> np.ndarray:

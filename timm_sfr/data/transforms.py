@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageMode
 from timm.data import Mixup, create_transform, resolve_input_data_config
 from timm.data.auto_augment import AugmentOp, posterize
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, FiveCrop, TenCrop
+from torchvision.transforms import CenterCrop, Compose, FiveCrop, RandomCrop, Resize, TenCrop
 
 from timm_sfr.config import AugConfig, ModelConfig
 from timm_sfr.utils.errors import UserError
@@ -64,11 +65,16 @@ class Preprocessing:
     def train_transform(self, aug: AugConfig) -> Callable:
         """Returns timm's training transform, which outputs uint8; with ``aug_splits``, it outputs `AugSplits`.
 
+        With ``crop_padding``, torchvision's random crop of the padded image takes the place of timm's.
+
         Raises:
             UserError: if timm cannot make the transform; most often it does not know the augmentation policy.
         """
         try:
             made = self._train_transform(aug)
+            if aug.crop_padding is not None:
+                first = made[0] if aug.aug_splits else made
+                first.transforms[:1] = self._padded_crop(aug.crop_padding)
             for step in _operations(made):
                 if step.aug_fn is posterize:
                     step.aug_fn = posterize_to_black
@@ -76,6 +82,11 @@ class Preprocessing:
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise UserError(f"aa: timm cannot make the training transform: {error}; give a policy such as "
                             "rand-m9-mstd0.5-inc1, original or augmix-m5") from error  # fmt: skip
+
+    def _padded_crop(self, padding: int) -> tuple[Callable, Callable]:
+        """Returns torchvision's steps that resize an image to the training size, pad it with black, and crop it at random."""
+        size = self.input_size[1:]
+        return Resize(size, str_to_interp_mode(self.interpolation)), RandomCrop(size, padding)
 
     def _train_transform(self, aug: AugConfig) -> Any:
         return create_transform(
