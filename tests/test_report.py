@@ -15,7 +15,7 @@ from conftest import ROOT, TRAIN, change, run, summary, train
 import timm_sfr
 from timm_sfr.cli.main import main
 from timm_sfr.method.config import SFRConfig
-from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.feature_loss import FeatureLoss
 from timm_sfr.method.taps import choose_taps
 from timm_sfr.reporting import figures
 from timm_sfr.reporting.curves import own_panels

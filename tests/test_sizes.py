@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_sfr import SFRConfig, SFRTask
-from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.feature_loss import FeatureLoss
 from timm_sfr.method.probe import forward_taps
 from timm_sfr.method.tapped_model import to_nodes
 from timm_sfr.method.taps import UNMATCHED, node_grids

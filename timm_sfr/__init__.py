@@ -5,7 +5,7 @@ from timm_sfr.config import RunConfig
 from timm_sfr.hub.push import push_to_hub
 from timm_sfr.method.channels import match_channels
 from timm_sfr.method.config import LossForm, SFRConfig
-from timm_sfr.method.losses import emd_l2, gaussian_l2, sinkhorn_divergence
+from timm_sfr.method.feature_loss import emd_l2, gaussian_l2, sinkhorn_divergence
 from timm_sfr.method.smoothing import DynamicLabelSmoothing
 from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.method.task import SFRTask

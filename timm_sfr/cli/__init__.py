@@ -1,5 +1,6 @@
 """The command ``timm-sfr``.
 
-`main` finds the verb, `arguments` has what each verb takes, and `parser` reads it, all without importing torch or timm. Then the
-module of the verb's name carries it out.
+It starts in ``train_sfr.py`` beside this package, which imports torch only when the options have been read. `main` finds the
+verb, `verbs` has each verb's arguments, `parser` parses the command line, and `timm_options` translates timm's options. The
+options of training are in `timm_sfr.config` and `timm_sfr.method.config`. The module of the verb's name carries it out.
 """

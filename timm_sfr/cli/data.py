@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from timm_sfr.cli.arguments import FOLDER
 from timm_sfr.cli.parser import given
+from timm_sfr.cli.verbs import FOLDER
 from timm_sfr.config import RunConfig
 from timm_sfr.data.datasets import Split, open_splits, open_test
 from timm_sfr.data.summary import PAIRS, duplicates, headers, unknown_ranges

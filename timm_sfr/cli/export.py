@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timm_sfr.cli.arguments import FORMATS, READING
+from timm_sfr.cli.verbs import FORMATS, READING
 from timm_sfr.config import DataConfig, RunConfig
 from timm_sfr.data import images
 from timm_sfr.data.samples import image_reading

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import shtab
 
-from timm_sfr.cli.arguments import VERBS, training_parser
 from timm_sfr.cli.parser import Parser, call
+from timm_sfr.cli.verbs import VERBS, training_parser
 from timm_sfr.version import __version__
 
 

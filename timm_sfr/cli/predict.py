@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
-from timm_sfr.cli.arguments import READING, THRESHOLD
 from timm_sfr.cli.parser import fail, given
+from timm_sfr.cli.verbs import READING, THRESHOLD
 from timm_sfr.config import DataConfig, RunConfig
 from timm_sfr.data.folders import SEPARATOR, TEXT, is_hidden
 from timm_sfr.data.images import image_endings, to_mode

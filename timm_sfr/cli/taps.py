@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_sfr.cli.arguments import TAPS
 from timm_sfr.cli.parser import given
+from timm_sfr.cli.verbs import TAPS
 from timm_sfr.config import RunConfig
 from timm_sfr.data.transforms import preprocessing
 from timm_sfr.method.channels import ChannelProjection
 from timm_sfr.method.config import SFRConfig
-from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.feature_loss import FeatureLoss
 from timm_sfr.method.probe import Feature, probe
 from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.models.loading import new_model

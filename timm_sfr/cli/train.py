@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm_sfr.cli.arguments import training_parser
 from timm_sfr.cli.parser import INTERRUPTED, PUSH_FAILED, fail
 from timm_sfr.cli.timm_options import translate
+from timm_sfr.cli.verbs import training_parser
 from timm_sfr.config import AUTO, DEFAULT_MODEL, RunConfig, merged
 from timm_sfr.runs.folder import newest_run, read_run
 from timm_sfr.training.devices import precision

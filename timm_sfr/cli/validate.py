@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from timm_sfr.cli.arguments import INPUT, MACHINE, SCORED
 from timm_sfr.cli.parser import given
+from timm_sfr.cli.verbs import INPUT, MACHINE, SCORED
 from timm_sfr.config import RunConfig, merged
 from timm_sfr.data.datasets import open_validation
 from timm_sfr.data.folders import SPLIT_FILE, lists_all

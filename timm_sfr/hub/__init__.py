@@ -1,5 +1,5 @@
 """Publishing on the Hugging Face Hub.
 
-`card` writes the model card, `model_folder` the folder that plain timm loads, `space` a demo beside it. `preflight` has what is
-checked before training and before a push, and `push` uploads the files.
+`card` writes the model card, `model_folder` writes the folder that plain timm loads, and `space` writes a demo beside it.
+`preflight` checks everything before training and before a push, and `push` uploads the files.
 """

@@ -159,9 +159,9 @@ def _by_rule(model: nn.Module, features: list[Feature], size: tuple[int, int, in
         return tuple(ends.values()), deep, "parallel branches: last feature of each grid before the deepest module"
     small = features[0].stride == 1 and features[-1].stride < 16  # for small images: no stem to skip
     finest = 1 if small else 4
-    coarser = {tap.grid: tap for tap in earlier if tap.nodes > deep.nodes and tap.stride >= finest}
-    if coarser:
-        return tuple(coarser.values()), deep, "last feature of each coarser stage, and of the deepest"
+    finer = {tap.grid: tap for tap in earlier if tap.nodes > deep.nodes and tap.stride >= finest}
+    if finer:
+        return tuple(finer.values()), deep, "last feature of each earlier, finer stage, and of the deepest"
     level = [tap for tap in earlier if tap.grid == deep.grid]
     if level:
         steps = ISOTROPIC_TAPS + 1

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_sfr.method.channels import ChannelProjection
 from timm_sfr.method.classification import jsd_terms
 from timm_sfr.method.config import LossForm, SFRConfig
-from timm_sfr.method.losses import FeatureLoss
+from timm_sfr.method.feature_loss import FeatureLoss
 from timm_sfr.method.probe import HOOKS, count_classes, model_name
 from timm_sfr.method.smoothing import DynamicLabelSmoothing, SmoothedLoss, warmup_epochs
 from timm_sfr.method.tapped_model import TappedModel

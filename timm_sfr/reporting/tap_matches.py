@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from timm_sfr.method.channels import ChannelProjection, channel_correlation, group_channels, match_channels
 from timm_sfr.method.config import SFRConfig
-from timm_sfr.method.losses import divergences, gaussian_l2
+from timm_sfr.method.feature_loss import divergences, gaussian_l2
 from timm_sfr.method.sinkhorn import cost_matrix, cross_marginals, uniform_marginals, unit
 from timm_sfr.method.tapped_model import TappedModel
 from timm_sfr.method.taps import TapPlan
@@ -100,6 +100,8 @@ def _channels(
     if config.channels == "transport":
         plan = transport_plan(1 - channel_correlation(shallow, deep)[None])[0]
         return plan * count, match_channels(deep, count, "transport", shallow=shallow)
+    if config.channels not in ("groups", "projection"):
+        raise ValueError(f"the report cannot draw the channel matching {config.channels!r}")
     # Grouping the identity, whose rows are single deep channels, gives each one's weights.
     weights = group_channels(torch.eye(deep.shape[-1], device=deep.device)[None], count)[0].T
     return weights, group_channels(deep, count)
