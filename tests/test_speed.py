@@ -43,7 +43,9 @@ def test_steps_are_measured_written_and_shown(tmp_path, monkeypatch, capsys):
     assert float(step["value"]) > 0 and base["what"].startswith("plain over plain")
     assert [row["value"] for row in rows if row["part"] == "graph"] == ["0"]
     text = page.read_text()
-    assert "at most 1e-09: **missed**" in text and "at most 0: met" in text and "aten::bmm" in text
+    assert "at most 1e-09: **missed**" in text and "at most 0: met" in text and "| aten::" in text
+    added = steps.profile_rows(steps.CPU[0], torch.device("cpu"), count=1000, steps=1)
+    assert next(row.low for row in added if row.what.startswith("aten::bmm")) > 0, "transport is an operation that SFR adds"
     assert speed.main([*words, "--models", "resnet19"]) == 2
     path.write_text("a,b\n1,2\n")
     assert speed.main([*words, "--parts", "graph"]) == 2
