@@ -2,6 +2,7 @@
 
 import gc
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -64,6 +65,23 @@ def test_weights_of_16_bits_are_probed_as_they_are_trained(small):
     config = RunConfig.from_flat({"batch_size": "auto", "model_dtype": "bfloat16", "train_img_sizes": (16, 24)})
     learner, _, _ = training.assemble(config, training.start(config))
     assert learner.config.data.batch_size == 16 and next(learner.module.parameters()).dtype == torch.bfloat16
+
+
+def test_nothing_is_left_of_a_probe_that_fails():
+    """Parameters, buffers, gradients and random numbers are as before."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Dropout())
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    torch.manual_seed(3), np.random.seed(3)
+    expected = torch.rand(2), np.random.rand()
+    torch.manual_seed(3), np.random.seed(3)
+    with pytest.raises(RuntimeError, match="of another kind"), batch_size.undone(module):
+        module(torch.randn(8, 3, 4, 4) + np.random.rand()).sum().backward()
+        torch.optim.SGD(module.parameters(), lr=1.0).step()
+        assert not torch.equal(module[1].running_mean, before["1.running_mean"])
+        raise RuntimeError("of another kind")
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert torch.equal(torch.rand(2), expected[0]) and np.random.rand() == expected[1]
 
 
 @pytest.mark.parametrize("most,room", [(1000, 1), (1000, 63), (64, 64), (1, 5), (4096, 4096)])

@@ -156,7 +156,8 @@ def test_compare_pairs_by_seed(command, tmp_path):
     assert groups[1]["top1_minus_first"] == pytest.approx(list(gains)) and groups[1]["seeds"] == [0, 1, 2]
     assert "have the same options and seed 0" in command("compare", runs[0], runs[0], status=2)
     (runs[0] / "metrics.json").write_text("{}")
-    assert "are damaged" in command("compare", *runs, status=2)
+    damaged = command("compare", *runs, status=2)
+    assert "is damaged: KeyError('best'); restore it from a copy" in damaged
 
 
 def test_compare_says_that_runs_were_validated_on_other_images(command, tmp_path):

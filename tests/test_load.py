@@ -81,7 +81,7 @@ except timm_sfr.UserError as error:
 
 
 @pytest.mark.parametrize("name,said", [
-    ("pickle", "at least one is missing, and a pickle is not loaded"), ("truncated", "are damaged"),
+    ("pickle", "at least one is missing, and a pickle is not loaded"), ("truncated", "are damaged"), ("header", "are damaged"),
     ("types", "to be float32; got I32"), ("unknown architecture", "'resnet_of_mine', which neither timm"), ("keys", "do not fit"),
     ("config", "is damaged or not timm's"),
     ("missing", "no such repository, or it is private"),
@@ -95,6 +95,8 @@ def test_a_repository_that_does_not_load(name, said, hub, digits_run, tmp_path):
         files["pytorch_model.bin"] = files.pop("model.safetensors")
     elif name == "truncated":
         files["model.safetensors"] = files["model.safetensors"][:50_000]
+    elif name == "header":  # it gives its own length, here as 2**62 bytes
+        files["model.safetensors"] = (2**62).to_bytes(8, "little") + files["model.safetensors"][8:]
     elif name == "types":
         tensors = safetensors.torch.load(files["model.safetensors"])
         files["model.safetensors"] = safetensors.torch.save({key: value.int() for key, value in tensors.items()})

@@ -175,6 +175,9 @@ def test_a_token_is_in_no_traceback(hub, finished, tmp_path):
 
 
 def test_a_run_that_is_not_whole_is_not_published(hub, finished, tmp_path):
+    change(finished / "metrics.json", epochs="4")
+    done = push(finished, "user/x", hub, tmp_path / "home")
+    assert done.returncode == 2 and "metrics.json or args.yaml of" in done.stderr and "Traceback" not in done.stderr
     change(finished / "metrics.json", epochs=20)
     done = push(finished, "user/x", hub, tmp_path / "home")
     assert done.returncode == 2 and "stopped after 4 of 20 epochs" in done.stderr and not hub.repos

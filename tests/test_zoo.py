@@ -16,6 +16,7 @@ from safetensors.torch import save
 import timm_sfr
 from benchmarks.zoo import main as measure
 from timm_sfr import RunConfig
+from timm_sfr.cli.predict import find_images
 from timm_sfr.data.datasets import Digits
 from timm_sfr.models.zoo import CONFIGS, Measured, ZooEntry, register, zoo
 
@@ -176,6 +177,11 @@ def pictures(tmp_path):
         digits[i][0].save(tmp_path / f"{i}-is-{digits[i][1]}.png")
     Image.new("L", (20, 30)).save(tmp_path / "grey.png")
     return tmp_path
+
+
+def test_the_images_of_a_folder_are_sorted(pictures):
+    found = [path.name for path in find_images([pictures])]
+    assert found == sorted(found) and found[-1] == "grey.png"
 
 
 def test_predict_a_folder(pictures):

@@ -75,12 +75,15 @@ class DataConfig(Checked):
     dataset_trust_remote_code: bool = option(False, "let hfds/ and hfids/ run their repository's code (old versions of datasets)")
     batch_size: int | str | None = option(
         None,
-        "training batch size per process, or auto: the largest power of two that fits the GPU (default: 128, or fewer)",
+        "training batch size per process, or auto: the largest power of two that fits the GPU (default: 128, or the largest "
+        "power of two that a smaller set fills)",
         short="-b",
         low=1,
     )
     validation_batch_size: int | None = option(None, "validation batch per process (default: training's)", short="-vb", low=1)
-    workers: int | None = option(None, "data loading processes per process (default: 4, or one a CPU core)", short="-j", low=0)
+    workers: int | None = option(
+        None, "data loading processes per process (default: 4, or the CPU cores if fewer)", short="-j", low=0
+    )
     epoch_repeats: float = option(0.0, "passes over the images in one epoch, each augmented anew (0: one)", low=0)
     sampler: str = option(
         "shuffle", "an epoch: every image once; or as many images, of each class equally many", choices=("shuffle", "balanced")
@@ -233,7 +236,9 @@ class AugConfig(Checked):
     scale: tuple[float, ...] = option((0.08, 1.0), "random resize scale")
     ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "random resize aspect ratio")
     crop_padding: int | None = option(
-        None, "crop the whole image, padded with so many black pixels on each side, in place of a resized part (CIFAR: 4)", low=1
+        None,
+        "crop the image, resized to the training size and padded with so many black pixels, not a resized part (CIFAR: 4)",
+        low=1,
     )
     hflip: float = option(0.5, "horizontal flip probability", low=0, high=1)
     vflip: float = option(0.0, "vertical flip probability", low=0, high=1)
@@ -271,9 +276,9 @@ class AugConfig(Checked):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or not 0 < value[0] <= value[1]):
                 raise UserError(f"{name}: expected two positive numbers, smaller first; got {value}")
-        for name in ("no_aug", "train_crop_mode", "scale", "ratio"):
+        for name in ("no_aug", "train_crop_mode", "scale", "ratio", "train_interpolation"):
             if self.crop_padding is not None and name in self.changed():
-                raise UserError(f"crop_padding: it crops the whole image in place of {name}; leave out one of the two")
+                raise UserError(f"crop_padding: it does not go with {name}; leave out one of the two")
         low, high = self.cutmix_minmax or (0, 1)
         if not low < high <= 1:
             raise UserError(f"cutmix_minmax: expected two different shares up to 1, smaller first; got {self.cutmix_minmax}")
@@ -529,7 +534,8 @@ class KDConfig(Checked):
     )
     distill_type: str = option(
         "logit",
-        "what is distilled: logits, features before the classifier, or logits into a student's distillation head (deit_*)",
+        "what is distilled: logits, features before the classifier, or logits into a student's distillation head "
+        "(deit_*_distilled_*)",
         choices=("logit", "feature", "token"),
     )
     loss_type: str = option("kl", "loss of logit distillation", choices=("kl",))
@@ -724,8 +730,12 @@ class RunConfig:
             hints = "".join(near_matches(str(key).replace("-", "_"), known) for key in unknown)
             raise UserError(f"{where}: unknown option {', '.join(map(repr, unknown))}{hints}")
         if values.get("dataset") in (None, "digits") and not values.get("data_dir"):
-            sized = "img_size" in (values.get("model_kwargs") or {})  # the model's own size
-            values = merged({**DIGITS, **({"img_size": None} if sized else {})}, {**values, "dataset": "digits"})
+            defaults = dict(DIGITS)
+            if "img_size" in (values.get("model_kwargs") or {}):  # the model's own size
+                defaults["img_size"] = None
+            if values.get("crop_padding") is not None:  # it takes the place of the resized crops
+                del defaults["scale"]
+            values = merged(defaults, {**values, "dataset": "digits"})
         sections: dict[str, dict[str, Any]] = {}
         for key, value in values.items():
             section, item = known[key]

@@ -61,8 +61,8 @@ class Decoded(Dataset):
             if isinstance(self.dataset, ImageDataset):
                 stream, target = self.dataset.reader[index]
                 with contextlib.closing(stream) if hasattr(stream, "close") else contextlib.nullcontext():
-                    label = int(target) if self.encode is None else self.encode(target).numpy()
-                    return self._convert(Image.open(stream)), label
+                    image = self._convert(Image.open(stream))
+                    return image, int(target) if self.encode is None else self.encode(target).numpy()
             image, target = self.dataset[index]
             return self._convert(image), int(target)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

@@ -79,11 +79,12 @@ def check_run(path: Path) -> Run:
                         "the training printed")  # fmt: skip
     with readable(path, WEIGHTS), safe_open(path / "model" / WEIGHTS, framework="pt"):
         pass
-    with readable(path, "a record"):
-        run = read_finished(path)
-    epochs = run.metrics["epochs"]
-    done, asked = run.metrics["last"]["epoch"] + 1, min(epochs, run.options.get("stop_epoch") or epochs)
-    if done < asked and not run.metrics.get("stopped_early"):
+    run = read_finished(path)
+    with readable(path, "metrics.json or args.yaml"):
+        epochs = run.metrics["epochs"]
+        done, asked = run.metrics["last"]["epoch"] + 1, min(epochs, run.options.get("stop_epoch") or epochs)
+        unfinished = done < asked and not run.metrics.get("stopped_early")
+    if unfinished:
         raise UserError(
             f"run: {str(path)!r} stopped after {done} of {asked} epochs; finish it with --resume {path}, then publish it"
         )

@@ -75,7 +75,7 @@ def jensen_shannon(logits: Tensor, splits: int) -> Tensor:
 
     Args:
         logits: (V B, K), the first B of the first view, and so on; p_v is their softmax.
-        splits: V. Another number of logits raises UserError.
+        splits: V; UserError if it does not divide the number of logits.
     """
     if len(logits) % splits:
         raise UserError(f"expected a batch of {splits} views of each image, one after the other; got {len(logits)} images")
@@ -117,6 +117,9 @@ class ClassificationLoss(nn.Module):
             logits: (B, K) float32, outside autocast.
             smoothed: What the loss is computed against: distributions (B, K), or class indices (B,).
             target: The targets before smoothing, which choose the weights: class indices (B,) or mixtures (B, K).
+
+        Raises:
+            UserError: for several labels with class indices.
         """
         check_dense(target, self.form)
         if self.class_weights is None and not self.form.bce:

@@ -59,7 +59,10 @@ def emd_l2(
         triton = triton_for((*u.shape[:2], v.shape[1]), u.device) if solver == "triton" else None
         if triton:
             return triton.transport_costs(u, v, *_marginals(u, v, weights)).mean()
-        cost, (a, b) = cost_matrix(u, v), cross_marginals(u, v) if weights == "cross" else (None, None)
+        cost = cost_matrix(u, v)
+        a, b = (
+            cross_marginals(u, v) if weights == "cross" else (None, None)
+        )  # None: equal masses, which some solvers solve exactly
         return (transport_plan(cost, a, b, solver) * cost).sum((1, 2)).mean()
 
 

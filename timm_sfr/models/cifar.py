@@ -67,11 +67,7 @@ class CifarResNet(ResNet):
         self.num_features = channels[-1]
         self.global_pool, self.fc = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if hasattr(module, "zero_init_last"):
-                module.zero_init_last()
+        self.init_weights()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Returns patterns that group parameters, for layer-wise learning rates."""

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -86,9 +86,10 @@ class Gallery:
         else:
             ends = np.cumsum(np.unique(targets, return_counts=True)[1])
             by_class = np.split(np.argsort(targets, kind="stable"), ends[:-1])
-            first, *later = zip_longest(*by_class)  # the first image of every class, then the second, ...
-            step = max(1, len(by_class) // count)
-            indices = [*first[::step], *(index for turn in later for index in turn if index is not None)][:count]
+            turns = zip_longest(*by_class)  # the first image of every class, then the second, ...
+            first = next(turns)[:: max(1, len(by_class) // count)]
+            later = (index for turn in turns for index in turn if index is not None)
+            indices = list(islice(chain(first, later), count))
         found = [self.sample(int(index)) for index in indices]
         return [sample for sample in found if sample is not None]
 

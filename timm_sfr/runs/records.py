@@ -221,8 +221,9 @@ def read_finished(path: Path) -> Run:
         _check(run)
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"run: the files of {str(path)!r} are damaged: {error!r}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"run: metrics.json, summary.csv or args.yaml of {str(path)!r} is damaged: {error!r}; restore it from a "
+                        f"copy, or train again with --config {path / 'args.yaml'}") from error  # fmt: skip
     return run
 
 

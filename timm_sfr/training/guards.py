@@ -94,7 +94,9 @@ class FiniteGuard:
         self.settle()
         if self.late is not None:  # these terms come from weights that a bad update has spoiled
             return False
-        values = dict(zip(self.names, self.terms.receive(), strict=True))
+        sent = self.terms.receive()
+        assert sent is not None, "the trainer sends a batch's terms before it checks them"
+        values = dict(zip(self.names, sent, strict=True))
         self.loss = values["loss"]
         found = next(((name, values[name]) for name in WATCHED if not math.isfinite(values.get(name, 0.0))), None)
         if not self.scaled:

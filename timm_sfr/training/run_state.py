@@ -96,9 +96,8 @@ class Learner:
         return getattr(self.batches, "sizes", None)
 
     def share(self, batch: int) -> float:
-        """Returns a batch's size, with all views of its images, relative to the schedule's mean; 1 if sizes do not change."""
-        views = max(1, self.config.aug.aug_splits)
-        return 1.0 if self.sizes is None else batch / (views * self.sizes.average_batch)
+        """Returns a batch's size relative to the schedule's mean; 1 if sizes do not change."""
+        return 1.0 if self.sizes is None else batch / self.sizes.average_batch
 
     def scaled(self, loss: Tensor, share: float) -> Tensor:
         """Returns the loss scaled by its batch's share of the mean batch size, as the options say, for the gradients only."""

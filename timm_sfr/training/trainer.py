@@ -274,7 +274,8 @@ class Trainer(Learner):
         calibration = {name: val[name] for name in ("ece",) if name in val}
         scores = {"epoch": epoch, "images": val["images"], **calibration,
                   **{f"val_{name}": val[name] for name in metrics_of(self.config.data.task)}}  # fmt: skip
-        self.state.last, best = scores, self.state.best
+        self.state.last = scores
+        best = self.state.best
         metric = f"val_{self.config.engine.eval_metric}"
         sign = -1 if metric == "val_loss" else 1
         if not math.isfinite(scores[metric]) or (best and sign * scores[metric] <= sign * best[metric]):
