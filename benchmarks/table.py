@@ -8,7 +8,7 @@ It writes each table between its markers in ``docs/results.md``, and one plot pe
 from __future__ import annotations
 
 import argparse
-import re
+import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -131,7 +131,9 @@ def caption(rows: list[dict[str, str]], times: list[dict[str, str]]) -> str:
     first = rows[0]
     pending = " + marks code that was not committed yet." if any(row["commit"].endswith("+") for row in rows) else ""
     many = {key: sorted({row[key] for row in rows}) for key in ("hardware", "commit", "versions")}
-    versions = "; ".join(re.sub(r'[{}"]', "", text) for text in many["versions"])
+    used = {tuple(json.loads(text).items()) for text in many["versions"]}
+    used = {frozenset(one): one for one in sorted(used)}.values()  # the same versions in another order are the same
+    versions = "; ".join(", ".join(f"{name} {version}" for name, version in one) for one in used)
     return (
         f"{first['images']} training images per epoch at {first['pixels']} px, {first['model']}. ± is half the width of the "
         "95 % t-interval. Differences are paired by seed; a number in brackets counts the pairs if some seeds have none. "
