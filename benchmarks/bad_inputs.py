@@ -313,7 +313,7 @@ def main() -> int:
             line = said[0].removeprefix("error: ").replace("|", "\\|") if said else "none"
             rows.append([str(number), case.what, f"`{line}`"])
             print("ok   " if right else "WRONG", case.what, answer if not right else said[0], flush=True)
-    table = markdown(["", "what is wrong", "the line"], rows).replace("---:", "---")
+    table = markdown(["", "what is wrong", "the line"], rows, words=True)
     DOCUMENT.write_text(fill(DOCUMENT.read_text(), "inputs", table))
     print(f"{len(CASES) - bad} of {len(CASES)} get one line, and nothing saved is lost")
     return int(bad > 0)

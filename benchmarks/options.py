@@ -76,7 +76,7 @@ def render_timm() -> str:
         ("refused", ("option", "why, and what takes its place"), [(code(one.flags), one.why) for one in REFUSED]),
         ("defaults", ("option", "timm", "here"), defaults),
     ):
-        text = fill(text, label, markdown(header, rows).replace("---:", "---"))
+        text = fill(text, label, markdown(header, rows, words=True))
     return text
 
 

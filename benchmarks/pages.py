@@ -19,7 +19,7 @@ def labels(text: str) -> set[str]:
     return set(re.findall(r"<!-- ([\w-]+) -->\n", text)) - {"end"}
 
 
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table with the first column aligned left and the others right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: bool = False) -> str:
+    """Returns a Markdown table with the first column aligned left and the others right, or with `words` left too."""
+    lines = [header, ["---", *["---" if words else "---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

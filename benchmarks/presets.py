@@ -91,7 +91,7 @@ PRESETS: dict[str, dict[str, Set]] = {
         f"tin100-narrow-{count}": Set("tin100", 32, count, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, NARROW)
         for count in (25, 50, 100, 250)
     },
-    # All images: a run takes 65 to 80 minutes on one core with bfloat16 instructions. The rate was not tuned.
+    # All images: by the speed of a step, a run takes 65 to 80 minutes on one core with bfloat16. The rate was not tuned.
     "full": {
         "cifar10-full": Set("cifar10", 32, None, "resnet20_cifar", 50, val_interval=10),
         "tin100-full": Set("tin100", 32, None, "resnet20_cifar", 50, val_interval=10, net=TWO_BLOCKS),

@@ -276,8 +276,8 @@ class AugConfig(Checked):
             value = getattr(self, name)
             if value is not None and (len(value) != 2 or not 0 < value[0] <= value[1]):
                 raise UserError(f"{name}: expected two positive numbers, smaller first; got {value}")
-        for name in ("no_aug", "train_crop_mode", "scale", "ratio", "train_interpolation"):
-            if self.crop_padding is not None and name in self.changed():
+        for name in self.changed() if self.crop_padding is not None else ():
+            if name in ("no_aug", "train_crop_mode", "scale", "ratio", "train_interpolation"):
                 raise UserError(f"crop_padding: it does not go with {name}; leave out one of the two")
         low, high = self.cutmix_minmax or (0, 1)
         if not low < high <= 1:
