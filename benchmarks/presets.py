@@ -34,7 +34,8 @@ MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
 
 # Fine-tuning, on CIFAR-10 because ImageNet contains tin100: its weights have seen those classes, and perhaps those images. Rate
 # (of 0.01, 0.03, 0.1) and epochs were chosen for cross-entropy on 200 images a class, held-out. BatchNorm's momentum is raised:
-# with TensorFlow's 0.01, the statistics would hardly adapt to another image size in 300 updates.
+# with TensorFlow's 0.01, the statistics would hardly adapt to another image size in 300 updates. 1,000 images a class get half the
+# epochs, which are two and a half times the updates.
 FINETUNE = Set(
     "cifar10", 96, 200, "tf_efficientnet_lite0", 10, 64, 0.03, "no", 5, (("bn_momentum", 0.1),), source="imagenet-lite0"
 )
@@ -83,7 +84,7 @@ PRESETS: dict[str, dict[str, Set]] = {
         # Half the epochs of `tin100-3k`, because a run with twice the width then takes the same time.
         "tin100-3k-wide": Set("tin100", 32, 30, "resnet20_cifar", 24, 64, 0.4, "bf16", 8, WIDE),
         "cifar10-2k-finetune": FINETUNE,
-        "cifar10-10k-finetune": replace(FINETUNE, per_class=1000),
+        "cifar10-10k-finetune": replace(FINETUNE, per_class=1000, epochs=5),
     },
     # From a network that can memorise its images (25 a class) to one that is too small to: 84,000 parameters for
     # 166,000 bits of labels (250 a class). The epochs are those of `tin100-3k`.
