@@ -34,8 +34,8 @@ MIX = (("mixup", 0.2), ("cutmix", 1.0), ("mixup_prob", 0.5))
 
 # Fine-tuning, on CIFAR-10 because ImageNet contains tin100: its weights have seen those classes, and perhaps those images. Rate
 # (of 0.01, 0.03, 0.1) and epochs were chosen for cross-entropy on 200 images a class, held-out. BatchNorm's momentum is raised:
-# with TensorFlow's 0.01, the statistics would hardly adapt to another image size in 300 updates. 1,000 images a class get half the
-# epochs, which are two and a half times the updates.
+# with TensorFlow's 0.01, the statistics would hardly adapt to another image size in 300 updates. 1,000 images a class get half
+# the epochs, which are two and a half times the updates.
 FINETUNE = Set(
     "cifar10", 96, 200, "tf_efficientnet_lite0", 10, 64, 0.03, "no", 5, (("bn_momentum", 0.1),), source="imagenet-lite0"
 )
