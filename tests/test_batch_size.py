@@ -16,6 +16,7 @@ from timm_sfr.training import batch_size
 from timm_sfr.training import run as training
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."  # as torch words it, which Accelerate reads
+CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"  # as torch words it
 
 
 @pytest.fixture
@@ -84,11 +85,12 @@ def test_nothing_is_left_of_a_probe_that_fails():
     assert torch.equal(torch.rand(2), expected[0]) and np.random.rand() == expected[1]
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(FULL), RuntimeError(CUBLAS)], ids=["torch", "cublas"])
 @pytest.mark.parametrize("most,room", [(1000, 1), (1000, 63), (64, 64), (1, 5), (4096, 4096)])
-def test_the_largest_power_of_two_that_fits(most, room):
+def test_the_largest_power_of_two_that_fits(most, room, error):
     def step(size):
         if size > room:
-            raise torch.OutOfMemoryError(FULL)
+            raise error
 
     found = batch_size.largest(step, most)
     assert found <= room and found.bit_count() == 1 and (2 * found > room or 2 * found > most)

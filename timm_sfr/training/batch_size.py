@@ -28,14 +28,20 @@ def largest(step: Callable[[int], None], most: int) -> int:
     """Returns the largest power of two, `most` or smaller, for which ``step(size)`` does not run out of memory.
 
     Starts at `most` and halves, by Accelerate's `find_executable_batch_size`: it knows the errors of CUDA, ROCm, XPU, MPS and
-    the CPU's allocator that mean too little memory, frees the cached blocks after each, and lets any other error pass.
+    the CPU's allocator that mean too little memory, frees the cached blocks after each, and lets any other error pass. cuBLAS
+    has an error of its own if its workspace does not fit, which Accelerate does not know.
     Raises UserError if not even one image fits.
     """
     first = power_of_two(most)
     halves = (first >> times for times in itertools.count(1))
 
     def attempt(batch_size: int) -> int:
-        step(batch_size)
+        try:
+            step(batch_size)
+        except RuntimeError as error:
+            if "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):
+                raise
+            raise torch.OutOfMemoryError("CUDA out of memory.") from error
         return batch_size
 
     try:
