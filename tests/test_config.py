@@ -6,6 +6,7 @@ import yaml
 from timm_sfr import RunConfig, SFRConfig, UserError
 from timm_sfr.cli.train import parse, training_parser
 from timm_sfr.config import options
+from train_sfr import main
 
 
 def test_flat_yaml_round_trip():
@@ -67,3 +68,8 @@ def test_every_option_is_documented_once():
 def test_configs_are_frozen():
     with pytest.raises(AttributeError):
         SFRConfig().weight = 1.0
+
+
+def test_the_command_line_names_options_as_they_are_typed(capsys):
+    assert main(["-b", "0"]) == 2 and capsys.readouterr().err == "error: batch-size: expected at least 1; got 0\n"
+    assert main(["--sfr-taps", "a_b"]) == 2 and capsys.readouterr().err.startswith("error: sfr-taps: no feature 'a_b'")

@@ -185,7 +185,7 @@ def test_images_are_counted_to_resume_with_other_batches():
 def test_sizes_that_the_model_or_the_data_do_not_have_are_one_line(tmp_path):
     quick = ("--epochs", 1, "--device", "cpu", "--output", tmp_path, "--input-size", 3, 32, 32, "--train-img-sizes", 32, 48)
     done = train("--model", "vit_tiny_patch16_224", *quick, ok=False)
-    assert "train_img_sizes: img_size: vit_tiny_patch16_224 does not take 3x48x48 images" in done.stderr
+    assert "train-img-sizes: img_size: vit_tiny_patch16_224 does not take 3x48x48 images" in done.stderr
     assert "give --model-kwargs dynamic_img_size=True" in done.stderr and len(done.stderr.splitlines()) == 1
 
 

@@ -112,8 +112,11 @@ def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Se
 
 
 def fail(message: str, status: int = 2) -> int:
-    """Prints one error line; returns the exit status `status`."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    """Prints one error line; returns the exit status `status`. An option that it begins with is named as on the command line."""
+    name, colon, rest = " ".join(message.split()).partition(":")
+    if any(name == option for _, option, _ in options()):
+        name = name.replace("_", "-")
+    print(f"error: {name}{colon}{rest}", file=sys.stderr)
     return status
 
 
