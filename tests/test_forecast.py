@@ -2,7 +2,9 @@
 
 import json
 import os
+import platform
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from conftest import TRAIN, run
 
 from timm_sfr import RunConfig
 from timm_sfr.config import DEFAULT_BATCH
+from timm_sfr.training import forecast
 from timm_sfr.training.forecast import Circumstances, advice, total_reduction, usual_rate
 from timm_sfr.utils.processes import cores
 
@@ -94,6 +97,22 @@ def test_what_looks_wrong_is_told(options, expected):
     found = lines_on(**options)
     assert len(found) == (expected is not None), found
     assert expected is None or (re.search(expected, found[0]) and found[0].startswith("warning: ")), found
+
+
+@pytest.mark.parametrize("option,low,high", [("mixed_precision", "bf16", "no"), ("model_dtype", "bfloat16", "float32")])
+def test_bf16_on_a_cpu_without_it(option, low, high, monkeypatch):
+    monkeypatch.setattr(forecast, "cpu_has_bf16", lambda: True)
+    assert lines_on(**{option: low}) == []
+    monkeypatch.setattr(forecast, "cpu_has_bf16", lambda: False)
+    (line,), flag = lines_on(**{option: low}), option.replace("_", "-")
+    assert line.startswith(f"warning: {flag}: bf16 is many times slower") and line.endswith(f"; use --{flag} {high}")
+    assert lines_on(**{option: high}) == [] == lines_on()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists() or platform.machine() != "x86_64", reason="needs the flags of an x86 CPU")
+def test_a_cpu_that_has_bf16_is_known():
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert forecast.cpu_has_bf16() == all(flag in flags for flag in ("avx512bw", "avx512vl", "avx512dq"))
 
 
 def test_rates_and_reductions():

@@ -47,7 +47,7 @@ class Circumstances:
 
 def advice(config: RunConfig, run: Circumstances) -> list[str]:
     """Returns the warnings, or an empty list if nothing looks wrong; `config` has to be resolved."""
-    checks = (_size, _reduction, _batch, _rate, _warmup, _average)
+    checks = (_size, _reduction, _batch, _rate, _warmup, _average, _precision)
     found = [*(check(config, run) for check in checks), *_odd(config, run)]
     return [f"warning: {line}" for line in found if line]
 
@@ -148,6 +148,22 @@ def _average(config: RunConfig, run: Circumstances) -> str | None:
     return (f"model-ema: the average is what is scored and exported, and after {updates} updates at decay "
             f"{optim.model_ema_decay:g} the initial weights are {100 * rest:.0f} % of it; use --model-ema-warmup, or "
             f"--model-ema-decay {max(0.5, 1 - 10 / updates):.3g}")  # fmt: skip
+
+
+def _precision(config: RunConfig, run: Circumstances) -> str | None:
+    """A CPU without bfloat16 instructions converts every number there and back."""
+    chosen = {"mixed-precision": config.engine.mixed_precision == "bf16", "model-dtype": config.model.model_dtype == "bfloat16"}
+    option = next((name for name, low in chosen.items() if low), None)
+    if option is None or next(run.model.parameters()).device.type != "cpu" or cpu_has_bf16():
+        return None
+    instead = {"mixed-precision": "no", "model-dtype": "float32"}[option]
+    return (f"{option}: bf16 is many times slower than float32 on this CPU, which has no instructions for it; use "
+            f"--{option} {instead}")  # fmt: skip
+
+
+def cpu_has_bf16() -> bool:
+    """Returns whether oneDNN, PyTorch's CPU library, computes in bfloat16 here; True if PyTorch was built without it."""
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _odd(config: RunConfig, run: Circumstances) -> list[str]:
