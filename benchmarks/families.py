@@ -22,7 +22,7 @@ import torch
 from timm.models import list_modules
 from torch import nn
 
-from timm_sfr import SFRTask, UserError, choose_taps
+from timm_sfr import SFRConfig, SFRTask, UserError, choose_taps
 from timm_sfr.config import ModelConfig
 from timm_sfr.method.taps import TapPlan
 from timm_sfr.models import SMALL_IMAGE_MODELS
@@ -60,7 +60,7 @@ class Row:
         start = [self.module, f"`{self.name}`", f"{self.parameters / 1e6:.1f}"]
         if self.plan is None:
             return [*start, *["-"] * (len(HEAD) - len(start) - 1), self.step]
-        taps, grids = self.plan.taps, self.plan.node_grids(49)
+        taps, grids = self.plan.taps, self.plan.node_grids(SFRConfig().max_nodes)
         ratios = [self.plan.deep.channels / tap.channels for tap in self.plan.shallow]
         style = "g" if all(ratio.is_integer() for ratio in ratios) else ".2f"
         many = " ".join(format(ratio, style) for ratio in ratios) + " to 1"
@@ -168,7 +168,8 @@ This page shows `timm_sfr.SFRTask(timm.create_model(NAME))` with default options
 above zero, a gradient in every parameter). `python -m benchmarks.families` writes this page; a test compares it with the models.
 
 - **taps**: indices in `feature_info`, the shallow ones first and the deep one last; **channels**: the number of channels of each.
-- **nodes**: the grid of each tap at the model's own image size; larger grids are average-pooled to at most 49 nodes.
+- **nodes**: the grid of each tap at the model's own image size; larger grids are average-pooled to at most
+  {SFRConfig().max_nodes} nodes.
 - **channels match**: how many deep channels teach one shallow channel, for each shallow tap.
 - **taken by**: how the features are read, through timm's `forward_intermediates` or forward hooks.
 - **from px**: the smallest square image, of {", ".join(map(str, SIZES))}, at

@@ -47,6 +47,7 @@ def test_help_names_every_verb(capsys):
         (("validate", NAME, "--data-dri", "x"), "did you mean '--data-dir'"),
         (("export", NAME, "--format", "onx"), "did you mean 'onnx'"),
         (("taps", "resnet81"), "did you mean 'resnet18'"),
+        (("taps", "user/none"), "no such folder; a model on the Hub is hf-hub:user/none"),
         (("taps", "resnet18", "--sfr-channels", "group"), "did you mean 'groups'"),
         (("taps", "resnet18", "--picture", "/does/not/exist.png"), "picture: cannot write"),
         (("validate", "testss"), "model: there is no folder 'testss'; did you mean 'tests'?"),

@@ -90,6 +90,8 @@ def test_one_bit_cmyk_and_opaque_images_are_as_in_pillow():
         assert np.abs(np.subtract(to_mode(saved(ink, kind), ImageReading()).getpixel((4, 4)), (200, 30, 60))).max() <= 3
     grey = saved(Image.fromarray((255 * RAMP).astype(np.uint8)), "JPEG")
     assert to_mode(grey, ImageReading("RGB")).tobytes() == grey.convert("RGB").tobytes()
+    lab = saved(Image.new("LAB", (2, 2), (140, 150, 120)), "TIFF")
+    assert to_mode(lab, ImageReading("L")).tobytes() == lab.convert("RGB").convert("L").tobytes()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -156,7 +156,9 @@ class DataConfig(Checked):
 class ModelConfig(Checked):
     """The model, and its input."""
 
-    model: str | None = option(None, "name of any timm model (default: resnet18; resnet20_cifar on the digits)")
+    model: str | None = option(
+        None, "any timm name, a run's folder, or hf-hub:USER/NAME (default: resnet18; resnet20_cifar on the digits)"
+    )
     pretrained: bool = option(False, "start from timm's pretrained weights")
     pretrained_path: str | None = option(
         None, "with --pretrained: load this file of weights as if timm published it, with timm's adaptation to the model"
@@ -237,7 +239,7 @@ class AugConfig(Checked):
     ratio: tuple[float, ...] = option((3 / 4, 4 / 3), "random resize aspect ratio")
     crop_padding: int | None = option(
         None,
-        "crop the image, resized to the training size and padded with so many black pixels, not a resized part (CIFAR: 4)",
+        "resize to the training size, pad with this many black pixels, and crop at random; replaces resized crops (CIFAR: 4)",
         low=1,
     )
     hflip: float = option(0.5, "horizontal flip probability", low=0, high=1)
@@ -250,7 +252,9 @@ class AugConfig(Checked):
     reprob: float = option(0.0, "random erase probability", low=0, high=1)
     remode: str = option("pixel", "random erase mode", choices=("const", "rand", "pixel"))
     recount: int = option(1, "random erase count")
-    resplit: bool = option(False, "erase nothing in the first view of --aug-splits (without it: in the first half of a batch)")
+    resplit: bool = option(
+        False, "erase nothing in the first view of --aug-splits (without --aug-splits: in the first half of a batch)"
+    )
     aug_repeats: float = option(0.0, "how often an image is in an epoch, augmented anew; the length stays (0: once)", low=0)
     aug_splits: int = option(
         0, "views of each image in a batch: the first one cropped and flipped, the others also augmented; 0 or 2 and more", low=0
@@ -380,7 +384,7 @@ class OptimConfig(Checked):
     epochs: int = option(100, "epochs to train (20 on the digits)", low=1)
     start_epoch: int | None = option(None, "epoch, counted from 0, at which a new run begins in the schedule", low=0)
     stop_epoch: int | None = option(
-        None, "stop after so many epochs of the schedule of --epochs; --resume RUN --stop-epoch MORE continues", low=1
+        None, "stop after this many epochs; the schedule stays that of --epochs; --resume RUN --stop-epoch MORE continues", low=1
     )
     opt: str = option("sgd", "optimizer, any of timm's")
     lr: float | None = option(None, "learning rate; overrides lr-base", low=0)
@@ -482,7 +486,7 @@ class EngineConfig(Checked):
     )
     checkpoint_hist: int = option(2, "resumable checkpoints to keep, beside the best one's", low=1)
     checkpoint_interval: int | None = option(None, "updates between checkpoints (default: one after every epoch only)", low=0)
-    save_epochs: tuple[int, ...] | None = option(None, "keep the checkpoints that follow so many epochs too")
+    save_epochs: tuple[int, ...] | None = option(None, "also keep the checkpoints written after these epochs")
     resume_opt: bool = option(True, "resume the optimizer's state with the weights (--no-resume-opt: it starts anew)")
     on_nonfinite: str = option("stop", "if a loss or gradient is not finite: stop, or skip the update", choices=("stop", "skip"))
     on_full_disk: str = option(
@@ -580,7 +584,10 @@ class HubConfig(Checked):
     push_to_hub: str | None = option(None, "publish the best model as USER/NAME on the Hub after training", name="push_to_hub")
     private: bool = option(False, "create that repository as private; an existing public one is refused")
     revision: str | None = option(None, "branch to publish on (default: main)")
-    license: str | None = option(None, "licence of the weights (default: that of the pretrained weights, or apache-2.0)")
+    license: str | None = option(
+        None,
+        "licence of the weights (default: apache-2.0, or the pretrained weights'; none if a teacher's is not permissive)",
+    )
     tag: str | None = option(None, "timm tag of the weights (default: sfr_DATASET)")
     dataset: str | None = option(None, "id of the dataset on the Hub, for the model card (default: its name)")
 

@@ -50,7 +50,7 @@ def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
     transparent and the mode is not. Of an animation, only the first frame is used.
 
     Raises:
-        ValueError: if Pillow cannot convert the image's mode, such as LAB.
+        ValueError: if Pillow cannot convert the image's mode.
         OSError: if the image does not decode.
     """
     image.load()  # Pillow decodes late, and some decoders set the mode or the transparency only then
@@ -63,6 +63,8 @@ def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
         image = laid_on(image, reading.background)
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow's direct conversion to other modes warns
+    elif image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow's only conversion of this mode
     return image.convert(reading.mode)
 
 

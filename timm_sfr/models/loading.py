@@ -1,7 +1,7 @@
 """Loads a model from a run's folder, a repository on the Hub, the zoo, or timm, by one function.
 
-Nothing is unpickled. Only ``config.json`` and ``model.safetensors`` are read, and only from the named folder or commit:
-references to other files or places in a configuration are not followed.
+From a folder or the Hub nothing is unpickled: only ``config.json`` and ``model.safetensors`` are read, and only from the named
+folder or commit: references to other files or places in a configuration are not followed.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
         source = f"local-dir:{folder}"
     elif not timm.is_model(plain):
         hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
+        if "/" in name:
+            hint = f", and there is no such folder; a model on the Hub is hf-hub:{name}"
         raise UserError(f"model: timm has no model {name!r}{hint}")
     if folder is not None and config.pretrained_path is not None:
         raise UserError(f"pretrained-path: {name!r} has weights of its own; leave the option out, or give a name of timm's")
