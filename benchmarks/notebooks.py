@@ -10,11 +10,12 @@ from tempfile import TemporaryDirectory
 import nbformat
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "notebooks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "docs" / "notebooks"
 
 
 def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """Runs a notebook in `folder` from top to bottom; returns it with the new outputs.
+    """Runs a notebook in `folder` from top to bottom; returns it with the new outputs, with paths relative to it or the repository.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails.
@@ -27,7 +28,10 @@ def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
         client.km.transport, client.km.ip = "ipc", f"{place}/kernel"
         client.km.connection_file = f"{place}/kernel.json"
         client.execute(env={**os.environ, "IPYTHONDIR": place, "PYDEVD_DISABLE_FILE_VALIDATION": "1"})
-    return notebook
+    text = nbformat.writes(notebook)
+    for place in (ROOT, folder):
+        text = text.replace(f"{place}{os.sep}", "")
+    return nbformat.reads(text, nbformat.NO_CONVERT)
 
 
 def main() -> int:
