@@ -15,7 +15,7 @@ FOLDER = ROOT / "docs" / "notebooks"
 
 
 def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
-    """Runs a notebook in `folder` from top to bottom; returns it with the new outputs, with paths relative to it or the repository.
+    """Runs a notebook in `folder` from top to bottom; returns it with the new outputs; paths in them are relative.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails.
