@@ -51,7 +51,8 @@ OTHER = (
     Column("mixup and CutMix", "tin100-3k-mix", "regimes"),
     Column("twice as wide", "tin100-3k-wide", "regimes"),
     Column("a narrow network", "tin100-narrow-250", "narrow"),
-    Column("fine-tuning", "cifar10-2k-finetune", "regimes"),
+    Column("fine-tuning, 200 a class", "cifar10-2k-finetune", "regimes"),
+    Column("fine-tuning, 1,000 a class", "cifar10-10k-finetune", "regimes"),
 )
 # Each table by its label: its columns, and its rows as method and title.
 OVERVIEWS: dict[str, tuple[Sequence[Column], dict[str, str]]] = {
