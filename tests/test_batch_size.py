@@ -14,6 +14,7 @@ from timm_sfr.cli.train import parse
 from timm_sfr.method.task import SFRTask
 from timm_sfr.training import batch_size
 from timm_sfr.training import run as training
+from timm_sfr.training.devices import explained
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."  # as torch words it, which Accelerate reads
 CUBLAS = "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"  # as torch words it
@@ -108,6 +109,12 @@ def test_what_does_not_fit_at_all_and_other_errors():
 
     with pytest.raises(RuntimeError, match="of another kind"):
         batch_size.largest(wrong, 64)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(FULL), RuntimeError(CUBLAS)], ids=["torch", "cublas"])
+def test_a_run_whose_memory_is_full_says_what_to_lower(error):
+    told = str(explained(error, "nothing was begun"))
+    assert told.startswith("out of memory: CUDA ") and "lower --batch-size" in told
 
 
 def test_on_a_cpu_it_is_the_default():

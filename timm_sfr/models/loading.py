@@ -101,9 +101,11 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
             raise UserError(str(error)) from error
         source = f"local-dir:{folder}"
     elif not timm.is_model(plain):
-        hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
         if "/" in name:
-            hint = f", and there is no such folder; a model on the Hub is hf-hub:{name}"
+            hub = f"; a model on the Hub is hf-hub:{name}" if name.count("/") == 1 else ""
+            hint = f", and there is no such folder{hub}"
+        else:
+            hint = near_matches(plain, timm.list_models()) or "; timm.list_models() lists them"
         raise UserError(f"model: timm has no model {name!r}{hint}")
     if folder is not None and config.pretrained_path is not None:
         raise UserError(f"pretrained-path: {name!r} has weights of its own; leave the option out, or give a name of timm's")

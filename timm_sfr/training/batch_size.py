@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import find_executable_batch_size
 
 from timm_sfr.config import RunConfig
+from timm_sfr.training.devices import CUBLAS_FULL
 from timm_sfr.training.optimizer import create_optimizer
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.seeding import random_state_kept
@@ -39,7 +40,7 @@ def largest(step: Callable[[int], None], most: int) -> int:
         try:
             step(batch_size)
         except RuntimeError as error:
-            if "CUBLAS_STATUS_ALLOC_FAILED" not in str(error):
+            if CUBLAS_FULL not in str(error):
                 raise
             raise torch.OutOfMemoryError("CUDA out of memory.") from error
         return batch_size

@@ -20,6 +20,7 @@ from timm_sfr.utils.processes import join_restarted_cpu_processes
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from <malloc.h>
 _MAX_INT = 2**31 - 1  # mallopt takes an int
+CUBLAS_FULL = "CUBLAS_STATUS_ALLOC_FAILED"  # in cuBLAS's own error if its workspace does not fit into the GPU's memory
 # What Accelerate's configuration may ask for by these variables, and does not go with whole weights on every process.
 SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -55,7 +56,7 @@ def explained(error: Exception, kept: str) -> UserError | None:
     # The pipe of a dead process may break before torch notices that the process has ended.
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
         return UserError(f"data: a loading process died: {text.rstrip('.')}; {kept}; if memory ran out, lower --workers")
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or CUBLAS_FULL in text:
         return UserError(f"out of memory: {text}; {kept}; lower --batch-size (and raise --grad-accum-steps), or use "
                          "--grad-checkpointing")  # fmt: skip
     if "more than 1 value per channel" in text:

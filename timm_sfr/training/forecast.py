@@ -152,11 +152,14 @@ def _average(config: RunConfig, run: Circumstances) -> str | None:
 
 def _precision(config: RunConfig, run: Circumstances) -> str | None:
     """A CPU without bfloat16 instructions converts every number there and back."""
-    chosen = {"mixed-precision": config.engine.mixed_precision == "bf16", "model-dtype": config.model.model_dtype == "bfloat16"}
-    option = next((name for name, low in chosen.items() if low), None)
-    if option is None or next(run.model.parameters()).device.type != "cpu" or cpu_has_bf16():
+    if config.engine.mixed_precision == "bf16":
+        option, instead = "mixed-precision", "no"
+    elif config.model.model_dtype == "bfloat16":
+        option, instead = "model-dtype", "float32"
+    else:
         return None
-    instead = {"mixed-precision": "no", "model-dtype": "float32"}[option]
+    if next(run.model.parameters()).device.type != "cpu" or cpu_has_bf16():
+        return None
     return (f"{option}: bf16 is many times slower than float32 on this CPU, which has no instructions for it; use "
             f"--{option} {instead}")  # fmt: skip
 
