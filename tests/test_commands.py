@@ -127,6 +127,14 @@ def test_taps(command, tmp_path):
     assert all(tap["milliseconds"] > 0 for tap in found["taps"][:-1])
 
 
+def test_taps_of_a_run_are_those_of_its_training(finished, command):
+    args = finished / "args.yaml"
+    args.write_text(yaml.safe_dump({**yaml.safe_load(args.read_text()), "sfr_matching": "gaussian", "sfr_taps": ["0", "2"]}))
+    assert [tap["index"] for tap in json.loads(command("taps", finished, "-b", 2, "--json"))["taps"]] == [0, 2]
+    assert "matched by gaussian" in command("taps", finished, "-b", 2)
+    assert "matched by grid" in command("taps", finished, "-b", 2, "--sfr-matching", "grid")
+
+
 def fake_run(place, top1, **options):
     """The files of a finished run that `compare` reads."""
     place.mkdir()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.data.mixup import mixup_target
 from timm.loss import LabelSmoothingCrossEntropy
 
-from timm_sfr import DynamicLabelSmoothing, RunConfig, SFRConfig, UserError
+from timm_sfr import DynamicLabelSmoothing, LossForm, RunConfig, SFRConfig, SFRTask, UserError
 from timm_sfr.method.smoothing import label_capacity, own_epsilon, ramp
 from timm_sfr.method.task import weight_at
 from timm_sfr.training.run import prepare
@@ -77,6 +77,13 @@ def test_a_run_counts_its_parameters_images_and_classes(tmp_path):
     small.task.set_epoch(39, 40)
     assert small.task.smoothing.epsilon_t.item() == pytest.approx(expected)
     assert small.recorder.facts["smoothing"] == pytest.approx(expected)
+    model = small.exported_model()
+    alone = SFRTask(model, input_size=(3, 32, 32), images=1437, verbose=False)
+    alone.set_epoch(39, 40)
+    assert alone.smoothing.epsilon_t.item() == pytest.approx(expected)
+    assert SFRTask(model, input_size=(3, 32, 32), verbose=False).smoothing.capacity is None
+    several = SFRTask(model, loss=LossForm(bce=True, multi_label=True), input_size=(3, 32, 32), images=1437, verbose=False)
+    assert several.smoothing.capacity is None
 
 
 def test_own_strength_rises_over_the_first_epochs_as_lambda_does():

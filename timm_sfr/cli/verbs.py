@@ -92,11 +92,11 @@ def _predict(parser: ArgumentParser) -> None:
 
 
 def _taps(parser: ArgumentParser) -> None:
-    """Show what SFR would tap in a model: which features teach which, and the cost per step."""
+    """Show what SFR would tap in a model, or what a run tapped: which features teach which, and the cost per step."""
     parser.add_argument("model", metavar="MODEL", help="any timm name, a run's folder, hf-hub:USER/NAME, or local-dir:FOLDER")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the taps to a .png, .svg or .pdf file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_options(parser.add_argument_group("as in training"), TAPS)
+    add_options(parser.add_argument_group("as in training (default for a run: SFR's options of its training)"), TAPS)
 
 
 def _report(parser: ArgumentParser) -> None:

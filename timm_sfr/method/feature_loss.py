@@ -76,8 +76,8 @@ def sinkhorn_divergence(shallow: Tensor, deep: Tensor, *, weights: str = "unifor
     of non-negative matrices with row sums a and column sums b. eps is a constant of each image: `entropy` times the
     average of the mean cost within u and the mean cost within v. As eps goes to 0, L becomes `emd_l2`; for a large eps
     it is the squared distance of the means. In between, the plan pairs nodes softly, and -W(u, u) / 2 prevents this
-    softness from contracting the shallow nodes. `deep` and the plans are constants. The gradient through the costs
-    alone is exact (envelope theorem). Computed in float32 with autocast off. From Feydy et al., AISTATS 2019
+    softness from contracting the shallow nodes. `deep`, eps and the plans are constants. The gradient through the
+    costs alone is exact at this eps (envelope theorem). Computed in float32 with autocast off. From Feydy et al., AISTATS 2019
     (arXiv 1810.08278).
 
     Args:

@@ -137,7 +137,7 @@ class DynamicLabelSmoothing(nn.Module):
 
     Attributes:
         passes: Passes over the images in an epoch, 1 unless set; `own_epsilon` counts passes, not epochs.
-        capacity: The network's `label_capacity`, for `own_epsilon`; None unless set.
+        capacity: The network's `label_capacity`, for `own_epsilon`; None until `set_capacity`.
 
     Raises:
         UserError: if an option is out of bounds, a schedule is given without an epsilon, there is not one weight for each
@@ -187,6 +187,11 @@ class DynamicLabelSmoothing(nn.Module):
         self.register_buffer("table", torch.full((rows, num_classes), 1 / num_classes))
         self.register_buffer("sums", torch.zeros(rows, num_classes), persistent=False)
         self.register_buffer("counts", torch.zeros(rows), persistent=False)
+
+    def set_capacity(self, parameters: int, images: float) -> None:
+        """Sets `capacity` for a network with `parameters` that trains on `images`; not of several labels, which it ignores."""
+        if not self.criterion.form.multi_label:
+            self.capacity = label_capacity(parameters, images, self.num_classes)
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         """Sets eps_t for epoch `epoch` (from 0) of `epochs`."""

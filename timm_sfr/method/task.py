@@ -78,6 +78,8 @@ class SFRTask(EpochTask):
             criterion is a `SmoothedLoss`.
         loss: The form of L_cls, such as ``LossForm(bce=True)``; by default cross-entropy. With a base, that of its loss.
             Images with several labels need ``LossForm(bce=True, multi_label=True)``.
+        images: The number of training images. With it, the automatic smoothing is weaker for a model that is too small to
+            memorise them (`DynamicLabelSmoothing.set_capacity`); without it, never.
         device: The device of the task's tensors; by default the model's.
         dtype: As in timm.
         verbose: Whether to log the chosen taps.
@@ -103,6 +105,7 @@ class SFRTask(EpochTask):
         input_size: tuple[int, int, int] | None = None,
         base: TrainingTask | None = None,
         loss: LossForm | None = None,
+        images: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -135,6 +138,8 @@ class SFRTask(EpochTask):
         form = (*self.config.smoothing_form, self.loss) if base is None else (0.0,)
         own = DynamicLabelSmoothing(classes, *form) if self.smoothed is None else self.smoothed.smoothing
         self.smoothing = own.to(device)
+        if images is not None:
+            self.smoothing.set_capacity(sum(p.numel() for p in model.parameters()), images)
         self.balance = self.loss.balance(classes)
         weight = torch.tensor(self.config.weight * self.balance, device=device)
         self.register_buffer("weight", weight, persistent=False)

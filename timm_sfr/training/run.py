@@ -31,7 +31,7 @@ from timm_sfr.hub.preflight import check_card, check_push
 from timm_sfr.hub.push import loading_line, published, push_to_hub
 from timm_sfr.method.config import LossForm
 from timm_sfr.method.probe import check_input
-from timm_sfr.method.smoothing import label_capacity, warmup_epochs
+from timm_sfr.method.smoothing import warmup_epochs
 from timm_sfr.method.task import EpochTask, SFRTask
 from timm_sfr.models.files import CONFIG
 from timm_sfr.models.loading import new_model
@@ -388,20 +388,14 @@ def _build(config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker
     made = create_task(model, config.sfr, size, device, teacher, loss) if task is None else task(model, size, device)
     if isinstance(made, SFRTask):
         made.smoothing.passes = max(1.0, config.data.epoch_repeats)
-        made.smoothing.capacity = _capacity(config, data.train, model, num_classes)
+        images = config.data.train_num_samples if data.train.streamed else len(data.train.dataset)
+        if images:  # None of a stream that does not say its number
+            made.smoothing.set_capacity(_count(model), images)
     if not isinstance(made, EpochTask):
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
     if config.model.low_precision:
         made.trainable_module.to(image_dtype(config.model))
     return Built(data, model, prep, num_classes, teacher, exporter, made, loss)
-
-
-def _capacity(config: RunConfig, train: Split, model: nn.Module, num_classes: int) -> float | None:
-    """Returns the model's `label_capacity`; None of several labels, or of a stream that does not say its number of images."""
-    images = config.data.train_num_samples if train.streamed else len(train.dataset)
-    if config.data.multilabel or not images:
-        return None
-    return label_capacity(_count(model), images, num_classes)
 
 
 def _count(model: nn.Module) -> int:
