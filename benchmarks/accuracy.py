@@ -162,11 +162,11 @@ def _folder(unfinished: Path | None, cell: Cell, started_from: str) -> Iterator[
 
 
 def commit() -> str:
-    """Returns the commit of this code, with a + if files differ from it; an empty string if there is no repository."""
+    """Returns the last commit of this code, with a + if files differ from it; an empty string if there is no repository."""
     try:
-        git = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=True)
-        name = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        return name + ("+" if git(["git", "status", "--porcelain", "--", "*.py"], cwd=HERE.parent).stdout else "")
+        git = partial(subprocess.run, cwd=HERE.parent, capture_output=True, text=True, check=True)
+        name = git(["git", "log", "-1", "--format=%h", "--", "*.py"]).stdout.strip()
+        return name + ("+" if git(["git", "status", "--porcelain", "--", "*.py"]).stdout else "")
     except (OSError, subprocess.CalledProcessError, TypeError):
         return ""
 

@@ -5,6 +5,7 @@ A set is a folder ``ROOT/NAME/{train,val}/CLASS/*.jpg``. Shape suffixes: n image
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,9 +132,12 @@ class DeviceBatches:
     erase = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields all batches of epoch `epoch`; `start` is ignored, because these runs are not resumed."""
-        start = self.seed * 1_000_003 + epoch
-        generator, other = (torch.Generator().manual_seed(s) for s in (start, start + 500_000))
+        """Yields the batches of epoch `epoch` from number `start` on; the ones before are made too, for their random numbers."""
+        return itertools.islice(self._all(epoch), start, None)
+
+    def _all(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        seed = self.seed * 1_000_003 + epoch
+        generator, other = (torch.Generator().manual_seed(s) for s in (seed, seed + 500_000))
         order = torch.randperm(len(self.labels), generator=generator)
         for chosen in order[: len(self) * self.batch].split(self.batch):
             target = self.labels[chosen]

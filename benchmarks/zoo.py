@@ -1,8 +1,9 @@
 """Trains a recipe of the zoo with several seeds and writes the scores into the recipe.
 
     python -m benchmarks.zoo resnet20_cifar.sfr_digits
+    python -m benchmarks.zoo resnet20_cifar.sfr_cifar10 --data-dir DIR --seeds 0
 
-If the recipe's weights come with the package, those of its own seed are copied to `timm_sfr/weights/`.
+If the recipe's weights come with the package, those of its own seed are copied to `timm_sfr/weights/`, with their card.
 """
 
 from __future__ import annotations
@@ -11,67 +12,102 @@ import argparse
 import dataclasses
 import json
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import yaml
 
 from benchmarks.table import interval
 from timm_sfr import RunConfig
 from timm_sfr.cli.parser import fail
+from timm_sfr.hub.card import Facts, dataset_name, render
 from timm_sfr.models.zoo import WEIGHTS_FOLDER, ZooEntry, zoo
 from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.runs.folder import read_run
+from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.training.run import fit
 from timm_sfr.utils.errors import UserError, near_matches
+from timm_sfr.utils.files import write_whole
+
+SCORES = ("top1", "top5", "loss", "ece")
+OURS = ("output", "experiment")  # options of this script, which another place or folder does not change
 
 
-def train(entry: ZooEntry, seed: int, output: Path) -> tuple[Path, dict]:
-    """Trains the recipe with `seed`, resumes its run, or reuses a finished one; returns the run's folder and its metrics.
+def train(entry: ZooEntry, seed: int, output: Path) -> Run:
+    """Trains the recipe with `seed`, resumes its run, or reuses a finished one.
 
     Raises:
         UserError: if the recipe has no data, or the existing run has other options.
     """
     if not (entry.options.get("dataset") or entry.options.get("data_dir")):
         raise UserError(f"data-dir: {entry.name} does not come with its data; give --data-dir DIR")
-    run = output / f"{entry.name}-seed{seed}"
-    config = RunConfig.from_flat(entry.options | {"seed": seed, "output": str(output), "experiment": run.name})
-    if not checkpoints(run / "checkpoints"):
-        shutil.rmtree(run, ignore_errors=True)  # a run that was interrupted in its first epoch
+    place = output / f"{entry.name}-seed{seed}"
+    options = entry.options | {"seed": seed, "output": str(output), "experiment": place.name}
+    config = RunConfig.from_flat(options)
+    if not checkpoints(place / "checkpoints"):
+        shutil.rmtree(place, ignore_errors=True)  # a run that was interrupted in its first epoch
         fit(config)
-    theirs = read_run(run)
-    other = sorted(name for name, value in (entry.options | {"seed": seed}).items() if theirs.get(name) != value)
+        return read_finished(place)
+    theirs = read_run(place)
+    wanted = {name: value for name, value in config.flat().items() if name in options and name not in OURS}
+    other = sorted(name for name, value in wanted.items() if theirs.get(name) != value)
     if other:
-        raise UserError(f"output: {run} was trained with other options than the recipe: {', '.join(other)}; remove it")
-    metrics = json.loads((run / "metrics.json").read_text())
-    if metrics["last"]["epoch"] + 1 < metrics["epochs"]:
-        fit(RunConfig.from_flat(theirs), resume=run)
-        metrics = json.loads((run / "metrics.json").read_text())
-    return run, metrics
+        raise UserError(f"output: {place} was trained with other options than the recipe: {', '.join(other)}; remove it")
+    metrics = place / "metrics.json"
+    found = json.loads(metrics.read_text()) if metrics.is_file() else None  # there is none before the first validation
+    if found is None or found["last"]["epoch"] + 1 < found["epochs"]:
+        fit(RunConfig.from_flat(theirs), resume=place)
+    return read_finished(place)
 
 
-def measured(runs: dict[int, dict], published: int) -> dict:
-    """Returns the scores of `runs` (metrics by seed), with the fields of `timm_sfr.models.zoo.Measured`."""
-    last, best = [run["last"] for run in runs.values()], runs[published]["best"]
-    scores, some = [row["val_top1"] for row in last], runs[published]
-    half = interval(scores) if len(scores) > 1 else 0.0
+def score(run: Run) -> dict[str, Any]:
+    """Returns the scores of the run's weights as `timm-sfr validate` prints them: in float32, also after a bf16 training."""
+    command = [sys.executable, "-m", "timm_sfr.cli.main", "validate", str(run.path), "--json", "--mixed-precision", "no"]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def measured(runs: dict[int, Run], published: int, scores: dict[str, Any]) -> dict[str, Any]:
+    """Returns the fields of `timm_sfr.models.zoo.Measured`.
+
+    Args:
+        runs: The runs by seed, which give the means at the last epoch.
+        published: The seed whose weights are published.
+        scores: The `score` of these weights.
+    """
+    last, own = [run.metrics["last"] for run in runs.values()], runs[published]
+    top1 = [row["val_top1"] for row in last]
     return {
         "split": "validation",
-        "images": best["images"],
+        "images": scores["images"],
+        "data": dataset_name(own.options),
         "seeds": list(runs),
-        "top1": round(mean(scores), 4),
-        "top1_interval": round(half, 4),
+        "top1": round(mean(top1), 4),
+        "top1_interval": round(interval(top1), 4) if len(top1) > 1 else 0.0,
         "top5": round(mean(row["val_top5"] for row in last), 4),
-        "published_top1": round(best["val_top1"], 4),
-        "published_top5": round(best["val_top5"], 4),
+        "published_top1": round(scores["top1"], 4),
+        "published_top5": round(scores["top5"], 4),
         "published_seed": published,
-        "published_epoch": best["epoch"] + 1,
-        "hardware": some["hardware"],
-        "versions": some["versions"],
+        "published_epoch": own.metrics["best"]["epoch"] + 1,
+        "hardware": own.metrics["hardware"],
+        "versions": own.metrics["versions"],
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def ship(entry: ZooEntry, run: Run, scores: dict[str, Any]) -> None:
+    """Copies the weights of `run` into the package, and writes their card with these `scores` beside them."""
+    path = WEIGHTS_FOLDER / str(entry.about.weights)
+    exact = {"images": scores["images"], "ece": scores["ece"]} | {f"val_{name}": scores[name] for name in SCORES[:3]}
+    best, last = run.metrics["best"], run.metrics["last"]
+    metrics = run.metrics | {"best": best | exact, "last": last | exact if last["epoch"] == best["epoch"] else last}
+    config = json.loads((run.path / "model" / "config.json").read_text())
+    card = render(config, Facts(metrics, run.options, run.rows, packaged=entry.name))
+    shutil.copy(run.path / "model" / "model.safetensors", path)
+    write_whole(path.with_suffix(".md"), card)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -80,26 +116,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", help="a recipe in hub_configs")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)), help="default: 0 to 4")
     parser.add_argument("--output", type=Path, default=Path("output/zoo"), help="folder of the runs (default: output/zoo)")
-    parser.add_argument("--data-dir", help="folder of the data, if the recipe does not name it")
+    parser.add_argument("--data-dir", help="folder with train/CLASS and val/CLASS, in place of the recipe's data; the card has "
+                        "its name")  # fmt: skip
     args = parser.parse_args(arguments)
     entry = zoo().get(args.name)
     try:
         if entry is None:
             raise UserError(f"name: expected any of {', '.join(zoo())}; got {args.name!r}{near_matches(args.name, zoo())}")
         if args.data_dir:
-            entry = dataclasses.replace(entry, options=entry.options | {"data_dir": args.data_dir})
+            rest = {name: value for name, value in entry.options.items() if name not in ("dataset", "dataset_download")}
+            entry = dataclasses.replace(entry, options=rest | {"data_dir": str(Path(args.data_dir).absolute())})
         published = int(entry.options["seed"])
         if published not in args.seeds:
             raise UserError(f"seeds: expected a list with the recipe's own seed, {published}; got {args.seeds}")
         runs = {seed: train(entry, seed, args.output) for seed in args.seeds}
     except UserError as error:
         return fail(str(error))
+    scores = score(runs[published])
     if entry.about.weights is not None:
-        shutil.copy(runs[published][0] / "model" / "model.safetensors", WEIGHTS_FOLDER / entry.about.weights)
-    scores = {"metrics": measured({seed: metrics for seed, (_, metrics) in runs.items()}, published)}
+        ship(entry, runs[published], scores)
     # The metrics are the last part of the file, so everything before them stays unchanged.
     text, _, _ = entry.recipe.read_text().partition("\n  metrics:")
-    block = yaml.safe_dump(scores, sort_keys=False, width=120)
+    block = yaml.safe_dump({"metrics": measured(runs, published, scores)}, sort_keys=False, width=120)
     entry.recipe.write_text(text + "\n" + "".join(f"  {line}\n" for line in block.splitlines()))
     print(block)
     return 0

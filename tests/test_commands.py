@@ -258,7 +258,7 @@ def test_a_reader_that_stops_reading_is_no_error():
     assert done.returncode in (0, CLOSED_PIPE) and done.stderr == ""
 
 
-@pytest.mark.parametrize("model", ["resnet18", "resnet20_cifar.sfr_cifar10"])
+@pytest.mark.parametrize("model", ["resnet18", "resnet56_cifar.sfr_cifar100"])
 def test_without_a_network_a_model_is_refused_in_seconds(model, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}

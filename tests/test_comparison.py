@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from benchmarks.images import DeviceBatches, choose, decode, open_sets
 from benchmarks.pool import side_by_side
 from timm_sfr import RunConfig, SFRConfig, UserError
 from timm_sfr.data.datasets import Split
+from timm_sfr.utils.errors import Interrupted
 
 
 def test_held_out_images_are_a_fixed_tenth_and_never_trained_on():
@@ -83,6 +85,7 @@ def test_batches_are_crops_and_flips_that_depend_on_seed_and_epoch_alone(train):
     first, again = (list(batches(train).epoch(3)) for _ in range(2))
     assert len(first) == len(batches(train)) == 20
     assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(map(torch.equal, next(batches(train).epoch(3, start=7)), first[7]))
     assert not torch.equal(first[0][0], next(batches(train).epoch(4))[0])
     assert not torch.equal(first[0][0], next(batches(train, seed=1).epoch(3))[0])
     images, labels = train.dataset.tensors
@@ -175,6 +178,27 @@ def test_a_cell_that_was_stopped_goes_on_after_its_last_epoch(method, root, tiny
     assert len(list(tmp_path.iterdir())) == (method == "sfr")
     row = accuracy.run(cell, root, threads, 4, tmp_path)
     assert trained == [0, 1, *([1, 2] if method == "sfr" else [0, 1, 2])] and not list(tmp_path.iterdir())
+    assert [row[name] for name in ("top1", "nll", "ece")] == [whole[name] for name in ("top1", "nll", "ece")]
+
+
+def test_a_cell_that_was_stopped_within_an_epoch_goes_on_there(root, tiny, tmp_path, monkeypatch):
+    tiny(epochs=2)
+    cell, threads = accuracy.Cell("cpu", "colours", "ls", 0, "val", 2), torch.get_num_threads()
+    whole = accuracy.run(cell, root, threads, 4)
+    plain, starts = DeviceBatches.epoch, []
+
+    def epoch(self, number, start=0):
+        starts.append((number, start))
+        for step, batch in enumerate(plain(self, number, start), start):
+            if starts == [(0, 0), (1, 0)] and step == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(DeviceBatches, "epoch", epoch)
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        accuracy.run(cell, root, threads, 4, tmp_path)
+    row = accuracy.run(cell, root, threads, 4, tmp_path)
+    assert starts[:2] == [(0, 0), (1, 0)] and starts[2][0] == 1 and starts[2][1] >= 2 and not list(tmp_path.iterdir())
     assert [row[name] for name in ("top1", "nll", "ece")] == [whole[name] for name in ("top1", "nll", "ece")]
 
 

@@ -24,9 +24,9 @@ from timm_sfr.method.feature_loss import FeatureLoss
 from timm_sfr.method.probe import Feature, probe
 from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.models.loading import new_model
+from timm_sfr.runs.records import recorded
 from timm_sfr.utils.console import aligned, counted, sides
 from timm_sfr.utils.errors import UserError
-from timm_sfr.utils.files import read_yaml
 
 ROUNDS = 5  # timed runs of a loss, after one to warm up
 
@@ -136,8 +136,8 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
 
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
-    options = {"dataset": "none", "model": args.model, **_trained_with(Path(args.model)), **given(args, TAPS)}
-    config = RunConfig.from_flat(options)
+    own = recorded(args.model, [name for name in TAPS if name.startswith("sfr_")])
+    config = RunConfig.from_flat({"dataset": "none", "model": args.model, **own, **given(args, TAPS)})
     model: nn.Module = new_model(config.model, 10)
     size = preprocessing(config.model, model).input_size
     plan, features = choose_taps(model, size, config.sfr.taps), probe(model, size).features
@@ -151,13 +151,6 @@ def run(args: Namespace) -> int:
     else:
         print(taps_table(plan, rows, batch, config.sfr.matching))
     return 0
-
-
-def _trained_with(run: Path) -> dict[str, Any]:
-    """Returns the options of SFR, of those that this command has, that the run in folder `run` was trained with."""
-    if not (run / "args.yaml").is_file():
-        return {}
-    return {name: value for name, value in read_yaml(run / "args.yaml").items() if name in TAPS and name.startswith("sfr_")}
 
 
 def _row(role: str, tap: Feature, stages: list[Any], grid: tuple[int, int], match: str, cost: float) -> TapRow:

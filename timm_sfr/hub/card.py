@@ -43,6 +43,7 @@ class Facts:
     options: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     source: str | None = None  # ``USER/NAME[@REVISION]`` that gets the card; None for the folder on disk
+    packaged: str | None = None  # the model's name in timm, if its weights come with the package
     pictures: tuple[str, ...] = ()  # paths of the PNG files in the card, relative to it
 
 
@@ -66,7 +67,8 @@ def render(config: dict[str, Any], facts: Facts) -> str:
     Raises:
         UndefinedError, ValueError, TypeError, KeyError: if they lack something that the card reports.
     """
-    name = facts.source.split("@")[0].split("/")[-1] if facts.source else config["architecture"]
+    published = facts.source.split("@")[0].split("/")[-1] if facts.source else None
+    name = facts.packaged or published or config["architecture"]
     metrics, options, size = facts.metrics, facts.options, config["pretrained_cfg"]["input_size"]
     task = task_of(options)
     template = Environment(undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
@@ -80,6 +82,8 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         options=options,
         teacher=metrics.get("teacher"),
         source=facts.source,
+        packaged=facts.packaged,
+        scored=sum(row.get("val_loss") not in ("", None) for row in facts.rows),
         pictures=facts.pictures,
         curve=_curve(facts.rows, task),
         several=task == MULTILABEL,

@@ -61,7 +61,7 @@ def create_model(
     arguments = {"pretrained": pretrained, "num_classes": num_classes, **kwargs}
     where = {"revision": revision, "token": check_token(token), "cache_dir": cache_dir}
     entry = zoo().get(name)
-    if entry is not None and (entry.about.weights is None or revision is not None) and pretrained:
+    if entry is not None and (entry.file is None or revision is not None) and pretrained:
         return _from_folder(_download(entry.repo_id, where, entry=entry), name, arguments)
     if entry is not None and not entry.available:  # not a tag that timm knows
         return _create(name.split(".")[0], name, arguments | {"pretrained_cfg": entry.pretrained_cfg()})

@@ -42,6 +42,7 @@ class Measured(Checked):
 
     split: str = option("validation", "split that they were measured on")
     images: int = option(0, "images in it")
+    data: str = option("", "name of the data that they were trained and measured on")
     seeds: tuple[int, ...] = option((), "seeds")
     top1: float = option(0.0, "mean top-1 at the last epoch, percent")
     top1_interval: float = option(0.0, "half the width of its 95 % t-interval")
@@ -62,7 +63,7 @@ class About(Checked):
     repo_id: str = option("", "repository on the Hub")
     num_classes: int = option(10, "classes")
     parameters: int = option(0, "parameters")
-    weights: str | None = option(None, "file of weights in the package")
+    weights: str | None = option(None, "file of weights in the package, once they are trained")
     label_names: tuple[str, ...] | None = option(None, "names of the classes")
     metrics: dict | None = option(None, "scores (`Measured`), or nothing if not yet measured")
 
@@ -83,9 +84,21 @@ class ZooEntry:
         return f"{namespace() if owner in ('', OWNER) else owner}/{name or self.name}"
 
     @property
+    def file(self) -> Path | None:
+        """The file of its weights in the package, or None if there is none."""
+        path = WEIGHTS_FOLDER / self.about.weights if self.about.weights else None
+        return path if path is not None and path.is_file() else None
+
+    @property
     def available(self) -> bool:
-        """Whether its weights exist: in the package, published with scores, or in a namespace that the user has set."""
-        return self.about.weights is not None or self.about.metrics is not None or namespace() != OWNER
+        """Whether its weights can be loaded: from the package, or from a namespace that the user has set."""
+        return self.file is not None or namespace() != OWNER
+
+    @property
+    def dataset(self) -> str:
+        """The name of its data."""
+        found = (self.measured.data if self.measured else "", self.options.get("dataset"), self.options.get("hub_dataset"))
+        return str(next(filter(None, found), ""))
 
     @property
     def measured(self) -> Measured | None:
@@ -113,8 +126,8 @@ class ZooEntry:
             if known.get("pool_size") and known.get("input_size"):  # the last feature map's size; strides round up
                 sides = zip(known["pool_size"], shape[1:], known["input_size"][1:], strict=True)
                 changes |= {"pool_size": tuple(-(-pool * side // full) for pool, side, full in sides)}
-        if self.about.weights:
-            source = {"file": str(WEIGHTS_FOLDER / self.about.weights)}
+        if self.file is not None:
+            source = {"file": str(self.file)}
         else:  # without the file's name, timm may load a pickle
             source = {"hf_hub_id": self.repo_id, "hf_hub_filename": "model.safetensors"}
         changes |= {"architecture": architecture, "tag": tag, "num_classes": self.about.num_classes,
@@ -128,14 +141,11 @@ class ZooTable(list):
     def __str__(self) -> str:
         models, recipes = [("name", "parameters", "dataset", "top-1", "weights")], [("recipe", "parameters", "dataset")]
         for entry in self:
-            dataset = str(entry.options.get("dataset") or entry.options.get("hub_dataset") or "")
-            about = (entry.name, f"{entry.about.parameters / 1e6:.2f} M", dataset)
+            about = (entry.name, f"{entry.about.parameters / 1e6:.2f} M", entry.dataset)
             if not entry.available:
                 recipes.append(about)
                 continue
-            measured = entry.measured
-            score = "not measured" if measured is None else f"{measured.top1:.2f} ± {measured.top1_interval:.2f} %"
-            models.append((*about, score, "come with the package" if entry.about.weights else entry.repo_id))
+            models.append((*about, _score(entry.measured), "come with the package" if entry.file else entry.repo_id))
         parts = ["\n".join(aligned(models))] if len(models) > 1 else []
         if len(recipes) > 1:
             parts.append(
@@ -145,6 +155,13 @@ class ZooTable(list):
         return "\n\n".join(parts)
 
     __repr__ = __str__
+
+
+def _score(measured: Measured | None) -> str:
+    if measured is None:
+        return "not measured"
+    interval = f" ± {measured.top1_interval:.2f}" if len(measured.seeds) > 1 else ""
+    return f"{measured.top1:.2f}{interval} %"
 
 
 @functools.cache
@@ -228,7 +245,7 @@ def _explaining(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module
         given = kwargs.get("pretrained_cfg")
         tag = given.get("tag") if isinstance(given, dict) else getattr(given, "tag", given)
         entry = zoo().get(f"{entrypoint.__name__}.{tag}") if pretrained else None
-        on_hub = entry is not None and entry.available and not entry.about.weights
+        on_hub = entry is not None and entry.available and entry.file is None
         with loading(entry) if on_hub else contextlib.nullcontext():
             return entrypoint(pretrained=pretrained, **kwargs)
 
