@@ -43,8 +43,8 @@ class Facts:
     options: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     source: str | None = None  # ``USER/NAME[@REVISION]`` that gets the card; None for the folder on disk
-    packaged: str | None = None  # the model's name in timm, if its weights come with the package
     pictures: tuple[str, ...] = ()  # paths of the PNG files in the card, relative to it
+    packaged: str | None = None  # the model's name in timm, if its weights come with the package
 
 
 def dataset_name(options: dict[str, Any]) -> str:
