@@ -33,7 +33,6 @@ from timm_sfr.training.run import fit
 from timm_sfr.utils.errors import UserError, near_matches
 from timm_sfr.utils.files import write_whole
 
-SCORES = ("top1", "top5", "loss", "ece")
 OURS = ("output", "experiment")  # options of this script, which another place or folder does not change
 
 
@@ -101,7 +100,7 @@ def measured(runs: dict[int, Run], published: int, scores: dict[str, Any]) -> di
 def ship(entry: ZooEntry, run: Run, scores: dict[str, Any]) -> None:
     """Copies the weights of `run` into the package, and writes their card with these `scores` beside them."""
     path = WEIGHTS_FOLDER / str(entry.about.weights)
-    exact = {"images": scores["images"], "ece": scores["ece"]} | {f"val_{name}": scores[name] for name in SCORES[:3]}
+    exact = {f"val_{name}": scores[name] for name in ("top1", "top5", "loss")} | {"ece": scores["ece"]}
     best, last = run.metrics["best"], run.metrics["last"]
     metrics = run.metrics | {"best": best | exact, "last": last | exact if last["epoch"] == best["epoch"] else last}
     config = json.loads((run.path / "model" / "config.json").read_text())
