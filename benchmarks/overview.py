@@ -40,6 +40,7 @@ PEERS = {
 PARTS = {
     "sfr:smoothing=0": "no smoothing",
     "sfr:matching=grid": "no plan (same place instead)",
+    "sfr:matching=gaussian": "no plan (Gaussians instead)",
     "sfr:channels=projection": "no many-to-one (a learned projection instead)",
     "sfr:weight=0": "smoothing alone",
     "sfr:matching=grid,smoothing=0": "many-to-one alone",
