@@ -37,7 +37,8 @@ SHOWN = {
 GIVEN = {
     "README.md": """
         import torch
-        epochs, loader = 1, [(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))]
+        from torch.utils.data import DataLoader
+        epochs, loader = 1, DataLoader([(torch.randn(3, 224, 224), y) for y in (0, 1)], batch_size=2)
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
     """,
 }
