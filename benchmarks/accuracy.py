@@ -112,7 +112,7 @@ def parts(cell: Cell, root: Path, threads: int, output: str, limit: int | None =
 def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinished: Path | None = None) -> dict[str, Any]:
     """Trains one cell with at most `limit` batches per epoch; returns its row of the CSV.
 
-    If its process ends early, the next call with the same `unfinished` folder and commit goes on after the last epoch.
+    If its process ends early, the next call with the same `unfinished` folder and commit goes on after its last checkpoint.
     """
     from timm_sfr.runs.checkpoints import checkpoints
     from timm_sfr.runs.records import read_summary
@@ -234,7 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no new run after this many minutes; running ones end")
     parser.add_argument("--limit", type=positive, help="batches per epoch, for a trial; needs another --csv")
     parser.add_argument("--unfinished", type=Path, default=UNFINISHED, help="folder of the runs that were stopped; the same "
-                        "command at the same commit goes on after their last epoch (default: results/unfinished)")  # fmt: skip
+                        "command at the same commit goes on from their checkpoints (default: results/unfinished)")  # fmt: skip
     parser.add_argument("--csv", type=Path, help=f"default: {RESULTS.name}, or {HELD_OUT.name}, in {HERE.name}/results")
     args = parser.parse_args(arguments)
     if args.heldout and args.part == 2:

@@ -25,13 +25,14 @@ from benchmarks.table import interval
 from timm_sfr import RunConfig
 from timm_sfr.cli.parser import fail
 from timm_sfr.hub.card import Facts, dataset_name, render
+from timm_sfr.models.files import CONFIG, WEIGHTS
 from timm_sfr.models.zoo import WEIGHTS_FOLDER, ZooEntry, zoo
 from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.runs.folder import read_run
 from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.training.run import fit
 from timm_sfr.utils.errors import UserError, near_matches
-from timm_sfr.utils.files import write_whole
+from timm_sfr.utils.files import read_json, write_whole
 
 OURS = ("output", "experiment")  # options of this script, which another place or folder does not change
 
@@ -56,9 +57,8 @@ def train(entry: ZooEntry, seed: int, output: Path) -> Run:
     other = sorted(name for name, value in wanted.items() if theirs.get(name) != value)
     if other:
         raise UserError(f"output: {place} was trained with other options than the recipe: {', '.join(other)}; remove it")
-    metrics = place / "metrics.json"
-    found = json.loads(metrics.read_text()) if metrics.is_file() else None  # there is none before the first validation
-    if found is None or found["last"]["epoch"] + 1 < found["epochs"]:
+    metrics = read_json(place / "metrics.json")  # empty before the first validation
+    if not metrics or metrics["last"]["epoch"] + 1 < metrics["epochs"]:
         fit(RunConfig.from_flat(theirs), resume=place)
     return read_finished(place)
 
@@ -103,9 +103,9 @@ def ship(entry: ZooEntry, run: Run, scores: dict[str, Any]) -> None:
     exact = {f"val_{name}": scores[name] for name in ("top1", "top5", "loss")} | {"ece": scores["ece"]}
     best, last = run.metrics["best"], run.metrics["last"]
     metrics = run.metrics | {"best": best | exact, "last": last | exact if last["epoch"] == best["epoch"] else last}
-    config = json.loads((run.path / "model" / "config.json").read_text())
-    card = render(config, Facts(metrics, run.options, run.rows, packaged=entry.name))
-    shutil.copy(run.path / "model" / "model.safetensors", path)
+    model = run.path / "model"
+    card = render(read_json(model / CONFIG), Facts(metrics, run.options, run.rows, packaged=entry.name))
+    shutil.copy(model / WEIGHTS, path)
     write_whole(path.with_suffix(".md"), card)
 
 

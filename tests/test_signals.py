@@ -65,8 +65,15 @@ def test_the_command_to_go_on_with_is_the_one_that_was_given(started, processes,
     assert _command(processes, cpu) == expected
 
 
-def test_signals_are_noted_and_a_second_interrupt_is_not():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]  # a shell's background job ignores SIGINT
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT, which a shell's background job ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_noted_and_a_second_interrupt_is_not(interruptible):
     with Signals(Alone()) as signals:
         assert signals.asked(1) == (None, False)
         signal.raise_signal(signal.SIGUSR1)
@@ -77,4 +84,5 @@ def test_signals_are_noted_and_a_second_interrupt_is_not():
         time.sleep(ECHO + 0.1)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
