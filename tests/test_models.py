@@ -75,9 +75,14 @@ def test_gradient_checkpointing_changes_nothing(name):
     torch.manual_seed(0)
     checkpointed = timm.create_model(name)
     checkpointed.set_grad_checkpointing()
-    x = torch.randn(2, 3, 32, 32)
+    x, passes = torch.randn(2, 3, 32, 32), {}
     for model in (plain, checkpointed):
+        deepest = max((name for name, module in model.named_modules() if isinstance(module, torch.nn.Conv2d)), key=len)
+        model.get_submodule(deepest).register_forward_hook(
+            lambda *_, model=model: passes.update({model: passes.get(model, 0) + 1})
+        )
         model.forward_head(model.forward_intermediates(x)[0]).sum().backward()
+    assert [passes[plain], passes[checkpointed]] == [1, 2]  # the second time for the gradient
     for ours, theirs in zip(plain.parameters(), checkpointed.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-5)
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import adds_up, cut, digits_table, finished_run, summary, train
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from test_processes import agreeing_updates
 from timm.data.mixup import mixup_target
 from timm.loss import BinaryCrossEntropy
-from timm.task import MultiLabelClassificationTask
+from timm.task import ClassificationEvaluator, MultiLabelClassificationTask
 
 from benchmarks.faults import differences
 from timm_sfr import DynamicLabelSmoothing, LossForm, RunConfig, SFRConfig, SFRTask, UserError
@@ -223,6 +224,30 @@ def test_terms_add_up_and_lambda_keeps_its_balance(total):
     assert torch.allclose(result["loss"], result["task_loss"] + result["sfr_weight"] * result["sfr_loss"])
     with pytest.raises(UserError, match="expected dense targets"):
         task(images, target.argmax(1))
+
+
+def test_one_class_that_an_image_has_or_not():
+    model, images = timm.create_model("resnet20_cifar", num_classes=1), torch.randn(4, 3, 32, 32)
+    target = torch.tensor([[0.0], [1.0], [1.0], [0.0]])
+    task = SFRTask(model, SFRConfig(smoothing=0.1), loss=MULTI, verbose=False)
+    result = task(images, target)
+    assert torch.allclose(result["task_loss"], F.binary_cross_entropy_with_logits(result["output"], 0.9 * target + 0.05))
+    based = SFRTask(model, base=MultiLabelClassificationTask(model, verbose=False), loss=MULTI, images=100, verbose=False)
+    assert based(images, target)["sfr_loss"] > 0
+    with pytest.raises(UserError, match="at least 2 classes that exclude each other; got num_classes=1"):
+        SFRTask(model, verbose=False)
+
+
+def test_timms_evaluator_is_that_of_the_labels():
+    model, _, target = model_and_batch()
+    logits = torch.randn(4, K)
+    base = MultiLabelClassificationTask(model, verbose=False)
+    for task in (SFRTask(model, loss=MULTI, verbose=False), SFRTask(model, base=base, loss=MULTI, verbose=False)):
+        ours, theirs = task.create_evaluator(), MultiLabelClassificationTask(model, verbose=False).create_evaluator()
+        for evaluator in (ours, theirs):
+            evaluator.update(logits, target)
+        assert type(ours) is type(theirs) and ours.compute() == theirs.compute()
+    assert type(SFRTask(model, verbose=False).create_evaluator()) is ClassificationEvaluator
 
 
 def test_on_top_of_timms_own_task():

@@ -21,7 +21,7 @@ from timm_sfr.cli import compare
 from timm_sfr.cli.main import main
 from timm_sfr.config import RunConfig
 from timm_sfr.data.transforms import Preprocessing, plain_view
-from timm_sfr.hub.push import run_files
+from timm_sfr.hub.push import model_files, run_files
 from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.runs.predictions import ECE_BINS
 from timm_sfr.training.run_state import RunState
@@ -289,11 +289,50 @@ def test_local_paths_of_the_data_are_not_published(tested, tmp_path):
     assert {source: RunConfig.from_flat({"dataset": source}).data.public_name() for source in names} == names
 
 
+@pytest.mark.parametrize("option,value,line", [
+    ("initial_checkpoint", "/home/me/a.safetensors", "`--initial-checkpoint` with the path to that file"),
+    ("class_weights", "/home/me/w.csv", "`--class-weights` with the path to that file"),
+    ("class_weights", "auto", None),
+])  # fmt: skip
+def test_the_card_names_the_files_that_its_recipe_lacks(option, value, line, tested, tmp_path):
+    folder = shutil.copytree(tested[0], tmp_path / "run")
+    change(folder / "args.yaml", **{option: value})
+    card = run_files(folder, "user/name", tmp_path)["README.md"].read_text()
+    assert "/home/me" not in card and (line is None) == ("not published" not in card) and (line or "Recipe") in card
+
+
+def test_a_card_claims_no_more_than_the_run_did(tested, tmp_path):
+    """Without a feature loss nothing taught itself; of two classes, the top-5 says nothing."""
+    folder = shutil.copytree(tested[0], tmp_path / "run")
+    card = ModelCard(run_files(folder, "user/name", tmp_path)["README.md"].read_text())
+    assert "self-distillation" in card.data.tags and "its deep features taught" in card.text
+    assert [result.metric_name for result in card.data.eval_results] == ["Top 1 Accuracy", "Top 5 Accuracy"]
+    change(folder / "args.yaml", sfr_weight=0.0)
+    change(folder / "model/config.json", num_classes=2)
+    card = ModelCard(run_files(folder, "user/name", tmp_path)["README.md"].read_text())
+    assert "self-distillation" not in card.data.tags and "its deep features taught" not in card.text
+    assert "The feature loss was off (weight 0)." in card.text
+    assert [result.metric_name for result in card.data.eval_results] == ["Top 1 Accuracy"]
+
+
+def test_the_code_of_a_card_for_other_channels_runs(tmp_path, capsys):
+    model = timm.create_model("test_resnet", in_chans=4, num_classes=3)
+    card = model_files(model, "user/name", tmp_path)["README.md"].read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace("hf-hub:user/name", f"local-dir:{tmp_path / 'model'}")
+    exec(code, {})
+    assert "4, 160, 160" in code and len(eval(capsys.readouterr().out)) == 3
+
+
 @pytest.mark.parametrize("name,published", [("local-dir:/home/me/one/model", "model"), ("runs/one", "one"),
                                             ("hf-hub:user/base", None), ("test_resnet.r160_in1k", None)])  # fmt: skip
 def test_a_local_model_is_published_without_its_folder(name, published, tested, tmp_path):
     folder = shutil.copytree(tested[0], tmp_path / "run")
-    change(folder / "args.yaml", model=name)
+    for file in ("args.yaml", "metrics.json"):
+        change(folder / file, model=name)
     files = run_files(folder, "user/name", tmp_path)
     assert yaml.safe_load(files["args.yaml"].read_text())["model"] == (published or name)
-    assert "/home/me" not in files["README.md"].read_text()
+    assert json.loads(files["metrics.json"].read_text()) == metrics(folder) | {"model": published or name}
+    texts = [path.read_text() for path in files.values() if path.suffix in (".md", ".json", ".yaml", ".csv")]
+    assert len(texts) >= 4 and not any("/home/me" in text for text in texts)
+    line = "Add `--model` with the path to that file or folder, which is not published."
+    assert (line in files["README.md"].read_text()) == (published is not None)

@@ -126,6 +126,10 @@ def test_features_that_training_changes_are_refused():
     """Dropped patches leave no grid; dropped channels, other features."""
     with pytest.raises(UserError, match="patch_drop_rate: vit_tiny_patch16_224 drops patches"):
         choose_taps(timm.create_model("vit_tiny_patch16_224", patch_drop_rate=0.25))
+    with pytest.raises(UserError, match="patch_drop_rate: hiera_tiny_224 drops patches"):
+        choose_taps(timm.create_model("hiera_tiny_224", patch_drop_rate=0.25))
+    with pytest.raises(UserError, match="patch_drop_rate: eva02_tiny_patch14_224 drops patches"):
+        choose_taps(timm.create_model("eva02_tiny_patch14_224", patch_drop_rate=0.25))
     model = timm.create_model("resnet10t", num_classes=4)
     task = SFRTask(model, verbose=False)
     task.plain_model.layer2.register_forward_hook(lambda module, args, out: out[:, :64] if module.training else out)

@@ -120,16 +120,38 @@ def test_composes_with_a_distillation_task():
         SFRTask(teacher, base=ClassificationTask(student, verbose=False), verbose=False)
 
 
-def test_losses_are_float32_under_autocast():
-    task = make(SFRConfig(channels="projection"))
+@pytest.mark.parametrize("channels", ["groups", "transport", "projection"])
+def test_losses_are_float32_under_autocast(channels):
+    task = make(SFRConfig(channels=channels))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = task(*batch())
     assert result["loss"].dtype == result["sfr_loss"].dtype == torch.float32
+    # Autocast changes nothing in the loss, not even the channels' correlations, whose sum over the batch overflows in fp16.
+    shallow, deep = [torch.randn(4200, 16, 2)], torch.randn(4200, 16, 2)
+    expected = task.feature_loss(shallow, deep)
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype=dtype):
+            assert torch.equal(task.feature_loss(shallow, deep), expected)
+
+
+def test_an_epochs_result_keeps_its_weight():
+    task = make()
+    task.set_epoch(0, 20)
+    first = task(*batch())
+    task.set_epoch(10, 20)
+    assert torch.allclose(first["loss"], first["task_loss"] + first["sfr_weight"] * first["sfr_loss"])
+    assert first["sfr_weight"] == pytest.approx(1 / 5)
+
+
+def test_a_config_without_sfr_is_refused():
+    with pytest.raises(UserError, match="enabled=False asks for plain training"):
+        make(SFRConfig(enabled=False))
 
 
 def test_the_contract_with_timm_holds():
     """What we override, and what the engine calls, still exists in timm with these names."""
-    for name in ("prepare_distributed", "compile", "get_eval_model", "get_task_state", "load_task_state", "forward"):
+    for name in ("prepare_distributed", "compile", "get_eval_model", "get_task_state", "load_task_state", "forward",
+                 "create_evaluator"):  # fmt: skip
         ours, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (SFRTask, TrainingTask))
         assert [p for p in theirs if p in ours] == list(theirs), name
     for name in ("setup_ema", "update_ema", "has_ema", "get_clip_parameters", "get_trainable_module", "no_sync",

@@ -128,6 +128,8 @@ def test_the_digits_model_scores_what_its_recipe_says():
         assert top1 == pytest.approx(measured.published_top1, abs=1e-3)
         assert top5 == pytest.approx(measured.published_top5, abs=1e-3)
         assert model.pretrained_cfg["label_names"] == tuple("0123456789")
+    maps = timm_sfr.create_model(NAME, features_only=True)(torch.randn(1, 3, 16, 16))
+    assert [x.shape[1] for x in maps] == [feature["num_chs"] for feature in model.feature_info]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

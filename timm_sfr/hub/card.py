@@ -45,6 +45,7 @@ class Facts:
     source: str | None = None  # ``USER/NAME[@REVISION]`` that gets the card; None for the folder on disk
     pictures: tuple[str, ...] = ()  # paths of the PNG files in the card, relative to it
     packaged: str | None = None  # the model's name in timm, if its weights come with the package
+    unpublished: tuple[str, ...] = ()  # the options whose file or folder is not in the repository
 
 
 def dataset_name(options: dict[str, Any]) -> str:
@@ -81,6 +82,8 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         early=metrics.get("stopped_early"),
         options=options,
         teacher=metrics.get("teacher"),
+        taught=taught_itself(facts),
+        unpublished=[f"`--{name.replace('_', '-')}`" for name in facts.unpublished],
         source=facts.source,
         packaged=facts.packaged,
         scored=sum(row.get("val_loss") not in ("", None) for row in facts.rows),
@@ -90,7 +93,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         percents=shown_percents(task, config["num_classes"]),
         titles=TITLES,
         size=size,
-        mode=img_mode(size[0]),
+        mode=img_mode(size[0]) if size[0] in (1, 3) else None,
         data=dataset_name(options),
         split=_split(options),
         start=_start(facts),
@@ -116,9 +119,9 @@ def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
             EvalResult(metric_type=HUB_METRICS[name][0], metric_name=HUB_METRICS[name][1],
                        metric_value=round(test[name] if test else best[f"val_{name}"], 4),
                        **shared)
-            for name in PERCENT[task_of(options)]
+            for name in shown_percents(task_of(options), config.get("num_classes"))
         ]  # fmt: skip
-    tags = TAGS if facts.metrics.get("sfr") else [tag for tag in TAGS if tag != "self-distillation"]
+    tags = TAGS if taught_itself(facts) else [tag for tag in TAGS if tag != "self-distillation"]
     return ModelCardData(
         library_name="timm",
         tags=[*tags, "knowledge-distillation"] if facts.metrics.get("teacher") else tags,
@@ -129,6 +132,11 @@ def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
         model_name=name,
         eval_results=results,
     )
+
+
+def taught_itself(facts: Facts) -> bool:
+    """Whether the deep features taught the shallow ones: with SFR, unless lambda was 0."""
+    return bool(facts.metrics.get("sfr") and facts.options.get("sfr_weight", 1))
 
 
 def licence_entries(licence: str | None) -> dict[str, str | None]:

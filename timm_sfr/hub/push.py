@@ -166,7 +166,7 @@ class _Upload:
 def run_files(run: Path, source: str, place: Path, license: str | None = None) -> dict[str, Path]:
     """Returns the path of each file to publish of a run, by its name in the repository.
 
-    Card, configuration and args.yaml differ from the run's, and are written to `place`.
+    Card, configuration, args.yaml and metrics.json differ from the run's, and are written to `place`.
 
     Args:
         run: The run's folder.
@@ -179,12 +179,13 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
     """
     found = check_run(run)
     options = {key: value for key, value in found.options.items() if key not in LOCAL_OPTIONS}
+    unpublished = [name for name in LOCAL_PATHS if name != "data_dir" and options.get(name) not in (None, "", "auto")]
     for name in LOCAL_PATHS:
         if options.get(name):
             options[name] = PurePath(options[name]).name
-    model = str(options.get("model") or "").removeprefix("local-dir:")
-    if "/" in model and ":" not in model:  # a folder: neither timm's names nor hf-hub:USER/NAME
-        options["model"] = PurePath(model).name
+    if options.get("model") != (model := _public_model(options.get("model"))):
+        options["model"] = model
+        unpublished.insert(0, "model")
     if options.get("dataset"):
         options["dataset"] = DataConfig(dataset=options["dataset"]).public_name()
     # Only figures: we may have no right to publish images of the data.
@@ -196,12 +197,15 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
         config = json.loads((run / "model" / CONFIG).read_text())
         if license is not None:
             config["pretrained_cfg"]["license"] = options["hub_license"] = license
-        card = render(config, Facts(found.metrics, options, found.rows, source, tuple(pictures)))
+        facts = Facts(found.metrics, options, found.rows, source, tuple(pictures), unpublished=tuple(unpublished))
+        card = render(config, facts)
     files = {WEIGHTS: run / "model" / WEIGHTS, **{name: run / name for name in RUN_FILES}, **pictures}
-    files |= {name: place / name for name in (CARD, CONFIG, "args.yaml")}
+    files |= {name: place / name for name in (CARD, CONFIG, "args.yaml", "metrics.json")}
     files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
+    metrics = found.metrics | {"model": _public_model(found.metrics["model"])}
+    files["metrics.json"].write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     return files
 
 
@@ -235,6 +239,12 @@ def loading_line(run: Path, source: str) -> str:
 def published(run: Path, url: str, repo_id: str, revision: str | None) -> str:
     """Returns the message after a successful push: the commit's address and the line that loads the model."""
     return f"published: {url}\nload it anywhere with: {loading_line(run, f'hf-hub:{_at(repo_id, revision)}')}"
+
+
+def _public_model(name: str | None) -> str | None:
+    """Returns the name of a run's model without the path to a folder; timm's names and hf-hub:USER/NAME stay."""
+    folder = str(name or "").removeprefix("local-dir:")
+    return PurePath(folder).name if "/" in folder and ":" not in folder else name
 
 
 def _at(repo_id: str, revision: str | None) -> str:

@@ -106,8 +106,9 @@ class ClassificationLoss(nn.Module):
         super().__init__()
         self.form = form
         weights, positive = form.class_weights, form.bce_pos_weight
+        weights = None if weights is None else torch.tensor([float(weight) for weight in weights])
         # Neither belongs into a checkpoint: both come from the options and the data.
-        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+        self.register_buffer("class_weights", weights, persistent=False)
         self.register_buffer("pos_weight", None if positive is None else torch.tensor(float(positive)), persistent=False)
 
     def forward(self, logits: Tensor, smoothed: Tensor, target: Tensor) -> Tensor:

@@ -149,13 +149,17 @@ class FeatureLoss(nn.Module):
         self.config = config
 
     def forward(self, shallow: list[Tensor], deep: Tensor) -> Tensor:
-        """Returns the loss, a scalar, of S shallow taps (B, N_s, C_s), projected if needed, and the deep tap (B, M, C_d)."""
-        # In this layout, the channels of all images are averaged several times as fast on CPUs.
-        deep = deep.detach().transpose(1, 2).contiguous().transpose(1, 2)
-        total = deep.new_zeros((), dtype=torch.float32)
-        for features in shallow:
-            total = total + self._distance(features, self._match(features, deep))
-        return total / len(shallow)
+        """Returns the loss, a scalar, of S shallow taps (B, N_s, C_s), projected if needed, and the deep tap (B, M, C_d).
+
+        Computed in float32 with autocast off.
+        """
+        with torch.autocast(deep.device.type, enabled=False):
+            # In this layout, the channels of all images are averaged several times as fast on CPUs.
+            deep = deep.detach().float().transpose(1, 2).contiguous().transpose(1, 2)
+            total = deep.new_zeros(())
+            for features in shallow:
+                total = total + self._distance(features, self._match(features, deep))
+            return total / len(shallow)
 
     def _distance(self, shallow: Tensor, deep: Tensor) -> Tensor:
         config = self.config

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import PatchDropout
+from timm.layers import PatchDropout, PatchDropoutWithIndices
 from torch import Tensor, nn
 
 from timm_sfr.utils.errors import UserError, first_line
@@ -143,7 +143,8 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> Probed:
     Raises UserError if the model does not accept the image size, is not a classifier, or has no features.
     """
     for module in model.modules():
-        if isinstance(module, PatchDropout) and module.prob > 0:
+        dropout = isinstance(module, (PatchDropout, PatchDropoutWithIndices)) and module.prob > 0
+        if dropout or getattr(module, "patch_drop_rate", 0):  # the second: Hiera
             raise UserError(
                 f"patch_drop_rate: {model_name(model)} drops patches in training, so its features are not maps; create it with "
                 "patch_drop_rate=0"

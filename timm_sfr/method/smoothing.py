@@ -158,8 +158,6 @@ class DynamicLabelSmoothing(nn.Module):
         loss: LossForm | None = None,
     ) -> None:
         super().__init__()
-        if num_classes < 2:
-            raise UserError(f"label smoothing needs at least 2 classes; got num_classes={num_classes}")
         if epsilon is not None and not 0 <= epsilon < 1:
             raise UserError(f"expected smoothing in [0, 1); got {epsilon}")
         if source not in (None, *SOURCES) or schedule not in SCHEDULES:
@@ -177,6 +175,8 @@ class DynamicLabelSmoothing(nn.Module):
             raise UserError(f"several labels have no class table and no confidence; got source={source!r}, schedule={schedule!r}")
         # How many classes exclude each other: of several labels, each is there or not.
         self.choices = 2 if multi_label else num_classes
+        if self.choices < 2:
+            raise UserError(f"label smoothing needs at least 2 classes that exclude each other; got num_classes={num_classes}")
         own = epsilon is None and num_classes <= TABLE_CLASSES and not multi_label
         self.source = source or ("classes" if own else "uniform")
         # Until `set_epoch` gives the length of the run, use at most timm's default.

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
+from timm.task import MultiLabelClassificationEvaluator, TrainingTask
 from timm.task.distillation import FeatureDistillationTrainableModule
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -85,7 +85,8 @@ class SFRTask(EpochTask):
         verbose: Whether to log the chosen taps.
 
     Raises:
-        UserError: if the model cannot be tapped at this size, or `base` does not train this model or comes with views.
+        UserError: if the model cannot be tapped at this size, `config` switches SFR off, or `base` does not train this model or
+            comes with views.
 
     Examples:
         ```python
@@ -113,6 +114,9 @@ class SFRTask(EpochTask):
         device = device or next(model.parameters()).device
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.config, self.loss = config or SFRConfig(), loss or LossForm()
+        if not self.config.enabled:
+            raise UserError("sfr: SFRTask trains with SFR, and enabled=False asks for plain training; use "
+                            "timm.task.ClassificationTask")  # fmt: skip
         if base is not None and self.loss.splits:
             raise UserError("base: a base task computes its own loss, and cannot have the JSD of views; leave out one of the two")
         self.plan = choose_taps(model, input_size, self.config.taps) if self.config.weight > 0 else None
@@ -135,8 +139,8 @@ class SFRTask(EpochTask):
         criterion = getattr(base, "criterion", None)
         self.smoothed = criterion if isinstance(criterion, SmoothedLoss) else None
         # A base task computes its own loss: this task smooths nothing and keeps no class table.
-        form = (*self.config.smoothing_form, self.loss) if base is None else (0.0,)
-        own = DynamicLabelSmoothing(classes, *form) if self.smoothed is None else self.smoothed.smoothing
+        form = self.config.smoothing_form if base is None else (0.0,)
+        own = DynamicLabelSmoothing(classes, *form, loss=self.loss) if self.smoothed is None else self.smoothed.smoothing
         self.smoothing = own.to(device)
         if images is not None:
             self.smoothing.set_capacity(sum(p.numel() for p in model.parameters()), images)
@@ -215,7 +219,7 @@ class SFRTask(EpochTask):
             "output": logits,
             "task_loss": task_loss,
             "sfr_loss": sfr_loss,
-            "sfr_weight": self.weight,
+            "sfr_weight": self.weight.clone(),  # the buffer changes with the epoch
             "smoothing": epsilon,
             **extra,
         }
@@ -292,6 +296,14 @@ class SFRTask(EpochTask):
         """Returns the plain timm model, or its moving average (EMA)."""
         module = self.get_trainable_module(ema=ema) if module is None else module
         return None if module is None else unwrap_model(module).model
+
+    def create_evaluator(self, **kwargs: Any) -> Any:
+        """Returns timm's evaluator of the base task, or of the labels: one an image, or several."""
+        if self.base is not None:
+            return self.base.create_evaluator(**kwargs)
+        if self.loss.multi_label:
+            return MultiLabelClassificationEvaluator(self.device, **kwargs)
+        return super().create_evaluator(**kwargs)
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Returns the training state in addition to the model's weights: the class table and the projections."""

@@ -237,7 +237,8 @@ def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
         except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
             raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
     names = model.pretrained_cfg.get("label_names")
-    if names and len(names) != model.num_classes:  # the names belong to another classifier
+    # With `features_only`, timm returns a network without a classifier.
+    if names and len(names) != getattr(model, "num_classes", len(names)):  # the names belong to another classifier
         model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")}
     return model.eval() if arguments["pretrained"] else model
 
