@@ -32,11 +32,27 @@ def test_no_data_means_digits():
     assert parse(["--model", "resnet18"])[0].model.model == "resnet18"
 
 
+def test_of_several_processes_the_first_says_what_is_wrong_with_the_options(monkeypatch, capsys):
+    for rank, lines in (("1", 0), ("0", 1)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", "--epochs", "0"]) == 2 and len(capsys.readouterr().err.splitlines()) == lines
+
+
 def test_config_file_under_the_command_line(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("model: resnet18\nbatch-size: 16\nlr: 0.5\n")
     config, _ = parse(["--config", str(file), "--lr", "0.1"])
     assert (config.model.model, config.data.batch_size, config.optim.lr) == ("resnet18", 16, 0.1)
+
+
+def test_a_rule_for_the_rate_replaces_a_rate(tmp_path):
+    """Else `--lr-base` would change nothing over the digits' own rate, or over the one that a run has recorded."""
+    assert parse(["--lr-base", "0.5"])[0].optim.lr is None and parse([])[0].optim.lr == 0.1
+    file = tmp_path / "args.yaml"
+    file.write_text("data_dir: x\nlr: 0.2\nlr_base: 0.1\n")
+    for words, lr, base in (([], 0.2, 0.1), (["--lr-base", "0.5"], None, 0.5), (["--lr-base", "0.5", "--lr", "1"], 1.0, 0.5)):
+        optim = parse(["--config", str(file), *words])[0].optim
+        assert (optim.lr, optim.lr_base) == (lr, base)
 
 
 @pytest.mark.parametrize(

@@ -10,16 +10,18 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import ALONE, EVERYTHING, TORCHRUN, TRAIN, change, cut, run, started, train, train_pair
+from conftest import ALONE, EVERYTHING, TORCHRUN, TRAIN, change, cut, run, started, summary, train, train_pair
 
 from benchmarks.faults import differences
 from timm_sfr import RunConfig, UserError
 from timm_sfr.cli.parser import INTERRUPTED
 from timm_sfr.cli.train import parse
+from timm_sfr.config import OptimConfig
 from timm_sfr.method.smoothing import own_epsilon
 from timm_sfr.runs.checkpoints import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint, set_aside
+from timm_sfr.training.optimizer import create_optimizer, create_schedule
 from timm_sfr.training.run import prepare
-from timm_sfr.training.run_state import restore
+from timm_sfr.training.run_state import _check_optimizer, restore
 
 
 def state(updates=0, value=0.0):
@@ -135,12 +137,69 @@ def test_a_finished_run_stays_as_it_is(finished):
 
 
 @pytest.mark.slow
-def test_plateau_goes_on_with_its_patience(tmp_path):
-    words = ("--sched", "plateau", "--patience-epochs", 1, "--lr", 1e-6, "--epochs", 5, "--img-size", 16, "--warmup-epochs", 0)
-    train(*words, "--checkpoint-hist", 9, "--output", tmp_path, "--experiment", "whole")
+@pytest.mark.parametrize("words", [
+    ("--sched", "plateau", "--patience-epochs", 1, "--lr", 1e-6, "--epochs", 5, "--warmup-epochs", 0),
+    ("--opt", "novograd", "--lr", 0.001, "--epochs", 4),  # it keeps one number for a whole parameter
+    ("--epochs", 3, "--lr-cycle-limit", 2, "--sfr-decay-epochs", 1),  # lambda's warm-up is a share of all 6 epochs
+], ids=["plateau", "novograd", "cycles"])  # fmt: skip
+def test_what_depends_on_all_epochs_goes_on_to_the_same_bits(words, tmp_path):
+    train(*words, "--img-size", 16, "--checkpoint-hist", 9, "--output", tmp_path, "--experiment", "whole")
     cut(tmp_path / "whole", tmp_path / "run", 2)
     train("--resume", tmp_path / "run")
     assert differences(tmp_path / "whole", tmp_path / "run") == []
+    args = yaml.safe_load((tmp_path / "whole/args.yaml").read_text())
+    assert args["sfr_warmup_epochs"] == (1 if "--lr-cycle-limit" in words or "plateau" in words else 0)
+
+
+@pytest.mark.slow
+def test_a_plateaus_options_may_change(tmp_path):
+    words = ("--img-size", 16, "--epochs", 2, "--warmup-epochs", 0, "--output", tmp_path, "--experiment", "run")
+    train(*words)
+    assert float(summary(tmp_path / "run")[-1]["lr"]) < 0.1, "a cosine's end"
+    train("--resume", tmp_path / "run", "--epochs", 3, "--sched", "plateau")
+    assert float(summary(tmp_path / "run")[-1]["lr"]) == 0.1, "a new plateau begins at the rate of the options"
+    train("--resume", tmp_path / "run", "--epochs", 4, "--lr", 0.001, "--patience-epochs", 3, "--decay-rate", 0.5)
+    assert float(summary(tmp_path / "run")[-1]["lr"]) == 0.001
+    schedule = load_checkpoint(checkpoints(tmp_path / "run/checkpoints")[-1])["schedule"]
+    assert (schedule["patience"], schedule["factor"]) == (3, 0.5) and schedule["last_epoch"] == 2
+
+
+def test_a_plateau_resumes_its_scores_and_takes_its_options():
+    """What it has seen goes on; how patient it is, and how much it lowers the rate, are options."""
+
+    def made(**options):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        return create_schedule(OptimConfig(sched="plateau", epochs=9, warmup_epochs=0, **options), optimizer, 4)
+
+    before, after = made(), made(patience_epochs=1, decay_rate=0.5, min_lr=0.01)
+    for epoch, score in enumerate((50.0, 40.0, 30.0)):
+        before.after_epoch(epoch, score)
+    after.resume(3, 12, before.state())
+    inner = after.scheduler.lr_scheduler
+    assert (inner.best, inner.num_bad_epochs, inner.last_epoch) == (50.0, 2, 3)
+    assert (inner.patience, inner.factor, inner.min_lrs) == (1, 0.5, [0.01])
+
+
+@pytest.mark.parametrize("opt", ["novograd", "adamw", "lamb", "lion"])
+def test_the_state_of_any_optimizer_fits(opt):
+    module = torch.nn.Conv2d(3, 4, 3)
+    optimizer = create_optimizer(OptimConfig(opt=opt), module, 0.01)
+    module(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    _check_optimizer(optimizer.param_groups, state)
+    names = ("exp_avg_sq", "exp_avg")
+    entry, name = next((e, n) for e in state["state"].values() for n in names if e.get(n) is not None and e[n].numel() > 1)
+    entry[name] = torch.zeros(2)
+    with pytest.raises(ValueError, match="its parameter"):
+        _check_optimizer(optimizer.param_groups, state)
+
+
+def test_the_warm_up_of_lambda_is_a_share_of_all_epochs(tmp_path):
+    options = {"epochs": 3, "lr_cycle_limit": 2, "device": "cpu", "batch_size": 256}
+    learner = prepare(RunConfig.from_flat({**options, "output": str(tmp_path)}))
+    assert learner.schedule.epochs == 6
+    assert (learner.config.optim.warmup_epochs, learner.config.sfr.warmup_epochs) == (0, 1)
 
 
 def test_damaged_checkpoints_are_set_aside(tmp_path):
@@ -217,12 +276,16 @@ def test_auto_takes_the_newest_run_of_the_same_options(digits_run, tmp_path, mon
     # What torchrun starts again after a failure goes on by itself.
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert parse(["--output", str(tmp_path), "--lr", "0.1"])[1] == first
+    assert parse(["--resume", str(first), "--no-resume-opt"])[0].engine.resume_opt, "it was for the start before"
 
 
-@pytest.mark.parametrize("words", ["--input-size 3 16 16", "--amp --device cpu", "--start-epoch 1", "--no-resume-opt"])
+@pytest.mark.parametrize("words", ["--input-size 3 16 16", "--amp --device cpu", "--start-epoch 1", "--no-resume-opt",
+                                   "--mean 0.5 --std 0.25"])  # fmt: skip
 def test_auto_knows_options_that_a_run_records_otherwise(words, digits_run, tmp_path):
     run = shutil.copytree(digits_run[0], tmp_path / "20260101-000000-resnet20_cifar")
     change(run / "args.yaml", start_epoch=1, device="cpu", mixed_precision="bf16")
+    if "--mean" in words:
+        change(run / "args.yaml", mean=[0.5] * 3, std=[0.25] * 3)
     for more, found in ((words.split(), run), (["--input-size", "3", "16", "24"], None), (["--start-epoch", "2"], None)):
         assert parse(["--resume", "auto", "--output", str(tmp_path), *more])[1] == found
 

@@ -188,6 +188,20 @@ def test_names_of_files_need_not_be_utf8(tmp_path):
     assert [part.images for part in read_split(tmp_path / "list.csv", scan)] == [part.images for part in parts]
 
 
+def test_names_of_classes_are_utf8(tmp_path):
+    """A model's configuration, its report and its card name them."""
+    root = flat(tmp_path / "flat", cat=10, dog=10)
+    table = tmp_path / "table.csv"
+    table.write_bytes(
+        b"image,label,split\n" + b"".join(b"flat/cat/%d.png,S\xe4ge,%s\n" % (i, (b"train", b"val")[i % 2]) for i in range(9))
+    )
+    with pytest.raises(UserError, match=r"expected names of classes in UTF-8; got 'S\\udce4ge' in .* save the table as UTF-8"):
+        open_splits(DataConfig(dataset=f"csv/{table}"), "RGB", 0)
+    os.rename(root / "dog", os.path.join(os.fsencode(root), b"S\xe4ge"))
+    with pytest.raises(UserError, match=r"got 'S\\udce4ge' in .*; rename the folder"):
+        open_splits(DataConfig(data_dir=str(root)), "RGB", 0)
+
+
 def test_class_maps_are_checked(tmp_path):
     root = flat(tmp_path / "flat", cat=10, dog=10, ship=10)
     config = DataConfig(data_dir=str(root), class_map=str(tmp_path / "map.txt"))

@@ -9,6 +9,7 @@ import pytest
 from conftest import run, train
 from PIL import Image
 
+from timm_sfr.cli.main import main
 from timm_sfr.config import AugConfig, DataConfig
 from timm_sfr.data.datasets import open_splits
 from timm_sfr.data.images import ImageReading
@@ -46,7 +47,7 @@ def test_another_image_of_the_class_stands_in_for_one_that_does_not_decode(damag
         assert len(bad_images(samples).waiting) == 3
 
 
-def test_bad_images_are_listed_once_and_the_run_goes_on(damaged, tmp_path):
+def test_bad_images_are_listed_once_and_the_run_goes_on(damaged, tmp_path, capsys):
     place, files = damaged
     words = ("--model", "resnet20_cifar", "--data-dir", place, "--epochs", 2, "-b", 20, "-j", 2, "--output", tmp_path)
     error = train(*words, "--experiment", "stop", ok=False).stderr
@@ -55,6 +56,8 @@ def test_bad_images_are_listed_once_and_the_run_goes_on(damaged, tmp_path):
     assert "warning: images that do not decode and were replaced by others: 3, listed in" in done.stdout
     lines = set((tmp_path / "skip" / "bad_images.txt").read_text().splitlines())
     assert {line.split(": ")[0] for line in lines} == {str(file) for file in files}
+    assert main(["validate", str(tmp_path / "skip"), "--val-split", "train", "--on-bad-image", "skip", "-j", "2"]) == 0
+    assert f"warning: images that do not decode and were replaced by others: 3: {files[0]}" in capsys.readouterr().err
 
 
 def test_an_image_of_too_many_pixels_is_refused(monkeypatch):

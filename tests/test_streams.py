@@ -1,10 +1,16 @@
 """Data sets that are not folders: tars always; streams where their packages are installed."""
 
 import json
+import tarfile
 
 import pytest
 from conftest import finished_run, train
-from digit_files import make_parquet, make_shards, make_tars
+from digit_files import digit_files, make_parquet, make_shards, make_tars, put
+
+from timm_sfr.config import DataConfig
+from timm_sfr.data.datasets import open_split
+from timm_sfr.data.loaders import eval_loader
+from timm_sfr.data.transforms import Preprocessing
 
 LENGTHS = ("--train-num-samples", 96, "--val-num-samples", 40, "--num-classes", 10)
 
@@ -25,6 +31,23 @@ def test_webdataset_shards(tmp_path):
     make_shards(tmp_path)
     words = ("--data-dir", tmp_path, "--train-split", "train-{0000..0001}.tar", "--val-split", "val-{0000..0001}.tar")
     assert scores(tmp_path, "--dataset", "wds/", *words, *LENGTHS)["images"] == 40
+
+
+def test_each_process_reads_its_shards_of_webdataset_once(tmp_path):
+    """timm's reader makes the parts equally long: of shards of 30 and 10 images it would read 10 twice, and leave out 10."""
+    pytest.importorskip("webdataset")
+    for shard, count in enumerate((30, 10, 5)):
+        with tarfile.open(tmp_path / f"val-{shard:04d}.tar", "w") as tar:
+            for index, (data, _) in zip(range(count), digit_files("val"), strict=False):
+                put(tar, f"{shard}-{index:05d}.png", data)
+                put(tar, f"{shard}-{index:05d}.cls", str(shard).encode())
+    config = DataConfig(dataset="wds/", data_dir=str(tmp_path), val_split="val-{0000..0002}.tar", val_num_samples=45, workers=1)
+    prep, seen = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0), []
+    for rank in range(2):
+        split = open_split(config, "val", "RGB", 0)
+        split.dataset.reader.dist_rank, split.dataset.reader.dist_num_replicas = rank, 2
+        seen.append([target for _, targets in eval_loader(split, config, prep) for target in targets.tolist()])
+    assert seen == [[0] * 30 + [2] * 5, [1] * 10]
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ from benchmarks.options import DEFAULTS
 from timm_sfr import RunConfig, UserError
 from timm_sfr.cli.timm_options import FOREIGN, RENAMED, TRANSLATED, translate
 from timm_sfr.cli.train import parse, training_parser
-from timm_sfr.config import ModelConfig, OptimConfig, options
+from timm_sfr.config import AugConfig, ModelConfig, OptimConfig, options
+from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.models.loading import new_model
-from timm_sfr.training.optimizer import create_schedule
+from timm_sfr.training.optimizer import base_rate, create_optimizer, create_schedule
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.options import plain
 
@@ -428,3 +429,24 @@ def test_low_precision_weights_and_the_models_own_size(folder, tmp_path):
     assert same(weights(part), weights(whole))
     model = timm.create_model(f"local-dir:{whole / 'model'}", pretrained=True)
     assert model.patch_embed.img_size == (16, 24) and model.pretrained_cfg["input_size"] == (3, 16, 24)
+
+
+def test_what_timm_cannot_make_is_said_by_its_option():
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="opt: 'adahessian' needs second derivatives"):
+        create_optimizer(OptimConfig(opt="adahessian"), module, 0.1)
+    with pytest.raises(UserError, match=r"opt: timm cannot make the optimizer 'sdg': .*; did you mean .*'sgd'"):
+        create_optimizer(OptimConfig(opt="sdg"), module, 0.1)
+    with pytest.raises(UserError, match=r"unexpected keyword argument 'foaster'$"):
+        create_optimizer(OptimConfig(opt="sgd", opt_kwargs={"foaster": 1}), module, 0.1)
+    prep = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
+    with pytest.raises(UserError, match=r"train_interpolation: expected random, nearest, .*; got 'foo'"):
+        prep.train_transform(AugConfig(train_interpolation="foo"))
+    with pytest.raises(UserError, match="aa: timm cannot make the training transform"):
+        prep.train_transform(AugConfig(aa="foo"))
+
+
+def test_the_rate_of_a_run_is_that_before_the_factors_of_the_layers():
+    optimizer = create_optimizer(OptimConfig(layer_decay=0.5), timm.create_model("resnet20_cifar"), 0.1)
+    create_schedule(OptimConfig(epochs=3, warmup_epochs=0), optimizer, 4).resume(0, 1, None)
+    assert optimizer.param_groups[0]["lr"] < 0.01 and 0.09 < base_rate(optimizer.param_groups) < 0.1

@@ -115,6 +115,11 @@ class DataConfig(Checked):
                 raise UserError(f"test-split: {name!r} is the {what} split; expected another, whose images are only tested on")
 
     @property
+    def downloads(self) -> bool:
+        """Whether opening the dataset may download it."""
+        return (self.dataset or "").startswith(("torch/", "tfds/", "hfds/", "hfids/"))
+
+    @property
     def multilabel(self) -> bool:
         """Whether an image has any number of classes."""
         return self.task == MULTILABEL
@@ -773,12 +778,17 @@ DIGITS: dict[str, Any] = {
 
 
 def merged(stored: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the options `stored`, overridden by `given`; a given image size also replaces one under its other name."""
-    replaced = set()
+    """Returns the options `stored`, overridden by `given`.
+
+    A given image size also replaces one under its other name, and a given rule for the learning rate a rate.
+    """
+    replaced: set[str] = set()
     if given.get("input_size") is not None:
         replaced = {"img_size", "in_chans"}
     elif given.get("img_size") is not None:
         replaced = {"input_size"}
+    if any(given.get(name) is not None for name in ("lr_base", "lr_base_size", "lr_base_scale")):
+        replaced |= {"lr"}
     return {name: value for name, value in stored.items() if name not in replaced} | given
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -98,6 +99,9 @@ def _types(section: str) -> dict[str, Any]:
 
 def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Sequence[str] | None) -> int:
     """Parses the arguments and runs a command; returns its exit status, or prints one line and returns 2 for an error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # a stand-in for a stream, or one that is set up otherwise
+            stream.reconfigure(errors="backslashreplace")  # a file's name may have bytes that are no text
     try:
         args = parser.parse_args(arguments)
         package = sys.modules["timm_sfr"]

@@ -46,8 +46,6 @@ def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
                                "starting a new run"), None  # fmt: skip
         config, resume = None, str(found)
         given.pop("start_epoch", None)  # it was for the run's start
-        if restarts() > 0:
-            given.pop("resume_opt", None)  # it was for the resume before
     if resume is None:
         return _configured(_stored(config), given, config), None
     if config is not None:
@@ -57,6 +55,8 @@ def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
                         f"weights: --model {resume} --pretrained")  # fmt: skip
     if given.get("batch_size") == AUTO:
         del given["batch_size"]  # the run has recorded what fitted
+    if restarts() > 0:
+        given.pop("resume_opt", None)  # it was for the resume before
     stored = {name: value for name, value in read_run(Path(resume)).items() if name != "resume_opt"}
     return _configured(stored, given, resume), Path(resume)
 
@@ -85,6 +85,9 @@ def _newest(values: dict[str, Any], where: str | None) -> Path | None:
     names = {*values, "img_size", "in_chans"} if values.get("input_size") else {*values}
     same = {name: value for name, value in wanted.flat().items() if name in names and value is not None}
     same.pop("resume_opt", None)  # it is for the resume, not for the run
+    for name in ("mean", "std"):  # args.yaml has a value for each channel
+        if len(same.get(name) or ()) == 1:
+            same[name] = list(same[name]) * (wanted.model.in_chans or 3)
     if same.get("batch_size") == AUTO:
         del same["batch_size"]
     if same.get("mixed_precision") == "amp":
@@ -95,7 +98,13 @@ def _newest(values: dict[str, Any], where: str | None) -> Path | None:
 def run(args: argparse.Namespace) -> int:
     """Trains; returns 0, 2 for an error, 3 if only the push failed, 75 if a signal stopped the run."""
     try:
-        fit(*read_options(args))
+        config, resume = read_options(args)
+    except UserError:
+        if os.environ.get("RANK", "0") != "0":  # every process finds the same
+            return 2
+        raise
+    try:
+        fit(config, resume)
     except HubError as error:
         return fail(one_line(error), PUSH_FAILED)
     except Interrupted as stop:

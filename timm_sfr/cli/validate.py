@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from timm_sfr.config import RunConfig, merged
 from timm_sfr.data.datasets import open_validation
 from timm_sfr.data.folders import SPLIT_FILE, lists_all
 from timm_sfr.data.loaders import eval_loader
+from timm_sfr.data.samples import bad_images
 from timm_sfr.data.transforms import check_mode, preprocessing
 from timm_sfr.models.files import several_labels
 from timm_sfr.models.loading import create_model
@@ -26,7 +29,7 @@ from timm_sfr.runs.scores import MULTILABEL, TITLES, recorded_scores, shown_perc
 from timm_sfr.training.devices import make_accelerator
 from timm_sfr.training.evaluate import evaluate, evaluate_views
 from timm_sfr.training.progress import watched
-from timm_sfr.utils.console import console_output, sides
+from timm_sfr.utils.console import console_output, sides, some
 from timm_sfr.utils.errors import UserError, near_paths
 
 
@@ -89,18 +92,34 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
     if not split.streamed:
         loader = accelerator.prepare(loader)
     model = model.to(accelerator.device)
-    started = time.perf_counter()
     scores: dict[str, Any]
-    if views == 1:
-        scores = evaluate(model, loader, prep, accelerator, watch=watched, threshold=config.threshold)
-    else:
-        scores, augmented = evaluate_views(model, loader, prep, accelerator, watched, config.threshold)
-        scores["tta"] = {"views": views, **{name: augmented[name] for name in recorded_scores(config.data.task)}}
-    scores["images_per_second"] = scores["images"] / (time.perf_counter() - started)
+    with _says_bad_images(loader):
+        started = time.perf_counter()
+        if views == 1:
+            scores = evaluate(model, loader, prep, accelerator, watch=watched, threshold=config.threshold)
+        else:
+            scores, augmented = evaluate_views(model, loader, prep, accelerator, watched, config.threshold)
+            scores["tta"] = {"views": views, **{name: augmented[name] for name in recorded_scores(config.data.task)}}
+        scores["images_per_second"] = scores["images"] / (time.perf_counter() - started)
     main = accelerator.is_main_process
     machine = hardware(accelerator.device, accelerator.num_processes)
     accelerator.end_training()
     return {**scores, "img_size": prep.input_size[1], "input_size": prep.input_size, "hardware": machine, "main": main}
+
+
+@contextlib.contextmanager
+def _says_bad_images(loader: Any) -> Iterator[None]:
+    """A context that ends with a warning if images of this process did not decode and were replaced (``--on-bad-image skip``)."""
+    bad = bad_images(loader.dataset)
+    if bad is None:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as place:
+        bad.write_to(Path(place) / "bad_images.txt")
+        yield
+        if bad.names():
+            print(f"warning: images that do not decode and were replaced by others: {len(bad.names())}: {some(bad.names())}",
+                  file=sys.stderr)  # fmt: skip
 
 
 def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:

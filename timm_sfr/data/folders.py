@@ -58,8 +58,13 @@ class FolderScan:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes that have images, in natural order."""
-        return tuple(sorted(self.counts, key=natural_key))
+        """The names of the classes that have images, in natural order; raises UserError for a name that is not UTF-8."""
+        names = tuple(sorted(self.counts, key=natural_key))
+        for name in names:
+            if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):  # as Python reads such bytes
+                raise UserError(f"data: expected names of classes in UTF-8; got {name!a} in {str(self.root)!r}; rename the "
+                                "folder, or save the table as UTF-8")  # fmt: skip
+        return names
 
     def passed_over(self) -> str:
         """Returns one phrase for everything that is not trained on, by kind and number; empty if there is nothing."""

@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H x W pixels.
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import itertools
 import multiprocessing
 import multiprocessing.util
@@ -157,7 +158,9 @@ def eval_loader(split: Split, config: DataConfig, prep: Preprocessing, views: in
     batch = config.validation_batch_size or config.batch
     transform = prep.eval_transform(views)
     if split.streamed:
-        return DataLoader(_prepare_stream(split.dataset, transform, config, prep.img_mode), batch, **_options(config))
+        dataset = _prepare_stream(split.dataset, transform, config, prep.img_mode)
+        _read_own_shards(dataset.reader)
+        return DataLoader(dataset, batch, **_options(config))
     dataset = make_samples(split, transform, config, prep.img_mode, None)
     return DataLoader(dataset, batch, **_options(config))
 
@@ -176,6 +179,18 @@ def _prepare_stream(dataset: Any, transform: Callable, config: DataConfig, mode:
     dataset.transform = Compose([partial(to_mode, reading=image_reading(config, mode)), transform])
     dataset.set_loader_cfg(num_workers=worker_count(config))
     return dataset
+
+
+def _read_own_shards(reader: Any) -> None:
+    """Makes timm's reader of webdataset shards read each of this process's shards once, and nothing else.
+
+    By itself, it makes the parts of several processes equally long: it repeats some samples and leaves others out.
+    """
+    files = getattr(getattr(reader, "split_info", None), "filenames", None)
+    if files is not None and getattr(reader, "dist_num_replicas", 1) > 1:
+        own = files[reader.dist_rank :: reader.dist_num_replicas]
+        reader.split_info = dataclasses.replace(reader.split_info, filenames=own)
+        reader.dist_rank, reader.dist_num_replicas, reader.global_num_workers = 0, 1, reader.num_workers
 
 
 def _check_stream(config: DataConfig, aug: AugConfig) -> None:

@@ -12,10 +12,12 @@ from timm.data import Mixup, create_transform, resolve_input_data_config
 from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
-from torchvision.transforms import CenterCrop, Compose, FiveCrop, RandomCrop, Resize, TenCrop
+from torchvision.transforms import CenterCrop, Compose, FiveCrop, InterpolationMode, RandomCrop, Resize, TenCrop
 
 from timm_sfr.config import AugConfig, ModelConfig
 from timm_sfr.utils.errors import UserError
+
+INTERPOLATIONS = tuple(mode.value for mode in InterpolationMode)
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Preprocessing:
                     step.aug_fn = posterize_to_black
             return AugSplits(*made, aug.aug_splits) if aug.aug_splits else made
         except (AssertionError, ValueError, KeyError, IndexError) as error:
+            if aug.train_interpolation not in ("", "random", *INTERPOLATIONS):
+                raise UserError(f"train_interpolation: expected random, {', '.join(INTERPOLATIONS)}; got "
+                                f"{aug.train_interpolation!r}") from error  # fmt: skip
             raise UserError(f"aa: timm cannot make the training transform: {error}; give a policy such as "
                             "rand-m9-mstd0.5-inc1, original or augmix-m5") from error  # fmt: skip
 

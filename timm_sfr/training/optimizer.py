@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from torch import nn
 from timm_sfr.config import OptimConfig
 from timm_sfr.method.smoothing import warmup_epochs
 from timm_sfr.utils.errors import UserError, near_matches
+
+# What a plateau knows of the scores so far.
+PLATEAU = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr"}
 
 
 def learning_rate(config: OptimConfig, global_batch: float) -> float:
@@ -26,15 +30,28 @@ def learning_rate(config: OptimConfig, global_batch: float) -> float:
 
 
 def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Returns timm's optimizer for the parameters of `module`; raises UserError if timm does not accept name or arguments."""
+    """Returns timm's optimizer for the parameters of `module`.
+
+    Raises UserError if timm does not accept the name or the arguments, or if it needs second derivatives.
+    """
     arguments, further = {**optimizer_kwargs(config), "lr": lr}, dict(config.opt_kwargs or {})
     for name in {"eps", "betas"} & arguments.keys():  # --opt-eps and --opt-betas win
         further.pop(name, None)
     try:
-        return create_optimizer_v2(module, **arguments, **further)
+        optimizer = create_optimizer_v2(module, **arguments, **further)
     except (ValueError, AssertionError, TypeError, KeyError) as error:
-        hint = near_matches(config.opt, list_optimizers())
+        known = list_optimizers()
+        hint = "" if config.opt.lower() in known else near_matches(config.opt, known)
         raise UserError(f"opt: timm cannot make the optimizer {config.opt!r}: {error}{hint}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"opt: {config.opt!r} needs second derivatives, which SFR's feature loss does not have; choose another, "
+                        "such as adamw")  # fmt: skip
+    return optimizer
+
+
+def base_rate(groups: list[dict[str, Any]], name: str = "lr") -> float:
+    """Returns the learning rate of an optimizer's groups, without the factor of a layer (``--layer-decay``)."""
+    return groups[0][name] / groups[0].get("lr_scale", 1.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,8 @@ class Schedule:
         """
         if self.remembers and state is not None:
             self.scheduler.restore_lr = state.get("restore_lr")
-            self.scheduler.lr_scheduler.load_state_dict({key: state[key] for key in state if key != "restore_lr"})
+            # Its patience, factor and bounds are those of the options, which may have changed.
+            self.scheduler.lr_scheduler.load_state_dict({key: state[key] for key in PLATEAU & state.keys()})
         elif self.scheduler is not None:
             # At the very start, an uninterrupted run has not stepped yet, and its rate has no noise.
             if epoch > 0:
@@ -102,7 +120,10 @@ def create_schedule(
         "updates_per_epoch": updates_per_epoch,
     }
     try:
-        scheduler, epochs = create_scheduler_v2(optimizer, **arguments)
+        with warnings.catch_warnings():
+            # timm warns that a resumed run forgets the plateau's scores. Our checkpoints have them.
+            warnings.filterwarnings("ignore", "PlateauLRScheduler is deprecated", FutureWarning)
+            scheduler, epochs = create_scheduler_v2(optimizer, **arguments)
     except (ValueError, AssertionError) as error:
         raise UserError(f"sched: timm cannot make the schedule {config.sched!r}: {error}") from error
     return Schedule(scheduler, epochs)

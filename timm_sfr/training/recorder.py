@@ -134,10 +134,14 @@ class Recorder:
             save_checkpoint(folder, state, engine.checkpoint_hist, improved, engine.save_epochs or ())
 
     def save_images(self, images: Tensor, batch: int) -> None:
-        """Writes the main process's images of a batch (B, C, H, W) as they are trained on, scaled to black and white."""
+        """Writes the main process's images of a batch (B, C, H, W) as they are trained on, scaled to black and white.
+
+        Of another number of channels than 1 or 3, it shows the first three, or the first.
+        """
         if self.workspace.main:
             with self.disk("the images of a batch"):
-                save_image(images, self.workspace.run / f"train-batch-{batch}.jpg", padding=0, normalize=True)
+                shown = images if images.shape[1] in (1, 3) else images[:, : 3 if images.shape[1] > 3 else 1]
+                save_image(shown, self.workspace.run / f"train-batch-{batch}.jpg", padding=0, normalize=True)
 
     def refresh_report(self, state: RunState, last: bool) -> float:
         """Writes the report if it is due; returns the seconds it took. A failed report does not stop the training."""

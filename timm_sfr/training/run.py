@@ -6,6 +6,7 @@ import dataclasses
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ from timm_sfr.training.batch_size import MOST, has_own_memory, power_of_two, pro
 from timm_sfr.training.devices import explained_errors, keep_freed_blocks, make_accelerator
 from timm_sfr.training.forecast import Circumstances, advice
 from timm_sfr.training.guards import ADVICE, FiniteGuard, Signals
-from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
+from timm_sfr.training.optimizer import base_rate, create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run_state import Learner, RunState, restore
 from timm_sfr.training.step import augment, image_dtype
@@ -122,7 +123,7 @@ def prepare(config: RunConfig, resume: Path | None = None, *, task: TaskMaker | 
     resolved, epochs, engine = learner.config, learner.schedule.epochs, config.engine
     loader = _loader(built, built.data.val, resolved, accelerator)
     workspace = open_workspace(engine.output, engine.experiment, config.model.model or DEFAULT_MODEL, resume, accelerator)
-    facts = _facts(config, accelerator, built)
+    facts = _facts(config, accelerator, built, learner.schedule.epochs)
     bad = _list_bad_images(getattr(learner.batches, "samples", None), workspace)
     _list_bad_images(loader.dataset, workspace)
     _announce(workspace, learner, built, facts["parameters"], fitted)
@@ -177,7 +178,9 @@ def assemble(
     mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
     if data is None:
         listed = None if resume is None else resume / SPLIT_FILE
-        data = one_at_a_time(accelerator, lambda: _open(config, mode, listed))
+        # What lies on the disk already is opened by all processes at the same time.
+        opened = partial(_open, config, mode, listed)
+        data = one_at_a_time(accelerator, opened) if config.data.downloads else opened()
     auto = config.data.batch_size == AUTO
     config, fitted = _fitted_batch(config, data.train, accelerator.num_processes)
     built = _build(config, accelerator, reachable, task, data, mode)
@@ -193,7 +196,7 @@ def assemble(
     # Not the schedule: Accelerate would step it once per process.
     built.task.trainable_module, optimizer = accelerator.prepare(built.task.trainable_module, optimizer)
     learner = Learner(
-        config=resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision),
+        config=resolve(config, built.prep, built.num_classes, lr, accelerator.mixed_precision, schedule.epochs),
         accelerator=accelerator,
         task=built.task,
         optimizer=optimizer,
@@ -204,8 +207,14 @@ def assemble(
     return learner, built, fitted
 
 
-def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str) -> RunConfig:
-    """Returns `config` for args.yaml, with every default that depends on data, model or machine filled in."""
+def resolve(
+    config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str, scheduled: int | None = None
+) -> RunConfig:
+    """Returns `config` for args.yaml, with every default that depends on data, model or machine filled in.
+
+    `scheduled` is the number of epochs of the schedule, with its cycles and its cooldown; None is that of the options. The
+    warm-up of SFR is a share of it, and that of the learning rate a share of the options' epochs.
+    """
     epochs = config.optim.epochs
     return dataclasses.replace(
         config,
@@ -227,7 +236,7 @@ def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float,
             input_img_mode=config.data.input_img_mode or prep.img_mode,
         ),
         optim=dataclasses.replace(config.optim, lr=lr, warmup_epochs=warmup_epochs(epochs, config.optim.warmup_epochs)),
-        sfr=dataclasses.replace(config.sfr, warmup_epochs=warmup_epochs(epochs, config.sfr.warmup_epochs)),
+        sfr=dataclasses.replace(config.sfr, warmup_epochs=warmup_epochs(scheduled or epochs, config.sfr.warmup_epochs)),
         engine=dataclasses.replace(config.engine, mixed_precision=precision),
     )
 
@@ -317,7 +326,7 @@ def _restore(trainer: Trainer) -> None:
         say(f"resuming {run} at epoch {state.epoch + 1}{within}")
     if options:
         say(f"{'these options change nothing now' if done else 'changed options'}: {options}")
-    before, now = saved["optimizer"]["param_groups"][0]["lr"], trainer.optimizer.param_groups[0]["lr"]
+    before, now = (base_rate(groups) for groups in (saved["optimizer"]["param_groups"], trainer.optimizer.param_groups))
     if not done and now > JUMP * before:
         say(f"warning: the learning rate rises from {before:.2g}, where the run stopped, to {now:.2g}: the schedule is another")
     other = changed(run / "metrics.json", trainer.recorder.facts)
@@ -507,8 +516,8 @@ def _announce(workspace: Workspace, learner: Learner, built: Built, parameters: 
         workspace.say(str(built.task.plan))
 
 
-def _facts(config: RunConfig, accelerator: Any, built: Built) -> dict[str, Any]:
-    """Returns the content of metrics.json other than the scores."""
+def _facts(config: RunConfig, accelerator: Any, built: Built, epochs: int) -> dict[str, Any]:
+    """Returns the content of metrics.json other than the scores, of a run whose schedule has `epochs` epochs."""
     name, model, teacher = config.model.model or DEFAULT_MODEL, built.model, built.teacher
     images = summary.facts(*built.data.splits)
     smoothing = built.task.smoothing if isinstance(built.task, SFRTask) else None
@@ -520,7 +529,7 @@ def _facts(config: RunConfig, accelerator: Any, built: Built) -> dict[str, Any]:
         **({"teacher": teacher.facts} if teacher is not None else {}),
         **({"images": images} if images else {}),
         "parameters": _count(model),
-        **({"smoothing": smoothing.strength(config.optim.epochs)} if smoothing is not None else {}),
+        **({"smoothing": smoothing.strength(epochs)} if smoothing is not None else {}),
         "seed": config.engine.seed,
         "hardware": hardware(accelerator.device, accelerator.num_processes),
         "mixed_precision": accelerator.mixed_precision,

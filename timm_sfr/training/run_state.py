@@ -180,6 +180,9 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
         # A moving average that is turned on at resume starts from the current weights, not from random ones.
         ema.module.load_state_dict(state["ema"] or state["module"])
     learner.task.load_task_state(state["task"])
+    schedule = state["schedule"]
+    if schedule is not None and (not optimizer or _takes_own_rate(learner, state)):
+        schedule = {**schedule, "restore_lr": None}  # the rate without its noise, which is another now
     if optimizer:
         _load_optimizer(learner, state)
     step = state["step"]
@@ -192,14 +195,14 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
     if step > 0:
         # Sums over batches of another size are scaled to the number of batches of this size.
         _load_part(learner, state["parts"], step, step / max(1, state["step"]))
-    learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"])
+    learner.schedule.resume(learner.state.epoch, learner.state.updates, schedule)
 
 
 def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
     _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
     # The options that a resumed run may change win over the saved ones.
     names = {"momentum", "betas", "eps", "weight_decay", *(learner.config.optim.opt_kwargs or {})}
-    if not learner.schedule.remembers:
+    if _takes_own_rate(learner, state):
         names |= {"lr", "initial_lr"}
     options = [{name: group[name] for name in names & group.keys()} for group in learner.optimizer.param_groups]
     learner.optimizer.load_state_dict(state["optimizer"])
@@ -207,6 +210,12 @@ def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
         group.update(own)
     if learner.accelerator.scaler is not None and state["scaler"] is not None:
         learner.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _takes_own_rate(learner: Learner, state: dict[str, Any]) -> bool:
+    """Whether the rate follows from the options, and not from the plateau that the checkpoint was on."""
+    before, now = (groups[0].get("initial_lr") for groups in (state["optimizer"]["param_groups"], learner.optimizer.param_groups))
+    return not learner.schedule.remembers or state["schedule"] is None or before != now
 
 
 def _check(learner: Learner, state: dict[str, Any]) -> None:
@@ -234,7 +243,8 @@ def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> Non
             for key, value in state["state"].get(index, {}).items():
                 if key not in ELEMENTWISE or value is None:
                     continue
-                if not value.is_floating_point() or value.numel() != parameter.numel():
+                # Some optimizers (NvNovoGrad) keep one number for a whole parameter.
+                if not value.is_floating_point() or value.numel() not in (1, parameter.numel()):
                     raise ValueError(
                         f"the optimizer's {key} is {tuple(value.shape)} {value.dtype}, its parameter {tuple(parameter.shape)}"
                     )

@@ -23,6 +23,7 @@ from timm_sfr.runs.scores import metrics_of, shown_percents
 from timm_sfr.training.evaluate import evaluate
 from timm_sfr.training.final_test import exported, score_split
 from timm_sfr.training.guards import ADVICE, Signals, interrupted, write_event
+from timm_sfr.training.optimizer import base_rate
 from timm_sfr.training.progress import Progress, length_of
 from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run_state import Learner, collect
@@ -162,7 +163,7 @@ class Trainer(Learner):
         while not done:
             epoch, start, state.step = state.epoch, state.step, 0
             if start == 0:
-                state.lr = self.optimizer.param_groups[0]["lr"]
+                state.lr = base_rate(self.optimizer.param_groups)
             train = self.train_epoch(epoch, start)
             due = (epoch + 1) % engine.val_interval == 0 or epoch + 1 == epochs
             val = self.validate() if due else None
@@ -192,7 +193,7 @@ class Trainer(Learner):
         state = self.state
         if self.test_loader is None or not state.best or state.test:
             return False
-        model = exported(self.exported_model(), self.workspace.run / "model", self.accelerator)
+        model = exported(self.exported_model(), self.workspace.run / "model", self.accelerator).to(self.accelerator.device)
         scores, nonfinite = score_split(model, self.test_loader(), self.prep, self.accelerator, self.config.threshold)
         if nonfinite:
             self.workspace.say(f"warning: non-finite outputs for {nonfinite} images of the test split; they count as wrong")
