@@ -32,12 +32,6 @@ def test_no_data_means_digits():
     assert parse(["--model", "resnet18"])[0].model.model == "resnet18"
 
 
-def test_of_several_processes_the_first_says_what_is_wrong_with_the_options(monkeypatch, capsys):
-    for rank, lines in (("1", 0), ("0", 1)):
-        monkeypatch.setenv("RANK", rank)
-        assert main(["train", "--epochs", "0"]) == 2 and len(capsys.readouterr().err.splitlines()) == lines
-
-
 def test_config_file_under_the_command_line(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("model: resnet18\nbatch-size: 16\nlr: 0.5\n")

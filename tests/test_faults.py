@@ -158,7 +158,8 @@ def test_a_plateaus_options_may_change(tmp_path):
     assert float(summary(tmp_path / "run")[-1]["lr"]) < 0.1, "a cosine's end"
     train("--resume", tmp_path / "run", "--epochs", 3, "--sched", "plateau")
     assert float(summary(tmp_path / "run")[-1]["lr"]) == 0.1, "a new plateau begins at the rate of the options"
-    train("--resume", tmp_path / "run", "--epochs", 4, "--lr", 0.001, "--patience-epochs", 3, "--decay-rate", 0.5)
+    words = ("--lr", 0.001, "--patience-epochs", 3, "--decay-rate", 0.5, "--warmup-epochs", 1)
+    train("--resume", tmp_path / "run", "--epochs", 4, *words)
     assert float(summary(tmp_path / "run")[-1]["lr"]) == 0.001
     schedule = load_checkpoint(checkpoints(tmp_path / "run/checkpoints")[-1])["schedule"]
     assert (schedule["patience"], schedule["factor"]) == (3, 0.5) and schedule["last_epoch"] == 2
@@ -169,15 +170,20 @@ def test_a_plateau_resumes_its_scores_and_takes_its_options():
 
     def made(**options):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
-        return create_schedule(OptimConfig(sched="plateau", epochs=9, warmup_epochs=0, **options), optimizer, 4)
+        return create_schedule(OptimConfig(sched="plateau", epochs=9, **{"warmup_epochs": 0} | options), optimizer, 4)
 
     before, after = made(), made(patience_epochs=1, decay_rate=0.5, min_lr=0.01)
     for epoch, score in enumerate((50.0, 40.0, 30.0)):
         before.after_epoch(epoch, score)
-    after.resume(3, 12, before.state())
+    after.resume(3, 12, before.state(), own_rate=False)
     inner = after.scheduler.lr_scheduler
     assert (inner.best, inner.num_bad_epochs, inner.last_epoch) == (50.0, 2, 3)
     assert (inner.patience, inner.factor, inner.min_lrs) == (1, 0.5, [0.01])
+    # A rate of its own is that after the warm-up, or the warm-up's, and without the noise before.
+    for epoch, rate in ((0, 1e-5), (1, 1e-5 + (0.1 - 1e-5) / 2), (2, 0.1), (7, 0.1)):
+        fresh = made(warmup_epochs=2, warmup_lr=1e-5)
+        fresh.resume(epoch, 4 * epoch, {**before.state(), "restore_lr": [3.0]})
+        assert fresh.scheduler.optimizer.param_groups[0]["lr"] == pytest.approx(rate) and fresh.scheduler.restore_lr is None
 
 
 @pytest.mark.parametrize("opt", ["novograd", "adamw", "lamb", "lion"])

@@ -324,7 +324,8 @@ def test_the_code_of_a_card_for_other_channels_runs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name,published", [("local-dir:/home/me/one/model", "model"), ("runs/one", "one"),
-                                            ("hf-hub:user/base", None), ("test_resnet.r160_in1k", None)])  # fmt: skip
+                                            ("local-dir:one", "one"), ("hf-hub:user/base", None),
+                                            ("test_resnet.r160_in1k", None)])  # fmt: skip
 def test_a_local_model_is_published_without_its_folder(name, published, tested, tmp_path):
     folder = shutil.copytree(tested[0], tmp_path / "run")
     for file in ("args.yaml", "metrics.json"):

@@ -325,7 +325,7 @@ def test_schedules_are_timms_and_resume_from_counts(name, on_updates):
         again, resumed = fresh()
         for group, lr in zip(resumed.param_groups, rates[update], strict=True):  # the checkpoint's optimizer
             group["lr"] = lr if again.remembers else group["lr"]
-        again.resume(update // updates, update, states[update])
+        again.resume(update // updates, update, states[update], own_rate=not again.remembers)
         assert follow(again, resumed, updates, metrics, update)[0] == rates[update:], update
 
 

@@ -115,9 +115,11 @@ class DataConfig(Checked):
                 raise UserError(f"test-split: {name!r} is the {what} split; expected another, whose images are only tested on")
 
     @property
-    def downloads(self) -> bool:
-        """Whether opening the dataset may download it."""
-        return (self.dataset or "").startswith(("torch/", "tfds/", "hfds/", "hfids/"))
+    def listed(self) -> bool:
+        """Whether its files are listed by this package, which writes nothing: not timm's readers of tars and downloads."""
+        places = (self.data_dir, self.train_split, self.val_split, self.test_split)
+        tars = any(str(place).endswith(".tar") for place in places)
+        return (self.dataset or "").lower().partition("/")[0] in ("", "folder", "digits", "csv") and not tars
 
     @property
     def multilabel(self) -> bool:

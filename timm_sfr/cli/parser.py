@@ -101,7 +101,7 @@ def call(run: Callable[[argparse.Namespace], int], parser: Parser, arguments: Se
     """Parses the arguments and runs a command; returns its exit status, or prints one line and returns 2 for an error."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError):  # a stand-in for a stream, or one that is set up otherwise
-            stream.reconfigure(errors="backslashreplace")  # a file's name may have bytes that are no text
+            stream.reconfigure(errors="backslashreplace")  # a file's name may have bytes that are not UTF-8
     try:
         args = parser.parse_args(arguments)
         package = sys.modules["timm_sfr"]

@@ -98,13 +98,7 @@ def _newest(values: dict[str, Any], where: str | None) -> Path | None:
 def run(args: argparse.Namespace) -> int:
     """Trains; returns 0, 2 for an error, 3 if only the push failed, 75 if a signal stopped the run."""
     try:
-        config, resume = read_options(args)
-    except UserError:
-        if os.environ.get("RANK", "0") != "0":  # every process finds the same
-            return 2
-        raise
-    try:
-        fit(config, resume)
+        fit(*read_options(args))
     except HubError as error:
         return fail(one_line(error), PUSH_FAILED)
     except Interrupted as stop:

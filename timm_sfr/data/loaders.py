@@ -24,7 +24,7 @@ from timm.data.dataset import IterableImageDataset
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torchvision.transforms import Compose
 
 from timm_sfr.config import AugConfig, DataConfig
@@ -159,8 +159,8 @@ def eval_loader(split: Split, config: DataConfig, prep: Preprocessing, views: in
     transform = prep.eval_transform(views)
     if split.streamed:
         dataset = _prepare_stream(split.dataset, transform, config, prep.img_mode)
-        _read_own_shards(dataset.reader)
-        return DataLoader(dataset, batch, **_options(config))
+        some = _read_own_shards(dataset.reader)
+        return DataLoader(dataset if some else _Nothing(), batch, **_options(config))
     dataset = make_samples(split, transform, config, prep.img_mode, None)
     return DataLoader(dataset, batch, **_options(config))
 
@@ -181,8 +181,15 @@ def _prepare_stream(dataset: Any, transform: Callable, config: DataConfig, mode:
     return dataset
 
 
-def _read_own_shards(reader: Any) -> None:
-    """Makes timm's reader of webdataset shards read each of this process's shards once, and nothing else.
+class _Nothing(IterableDataset):
+    """The part of a stream of a process without a shard."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+def _read_own_shards(reader: Any) -> bool:
+    """Makes timm's reader of webdataset shards read each of this process's shards once; returns whether it has any.
 
     By itself, it makes the parts of several processes equally long: it repeats some samples and leaves others out.
     """
@@ -191,6 +198,8 @@ def _read_own_shards(reader: Any) -> None:
         own = files[reader.dist_rank :: reader.dist_num_replicas]
         reader.split_info = dataclasses.replace(reader.split_info, filenames=own)
         reader.dist_rank, reader.dist_num_replicas, reader.global_num_workers = 0, 1, reader.num_workers
+        return bool(own)
+    return True
 
 
 def _check_stream(config: DataConfig, aug: AugConfig) -> None:

@@ -199,12 +199,12 @@ def run_files(run: Path, source: str, place: Path, license: str | None = None) -
             config["pretrained_cfg"]["license"] = options["hub_license"] = license
         facts = Facts(found.metrics, options, found.rows, source, tuple(pictures), unpublished=tuple(unpublished))
         card = render(config, facts)
+        metrics = found.metrics | {"model": _public_model(found.metrics["model"])}
     files = {WEIGHTS: run / "model" / WEIGHTS, **{name: run / name for name in RUN_FILES}, **pictures}
     files |= {name: place / name for name in (CARD, CONFIG, "args.yaml", "metrics.json")}
     files[CONFIG].write_text(json.dumps(config, indent=2), encoding="utf-8")
     files[CARD].write_text(card, encoding="utf-8")
     files["args.yaml"].write_text(yaml.safe_dump(options, sort_keys=False))
-    metrics = found.metrics | {"model": _public_model(found.metrics["model"])}
     files["metrics.json"].write_text(json.dumps(metrics, indent=2), encoding="utf-8")
     return files
 
@@ -244,7 +244,8 @@ def published(run: Path, url: str, repo_id: str, revision: str | None) -> str:
 def _public_model(name: str | None) -> str | None:
     """Returns the name of a run's model without the path to a folder; timm's names and hf-hub:USER/NAME stay."""
     folder = str(name or "").removeprefix("local-dir:")
-    return PurePath(folder).name if "/" in folder and ":" not in folder else name
+    local = folder != str(name or "") or ("/" in folder and ":" not in folder)
+    return PurePath(folder).name if local else name
 
 
 def _at(repo_id: str, revision: str | None) -> str:

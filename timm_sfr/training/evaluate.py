@@ -129,7 +129,7 @@ def evaluate(
     """Returns the scores of `model` over the whole split, the same on every process.
 
     For an indexed split, Accelerate has prepared the loader: each process reads its part, and `gather_for_metrics` drops
-    the images repeated to make the parts even. timm's reader splits a stream, and only the sums are added up.
+    the images repeated to make the parts even. Of a stream, each process reads its part too, and only the sums are added up.
 
     Args:
         model: The model.

@@ -49,9 +49,9 @@ def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch
     return optimizer
 
 
-def base_rate(groups: list[dict[str, Any]], name: str = "lr") -> float:
+def base_rate(groups: list[dict[str, Any]]) -> float:
     """Returns the learning rate of an optimizer's groups, without the factor of a layer (``--layer-decay``)."""
-    return groups[0][name] / groups[0].get("lr_scale", 1.0)
+    return groups[0]["lr"] / groups[0].get("lr_scale", 1.0)
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,25 @@ class Schedule:
             return None
         return {**self.scheduler.lr_scheduler.state_dict(), "restore_lr": self.scheduler.restore_lr}
 
-    def resume(self, epoch: int, updates: int, state: dict[str, Any] | None) -> None:
+    def resume(self, epoch: int, updates: int, state: dict[str, Any] | None, own_rate: bool = True) -> None:
         """Sets the rate that follows `updates` updates and `epoch` epochs.
 
-        timm's schedules depend on these counts only, so a resumed run may get more epochs. Plateau also needs its `state`.
+        timm's schedules depend on these counts only, so a resumed run may get more epochs. Plateau also needs its `state`, and
+        the optimizer's saved rate unless it has its `own_rate`, that of the options.
         """
-        if self.remembers and state is not None:
-            self.scheduler.restore_lr = state.get("restore_lr")
-            # Its patience, factor and bounds are those of the options, which may have changed.
-            self.scheduler.lr_scheduler.load_state_dict({key: state[key] for key in PLATEAU & state.keys()})
+        if self.remembers and not own_rate:
+            self.scheduler.restore_lr = None if state is None else state.get("restore_lr")
         elif self.scheduler is not None:
             # At the very start, an uninterrupted run has not stepped yet, and its rate has no noise.
             if epoch > 0:
+                if self.remembers:  # it sets the rate in its warm-up only
+                    self.scheduler.update_groups(self.scheduler.base_values)
                 self.scheduler.step(epoch)
             if updates > 0:
                 self.scheduler.step_update(num_updates=updates)
+        if self.remembers and state is not None:
+            # Its patience, factor and bounds are those of the options, which may have changed.
+            self.scheduler.lr_scheduler.load_state_dict({key: state[key] for key in PLATEAU & state.keys()})
 
     def after_update(self, updates: int) -> None:
         """Sets the rate that follows `updates` updates."""

@@ -178,9 +178,8 @@ def assemble(
     mode = config.data.input_img_mode or img_mode(config.model.in_chans or 3)
     if data is None:
         listed = None if resume is None else resume / SPLIT_FILE
-        # What lies on the disk already is opened by all processes at the same time.
         opened = partial(_open, config, mode, listed)
-        data = one_at_a_time(accelerator, opened) if config.data.downloads else opened()
+        data = opened() if config.data.listed else one_at_a_time(accelerator, opened)
     auto = config.data.batch_size == AUTO
     config, fitted = _fitted_batch(config, data.train, accelerator.num_processes)
     built = _build(config, accelerator, reachable, task, data, mode)
@@ -207,13 +206,11 @@ def assemble(
     return learner, built, fitted
 
 
-def resolve(
-    config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str, scheduled: int | None = None
-) -> RunConfig:
+def resolve(config: RunConfig, prep: Preprocessing, num_classes: int, lr: float, precision: str, scheduled: int) -> RunConfig:
     """Returns `config` for args.yaml, with every default that depends on data, model or machine filled in.
 
-    `scheduled` is the number of epochs of the schedule, with its cycles and its cooldown; None is that of the options. The
-    warm-up of SFR is a share of it, and that of the learning rate a share of the options' epochs.
+    The warm-up of the learning rate is a share of the options' epochs, and that of SFR a share of the `scheduled` ones, with
+    cycles and cooldown.
     """
     epochs = config.optim.epochs
     return dataclasses.replace(
@@ -236,7 +233,7 @@ def resolve(
             input_img_mode=config.data.input_img_mode or prep.img_mode,
         ),
         optim=dataclasses.replace(config.optim, lr=lr, warmup_epochs=warmup_epochs(epochs, config.optim.warmup_epochs)),
-        sfr=dataclasses.replace(config.sfr, warmup_epochs=warmup_epochs(scheduled or epochs, config.sfr.warmup_epochs)),
+        sfr=dataclasses.replace(config.sfr, warmup_epochs=warmup_epochs(scheduled, config.sfr.warmup_epochs)),
         engine=dataclasses.replace(config.engine, mixed_precision=precision),
     )
 

@@ -180,9 +180,7 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
         # A moving average that is turned on at resume starts from the current weights, not from random ones.
         ema.module.load_state_dict(state["ema"] or state["module"])
     learner.task.load_task_state(state["task"])
-    schedule = state["schedule"]
-    if schedule is not None and (not optimizer or _takes_own_rate(learner, state)):
-        schedule = {**schedule, "restore_lr": None}  # the rate without its noise, which is another now
+    own_rate = not optimizer or _takes_own_rate(learner, state)
     if optimizer:
         _load_optimizer(learner, state)
     step = state["step"]
@@ -195,7 +193,7 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
     if step > 0:
         # Sums over batches of another size are scaled to the number of batches of this size.
         _load_part(learner, state["parts"], step, step / max(1, state["step"]))
-    learner.schedule.resume(learner.state.epoch, learner.state.updates, schedule)
+    learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"], own_rate)
 
 
 def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
@@ -243,8 +241,8 @@ def _check_optimizer(groups: list[dict[str, Any]], state: dict[str, Any]) -> Non
             for key, value in state["state"].get(index, {}).items():
                 if key not in ELEMENTWISE or value is None:
                     continue
-                # Some optimizers (NvNovoGrad) keep one number for a whole parameter.
-                if not value.is_floating_point() or value.numel() not in (1, parameter.numel()):
+                whole = key == "exp_avg_sq" and value.ndim == 0  # NvNovoGrad's, one number for a parameter
+                if not value.is_floating_point() or (value.numel() != parameter.numel() and not whole):
                     raise ValueError(
                         f"the optimizer's {key} is {tuple(value.shape)} {value.dtype}, its parameter {tuple(parameter.shape)}"
                     )
