@@ -140,8 +140,8 @@ class Recorder:
         """
         if self.workspace.main:
             with self.disk("the images of a batch"):
-                shown = images if images.shape[1] in (1, 3) else images[:, : 3 if images.shape[1] > 3 else 1]
-                save_image(shown, self.workspace.run / f"train-batch-{batch}.jpg", padding=0, normalize=True)
+                shown = 3 if images.shape[1] >= 3 else 1  # the numbers of channels that a JPEG file may have
+                save_image(images[:, :shown], self.workspace.run / f"train-batch-{batch}.jpg", padding=0, normalize=True)
 
     def refresh_report(self, state: RunState, last: bool) -> float:
         """Writes the report if it is due; returns the seconds it took. A failed report does not stop the training."""

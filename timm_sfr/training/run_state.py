@@ -182,7 +182,7 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
     learner.task.load_task_state(state["task"])
     own_rate = not optimizer or _takes_own_rate(learner, state)
     if optimizer:
-        _load_optimizer(learner, state)
+        _load_optimizer(learner, state, own_rate)
     step = state["step"]
     if state["images"] != learner.images_before(state["epoch"], step):
         # Other global batches: continue after the last whole batch of the images seen.
@@ -196,11 +196,11 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
     learner.schedule.resume(learner.state.epoch, learner.state.updates, state["schedule"], own_rate)
 
 
-def _load_optimizer(learner: Learner, state: dict[str, Any]) -> None:
+def _load_optimizer(learner: Learner, state: dict[str, Any], own_rate: bool) -> None:
     _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
     # The options that a resumed run may change win over the saved ones.
     names = {"momentum", "betas", "eps", "weight_decay", *(learner.config.optim.opt_kwargs or {})}
-    if _takes_own_rate(learner, state):
+    if own_rate:
         names |= {"lr", "initial_lr"}
     options = [{name: group[name] for name in names & group.keys()} for group in learner.optimizer.param_groups]
     learner.optimizer.load_state_dict(state["optimizer"])
