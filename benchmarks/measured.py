@@ -66,7 +66,7 @@ def ratio_row(
     middle, low, high = ratios(taken, around)[""]
     if speed:
         middle, low, high = 1 / middle, 1 / high, 1 / low
-    note = f"{1e3 * median(own):.3g} ms against {1e3 * median(taken['']):.3g} ms, {rounds} rounds"
+    note = f"{1e3 * median(own):,.4g} ms against {1e3 * median(taken['']):,.4g} ms, {rounds} rounds"
     row = Row(part, what, middle, low, high, target, speed, note)
     print(row, flush=True)
     return row

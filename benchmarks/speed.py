@@ -64,20 +64,28 @@ def write_page(rows: list[dict[str, str]], document: Path) -> None:
     """Updates the tables of the document."""
     text = document.read_text()
     for part in dict.fromkeys(row["part"] for row in rows):
+        chosen = [row for row in rows if row["part"] == part]
         table = [
             [row["what"], f"{float(row['value']):.3g}", f"{float(row['low']):.3g} to {float(row['high']):.3g}",
-             verdict(row), row["note"], row["hardware"]]
-            for row in rows
-            if row["part"] == part
+             verdict(row), row["note"]]
+            for row in chosen
         ]  # fmt: skip
-        header = ["what", "median", "quartiles", "target", "seen", "machine"]
+        header = ["what", "median", "quartiles", "target", "seen"]
         if part == "profile":
             table, header = [[line[0], line[1], line[4]] for line in table], ["operation", "ms more a step", "seen"]
-        text = fill(text, f"speed-{part}", markdown(header, table))
-    some = [row for row in rows if row["part"] == "step"] or rows
-    about = "; ".join(dict.fromkeys(f"{r['hardware']}, {r['threads']} threads, {r['versions']}, {r['date']}" for r in some))
-    text = fill(text, "speed-about", "".join(letter for letter in about if letter not in '{}"') + "\n")
+        text = fill(text, f"speed-{part}", f"{markdown(header, table)}\n{_measured_on(chosen)}\n")
     document.write_text(text)
+
+
+def _measured_on(rows: list[dict[str, str]]) -> str:
+    """Returns the machines, versions and dates of the rows in words."""
+    return "; ".join(
+        dict.fromkeys(
+            f"{row['hardware']}, {row['threads']} threads, torch {found['torch']}, timm {found['timm']}, {row['date']}"
+            for row in rows
+            for found in [json.loads(row["versions"])]
+        )
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import timm
 import torch
@@ -131,7 +132,8 @@ def memory_rows(settings: tuple[Setting, ...], device: torch.device, repeats: in
     for setting in settings:
         pairs = [(peak(setting, False, device.type), peak(setting, True, device.type)) for _ in range(repeats)]
         each = sorted(ours / plain for plain, ours in pairs)
-        note = f"{pairs[0][0]:.0f} MiB against {pairs[0][1]:.0f} MiB, {repeats} processes each"
+        plain, ours = (median(side) for side in zip(*pairs, strict=True))
+        note = f"{plain:,.0f} MiB against {ours:,.0f} MiB, {repeats} processes each"
         what = f"peak memory, {setting.label}"
         rows.append(Row("memory", what, each[repeats // 2], each[repeats // 4], each[-1 - repeats // 4], 1.03, False, note))
         print(rows[-1], flush=True)

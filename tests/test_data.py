@@ -155,6 +155,9 @@ def test_data_that_cannot_be_trained_on(folder, tmp_path):
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
             open_splits(DataConfig(data_dir=str(tmp_path / name)), "RGB", 0)
+    for config in (DataConfig(dataset="digits", val_share=0.1), DataConfig(dataset="torch/cifar10", val_share=0.1)):
+        with pytest.raises(UserError, match=r"val-share: .* is validated on its split 'validation'; leave the option out"):
+            open_splits(config, "RGB", 0)
     (tmp_path / "hollow" / "train").mkdir(parents=True)
     with pytest.raises(UserError, match="found no images in folders of classes"):
         open_splits(DataConfig(data_dir=str(tmp_path / "hollow")), "RGB", 0)

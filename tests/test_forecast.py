@@ -28,13 +28,14 @@ def test_too_many_loading_processes_are_told_in_one_line_and_the_length_in_anoth
         "sys.exit(train_sfr.main(sys.argv[1:]))"
     )
     done = run(TRAIN[0], "-c", script, *TRAIN[2:], "--model", "resnet20_cifar", "--data-dir", folder, "--epochs", 1,
-               "-b", 20, "-j", workers, "--json-logs", "--output", tmp_path, "--experiment", "run")  # fmt: skip
+               "-b", 20, "-j", workers, "--model-ema", "--json-logs", "--output", tmp_path, "--experiment", "run")  # fmt: skip
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0 and done.stderr == ""
     warned = [line["text"] for line in lines if line["event"] == "warning"]
     assert [text.split(";")[0] for text in warned if "workers" in text] == [
         f"warning: workers: {workers} loading processes for {own} core{'s' if own > 1 else ''}"
     ]
+    assert any(text.startswith("warning: model-ema: the average is what is scored") for text in warned)
     length = next(line for line in lines if line["event"] == "length")
     assert length["updates"] * 20 == length["images"] and length["epochs"] == 1
     assert re.fullmatch(r"\d+ images an epoch, \d+ updates in 1 epoch", length["text"])
@@ -74,7 +75,7 @@ def lines_on(model="resnet20_cifar", **options):
         ({"sfr_solver": "triton", "sfr_matching": "emd"}, "sfr-solver: triton runs on CUDA only"),
         ({"sfr_solver": "exact"}, "sfr-solver: exact solves the plans of --sfr-matching emd; with divergence it has no effect"),
         ({"sfr_solver": "exact", "sfr_matching": "emd"}, None),
-        ({"images": 100}, "batch-size: an update would take 128 images and the training split has 100"),
+        ({"images": 100}, "batch-size: an update would take 128 images and an epoch has 100"),
         ({"images": 200, "grad_accum_steps": 2}, "batch-size: an update would take 256 images"),
         ({"model": "resnet18", "img_size": 32}, "of 32 px end as 1x1 in resnet18, which divides them by 32: .*resnet18_cifar"),
         ({"model": "resnet18", "img_size": 64}, None),

@@ -61,6 +61,16 @@ def test_a_timm_model_is_published_without_timms_provenance(hub, tmp_path):
     assert title == "mine" and set(files) - {".gitattributes"} == {"config.json", "model.safetensors", "README.md"}
     about = json.loads(files["config.json"])["pretrained_cfg"]
     assert not {"tag", "origin_url", "paper_ids", "license", "hf_hub_id"} & about.keys() and about["num_classes"] == 7
+    code = (
+        "import timm, timm_sfr; loss = timm_sfr.LossForm(bce=True, multi_label=True); "
+        "task = timm_sfr.SFRTask(timm.create_model('resnet18', num_classes=7), loss=loss); "
+        "timm_sfr.push_to_hub(task, 'user/several')"
+    )
+    done = python(code, **hub.env(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    files = hub.repos["user/several"].commits[-1][2]
+    assert json.loads(files["config.json"])["problem_type"] == "multi_label_classification"
+    assert b"sigmoid" in files["README.md"] and b"softmax" not in files["README.md"]
     done = python("import timm_sfr; timm_sfr.push_to_hub(__import__('torch').nn.Linear(1, 1), 'user/plain')")
     assert "expected a timm model" in done.stderr
 

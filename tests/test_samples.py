@@ -92,3 +92,12 @@ def test_a_pipe_that_breaks_before_its_process_has_died_is_one_line_too():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert "worker (pid 7) exited unexpectedly with exit code 9" in str(told)
+
+
+def test_an_error_in_a_loading_process_is_told_in_its_own_words():
+    text = (
+        "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        '  File "x.py", line 1, in f\nRuntimeError: 1 shard for 4 workers\n'
+    )
+    told = str(explained(RuntimeError(text), "nothing was begun"))
+    assert told == "data: a loading process failed: RuntimeError: 1 shard for 4 workers; nothing was begun"

@@ -21,6 +21,7 @@ from timm_sfr.cli import compare
 from timm_sfr.cli.main import main
 from timm_sfr.config import RunConfig
 from timm_sfr.data.transforms import Preprocessing, plain_view
+from timm_sfr.hub.card import dataset_id
 from timm_sfr.hub.push import model_files, run_files
 from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.runs.predictions import ECE_BINS
@@ -285,8 +286,12 @@ def test_local_paths_of_the_data_are_not_published(tested, tmp_path):
     args = yaml.safe_load(files["args.yaml"].read_text())
     assert args["dataset"] == metrics(folder)["dataset"] == "csv/digits.csv"
     assert "--dataset csv/FILE" in files["README.md"].read_text()
-    names = {"hfds/a/b": "hfds/a/b", "hfds//x/b": "hfds/b", "csv/mine/a.csv": "csv/a.csv"}
+    names = {"hfds/a/b": "hfds/a/b", "hfds//x/b": "hfds/./b", f"hfds/{tmp_path}": f"hfds/./{tmp_path.name}",
+             "csv/mine/a.csv": "csv/a.csv"}  # fmt: skip
     assert {source: RunConfig.from_flat({"dataset": source}).data.public_name() for source in names} == names
+    ids = {"hfds/a/b": "a/b", "hfids/a/b": "a/b", "hfds//x/b": None, "hfds/./b": None, "hfds/parquet": None, "csv/a.csv": None,
+           "torch/cifar10": "uoft-cs/cifar10", f"hfds/{tmp_path}": None}  # fmt: skip
+    assert {source: dataset_id({"dataset": source}) for source in ids} == ids
 
 
 @pytest.mark.parametrize("option,value,line", [

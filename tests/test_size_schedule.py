@@ -23,6 +23,7 @@ from timm_sfr.data.sizes import SizedBatches, SizedSamples, SizeSchedule
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.models.teacher import Teacher
 from timm_sfr.training.optimizer import learning_rate
+from timm_sfr.training.run import assemble, start
 from timm_sfr.training.run_state import Learner
 
 PREP = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
@@ -55,6 +56,17 @@ def test_processes_agree_on_sizes_and_share_the_images(options):
         part = SizedBatches(ours, EpochOrder(1000, 7), 1)
         part.epoch, part.start = epoch, 3
         assert list(part) == two[3:] and part.indices(epoch, 3) == [key % 1000 for key, _ in two[3]]
+
+
+def test_the_smoothing_counts_the_images_of_short_epochs():
+    """50 epochs of 2 batches of 32 images are few passes over the 1,437 digits, so labels are smoothed by almost nothing."""
+    options = {"train_img_sizes": (8, 16), "train_batches_per_epoch": 2, "batch_size": 32, "epochs": 50, "workers": 0}
+    for given, passes in ((options, 64 / 1437), ({"batch_size": 32}, 1), ({"batch_size": 32, "epoch_repeats": 2}, 2)):
+        config = RunConfig.from_flat({"model": "resnet20_cifar", **given})
+        learner, _, _ = assemble(config, start(config))
+        assert learner.task.smoothing.passes == pytest.approx(passes)
+        if given is options:
+            assert learner.task.smoothing.strength(50) < 1e-3
 
 
 def test_one_size_has_the_batches_of_a_run_without_sizes():

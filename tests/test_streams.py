@@ -1,17 +1,24 @@
 """Data sets that are not folders: tars always; streams where their packages are installed."""
 
+import dataclasses
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import finished_run, train
 from digit_files import digit_files, make_parquet, make_shards, make_tars, put
+from torch.utils.data import DataLoader, IterableDataset
 
-from timm_sfr.config import DataConfig
+from timm_sfr import UserError
+from timm_sfr.config import AugConfig, DataConfig
 from timm_sfr.data.datasets import open_split
-from timm_sfr.data.loaders import eval_loader
+from timm_sfr.data.loaders import SeededStream, TrainBatches, eval_loader
 from timm_sfr.data.transforms import Preprocessing
 
+PREP = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0)
+ONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"), is_main_process=True)
 LENGTHS = ("--train-num-samples", 96, "--val-num-samples", 40, "--num-classes", 10)
 
 
@@ -23,7 +30,7 @@ def scores(tmp_path, *words):
 def test_tars(tmp_path):
     make_tars(tmp_path)
     words = ("--data-dir", tmp_path, "--train-split", "train.tar", "--val-split", "val.tar")
-    assert scores(tmp_path, *words)["images"] == 40
+    assert scores(tmp_path, *words, "-b", "auto")["images"] == 40
 
 
 def test_webdataset_shards(tmp_path):
@@ -31,6 +38,44 @@ def test_webdataset_shards(tmp_path):
     make_shards(tmp_path)
     words = ("--data-dir", tmp_path, "--train-split", "train-{0000..0001}.tar", "--val-split", "val-{0000..0001}.tar")
     assert scores(tmp_path, "--dataset", "wds/", *words, *LENGTHS)["images"] == 40
+    config = DataConfig(dataset="wds/", data_dir=str(tmp_path), train_split="train-{0000..0001}.tar", train_num_samples=96)
+    for options, said in (
+        ({"epoch_repeats": 2}, "epoch-repeats: .* got 2"),
+        ({"on_bad_image": "skip"}, "on-bad-image: .* stream"),
+    ):
+        given = dataclasses.replace(config, **options)
+        with pytest.raises(UserError, match=said):
+            TrainBatches(open_split(given, "train", "RGB", 0), given, AugConfig(), PREP, 0, ONE)
+
+
+class Noise(IterableDataset):
+    """Twelve images, three of each of four processes' workers."""
+
+    def __len__(self):
+        return 12
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        yield from ((number, 0) for number in range(3))
+
+
+def test_the_random_numbers_of_a_stream():
+    """They differ by seed, epoch, process, loading process and position, and are the same again; nobody else's change."""
+
+    def draws(seed, epoch, process, workers):
+        stream = SeededStream(Noise(), lambda number: torch.rand(1), seed, process)
+        loader = DataLoader(stream, None, num_workers=workers, generator=torch.Generator())
+        stream.set_epoch(epoch)
+        return [image.item() for image, _ in loader]
+
+    state = torch.get_rng_state()
+    places = [(0, 0, 0, 0), (0, 0, 0, 2), (0, 1, 0, 0), (0, 0, 1, 0), (1, 0, 0, 0)]
+    drawn = [draws(*place) for place in places]
+    assert [len(one) for one in drawn] == [3, 6, 3, 3, 3] and set(drawn[0]) < set(drawn[1])
+    assert len({number for one in drawn for number in one}) == 15
+    assert drawn == [draws(*place) for place in places] and torch.equal(torch.get_rng_state(), state)
 
 
 def test_each_process_reads_its_shards_of_webdataset_once(tmp_path):
@@ -42,11 +87,11 @@ def test_each_process_reads_its_shards_of_webdataset_once(tmp_path):
                 put(tar, f"{shard}-{index:05d}.png", data)
                 put(tar, f"{shard}-{index:05d}.cls", str(shard).encode())
     config = DataConfig(dataset="wds/", data_dir=str(tmp_path), val_split="val-{0000..0002}.tar", val_num_samples=45, workers=1)
-    prep, seen = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3, "bilinear", 1.0), []
+    seen = []
     for rank in range(4):
         split = open_split(config, "val", "RGB", 0)
         split.dataset.reader.dist_rank, split.dataset.reader.dist_num_replicas = rank, 4
-        seen.append([target for _, targets in eval_loader(split, config, prep) for target in targets.tolist()])
+        seen.append([target for _, targets in eval_loader(split, config, PREP) for target in targets.tolist()])
     assert seen == [[0] * 30, [1] * 10, [2] * 5, []]
 
 

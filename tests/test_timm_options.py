@@ -2,10 +2,12 @@
 
 import argparse
 import ast
+import dataclasses
 import os
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -24,8 +26,11 @@ from timm_sfr.cli.timm_options import FOREIGN, RENAMED, TRANSLATED, translate
 from timm_sfr.cli.train import parse, training_parser
 from timm_sfr.config import AugConfig, ModelConfig, OptimConfig, options
 from timm_sfr.data.transforms import Preprocessing
+from timm_sfr.hub.model_folder import resolve_hub
 from timm_sfr.models.loading import new_model
 from timm_sfr.training.optimizer import base_rate, create_optimizer, create_schedule
+from timm_sfr.training.run import _optimisation
+from timm_sfr.training.run_state import _load_optimizer
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.options import plain
 
@@ -363,6 +368,9 @@ def test_a_file_as_pretrained_weights(tmp_path):
     assert model.pretrained_cfg["num_classes"] == 5 and not model.pretrained_cfg.keys() & {"hf_hub_id", "file", "url"}
     with pytest.raises(UserError, match="pretrained-path: no such file"):
         new_model(ModelConfig(model="resnet18", pretrained=True, pretrained_path="nowhere.pth"), 5)
+    torch.save({"module": source.state_dict()}, tmp_path / "state.pt")
+    with pytest.raises(UserError, match=r"state.pt' lacks 100 weights of the model, such as 'conv1.weight'"):
+        new_model(dataclasses.replace(config, pretrained_path=str(tmp_path / "state.pt")), 5)
 
 
 def test_wandb_gets_what_was_asked(tmp_path):
@@ -444,6 +452,36 @@ def test_what_timm_cannot_make_is_said_by_its_option():
         prep.train_transform(AugConfig(train_interpolation="foo"))
     with pytest.raises(UserError, match="aa: timm cannot make the training transform"):
         prep.train_transform(AugConfig(aa="foo"))
+
+
+def test_a_resumed_run_takes_the_factors_of_its_own_options():
+    model = timm.create_model("resnet20_cifar")
+    before, now = (create_optimizer(OptimConfig(layer_decay=decay), model, 0.1) for decay in (0.9, 0.5))
+    wanted = [group["lr_scale"] for group in now.param_groups]
+    learner = SimpleNamespace(
+        optimizer=now, config=RunConfig.from_flat({"data_dir": "x"}), accelerator=SimpleNamespace(scaler=None)
+    )
+    _load_optimizer(learner, {"optimizer": before.state_dict()}, True)
+    assert [group["lr_scale"] for group in now.param_groups] == wanted and min(wanted) < 0.01
+
+
+def test_the_tag_and_the_licence_of_the_weights():
+    def resolved(sfr=True, **options):
+        model = SimpleNamespace(pretrained_cfg={"license": "mit"})
+        hub = resolve_hub(RunConfig.from_flat({"data_dir": "my/Pets", "model": "resnet18", **options}), model, sfr=sfr)
+        return hub.tag, hub.license
+
+    assert resolved() == ("sfr_pets", "apache-2.0") and resolved(sfr=False) == ("pets", "apache-2.0")
+    assert resolved(pretrained=True) == ("sfr_pets", "mit")
+    assert resolved(initial_checkpoint="a.pth") == ("sfr_pets", None)
+    assert resolved(pretrained=True, initial_checkpoint="a.pth") == ("sfr_pets", None)  # of other weights than timm's
+
+
+def test_synchronised_batchnorm_needs_gpus():
+    config, task = RunConfig.from_flat({"data_dir": "x", "sync_bn": True}), SimpleNamespace(trainable_module=torch.nn.Identity())
+    cpus = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="sync-bn: expected GPUs"):
+        _optimisation(config, cpus, task, 3, 8)
 
 
 def test_the_rate_of_a_run_is_that_before_the_factors_of_the_layers():

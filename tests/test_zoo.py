@@ -92,6 +92,9 @@ def test_not_published_yet(hub, tmp_path):
     done = python(code, **hub.env(tmp_path, token=None))
     said = f"timm-sfr/{RECIPE}: it is not published yet (or private); to train it: timm-sfr train --config "
     assert f"{said}{CONFIGS / RECIPE}.yaml" in done.stdout, done.stderr
+    done = python(code, **hub.env(tmp_path, token=None) | {"HF_HUB_OFFLINE": "1"})
+    said = "HF_HUB_OFFLINE is set; its weights do not come with the package; to train it: timm-sfr train --config "
+    assert f"{said}{CONFIGS / RECIPE}.yaml" in done.stdout, done.stderr
 
 
 def test_published_loads_by_its_name(hub, tmp_path):

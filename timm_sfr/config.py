@@ -10,7 +10,7 @@ import dataclasses
 import re
 import typing
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, ClassVar
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -139,8 +139,10 @@ class DataConfig(Checked):
         kind, _, name = (self.dataset or "").partition("/")
         if self.dataset is None:
             return self.data_dir and (PurePath(self.data_dir).name or self.data_dir)
-        local = kind == "csv" or name.startswith(("/", "..", "~"))
-        return f"{kind}/{PurePath(name).name}" if local else self.dataset
+        if kind == "csv":
+            return f"{kind}/{PurePath(name).name}"
+        local = name.startswith(("/", ".", "~")) or (kind in ("hfds", "hfids") and Path(name).is_dir())
+        return f"{kind}/./{PurePath(name).name}" if local else self.dataset
 
     @property
     def batch_or_default(self) -> int:
@@ -199,6 +201,11 @@ class ModelConfig(Checked):
     model_dtype: str | None = option(
         None, "type of the weights, without mixed precision (default: float32)", choices=("float32", "bfloat16", "float16")
     )
+
+    @property
+    def keeps_pretrained(self) -> bool:
+        """Whether training starts from the model's own pretrained weights; an `initial_checkpoint` replaces them."""
+        return self.pretrained and not self.initial_checkpoint
 
     @property
     def low_precision(self) -> bool:

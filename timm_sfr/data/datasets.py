@@ -187,6 +187,9 @@ def _from_timm(config: DataConfig, part: str, img_mode: str, seed: int, classes:
     name = config.dataset if config.dataset and "/" in config.dataset else ""
     if name.startswith("wds/") and samples is None:
         _check_shards(config.data_dir, part)
+    if name.startswith("wds/") and config.epoch_repeats > 1:
+        raise UserError(f"epoch-repeats: timm's reader of webdatasets does not repeat; got {config.epoch_repeats:g}; leave the "
+                        "option out, and train for as many times more --epochs")  # fmt: skip
     kind = name.split("/")[0]
     try:
         dataset = create_dataset(
@@ -196,7 +199,7 @@ def _from_timm(config: DataConfig, part: str, img_mode: str, seed: int, classes:
             class_map=config.class_map,
             is_training=part == "train",
             download=config.dataset_download,
-            batch_size=config.batch,
+            batch_size=config.batch_or_default,
             num_samples=samples,
             repeats=config.epoch_repeats if part == "train" else 0,  # of a stream; the sampler repeats other datasets
             seed=seed,
@@ -236,14 +239,24 @@ def _encode_labels(dataset: ImageDataset, names: tuple[str, ...] | None, name: s
 
 
 def _parts(config: DataConfig, seed: int, listed: Path | None, part: str = "train") -> Parts | None:
-    """Splits a folder of classes without a validation split into two parts. Returns None for any other folder.
+    """Splits a table, or a folder of classes without a validation split, into parts. Returns None for any other data.
 
     Raises:
-        UserError: if a share is given for data with a validation split, there are too few images to split, or files named in
-            `listed` are missing (to open another part than train, only the validation files count).
+        UserError: if a share is given for data that cannot be split or has a validation split, there are too few images to
+            split, or files named in `listed` are missing (to open another part than train, only the validation files count).
     """
     if is_table(config.dataset):
         return _table_parts(config, seed, listed, part)
+    parts = _folder_parts(config, seed, listed, part)
+    if parts is None and config.val_share is not None:
+        raise UserError("val-share: expected a folder of classes or a table, of which a part can be split off; "
+                        f"{config.dataset or config.data_dir or 'digits'!r} is validated on its split {config.val_split!r}; "
+                        "leave the option out, or name another --val-split")  # fmt: skip
+    return parts
+
+
+def _folder_parts(config: DataConfig, seed: int, listed: Path | None, part: str) -> Parts | None:
+    """Splits a folder of classes, as `_parts`."""
     if "/" in (config.dataset or "") or config.data_dir is None or not Path(config.data_dir).is_dir():
         return None
     root = Path(config.data_dir)

@@ -23,8 +23,9 @@ import torch
 from timm.data.dataset import IterableImageDataset
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
+from timm.data.readers.shared_count import SharedCount
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, get_worker_info
 from torchvision.transforms import Compose
 
 from timm_sfr.config import AugConfig, DataConfig
@@ -39,6 +40,7 @@ from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.processes import cores
+from timm_sfr.utils.seeding import mixed, random_state_kept, seed_cpu
 
 WORKERS = 4
 
@@ -104,7 +106,9 @@ class TrainBatches:
         if split.streamed:
             _check_stream(config, aug)
             _check_shards(split.dataset, accelerator.num_processes * max(1, worker_count(config)))
-            dataset = _prepare_stream(split.dataset, transform, config, prep.img_mode)
+            dataset = SeededStream(
+                _prepare_stream(split.dataset, None, config, prep.img_mode), transform, seed, accelerator.process_index
+            )
         else:
             if config.cache_dataset and accelerator.is_main_process:
                 logger.info("decoding the images once, into memory")
@@ -120,7 +124,7 @@ class TrainBatches:
                 self.sampler = SizedBatches(sizes, order, accelerator.process_index)
                 dataset, form = SizedSamples(views), {"batch_sampler": self.sampler}
         self.samples = dataset
-        self.loader = DataLoader(dataset, **form, **_options(config))
+        self.loader = DataLoader(dataset, **form, **_options(config, mixed(seed, accelerator.process_index)))
         self.batches = PrefetchLoader(
             self.loader, mean=prep.mean, std=prep.std, channels=prep.input_size[0], device=accelerator.device
         )
@@ -140,7 +144,7 @@ class TrainBatches:
         if self.sampler is not None:
             self.sampler.epoch, self.sampler.start = epoch, start
             return iter(self.batches)
-        self.split.dataset.set_epoch(epoch)
+        self.samples.set_epoch(epoch)
         return itertools.islice(self.batches, start, None)  # a stream has to be read again up to `start`
 
     def files(self, epoch: int, step: int) -> list[str]:
@@ -172,11 +176,40 @@ def worker_count(config: DataConfig) -> int:
     return max(1, min(WORKERS, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def _prepare_stream(dataset: Any, transform: Callable, config: DataConfig, mode: str) -> IterableImageDataset:
+class SeededStream(IterableDataset):
+    """The samples of a stream, each transformed with random numbers seeded by (seed, epoch, process, worker, position).
+
+    So processes, epochs and seeds differ, and a resumed epoch draws the same numbers again.
+    """
+
+    def __init__(self, dataset: IterableImageDataset, transform: Callable, seed: int, process: int) -> None:
+        self.dataset, self.transform, self.seed, self.process = dataset, transform, seed, process
+        self.current = SharedCount()  # the epoch, which loading processes that have started have to see
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the order and of the random numbers."""
+        self.current.value = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        worker = get_worker_info()
+        place = (self.seed, self.current.value, self.process, 0 if worker is None else worker.id)
+        for position, (image, target) in enumerate(self.dataset):
+            with random_state_kept():
+                seed_cpu(*place, position)
+                image = self.transform(image)
+            yield image, target
+
+
+def _prepare_stream(dataset: Any, transform: Callable | None, config: DataConfig, mode: str) -> IterableImageDataset:
     if config.cache_dataset:
         raise UserError("cache-dataset: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a "
                         "stream; leave the option out")  # fmt: skip
-    dataset.transform = Compose([partial(to_mode, reading=image_reading(config, mode)), transform])
+    read = partial(to_mode, reading=image_reading(config, mode))
+    dataset.transform = read if transform is None else Compose([read, transform])
     dataset.set_loader_cfg(num_workers=worker_count(config))
     return dataset
 
@@ -204,7 +237,8 @@ def _read_own_shards(reader: Any) -> bool:
 
 def _check_stream(config: DataConfig, aug: AugConfig) -> None:
     """Raises UserError for options that need to know the images of an epoch beforehand."""
-    for name, given in (("sampler", config.sampler != "shuffle"), ("aug-repeats", aug.aug_repeats > 1)):
+    skips = config.on_bad_image == "skip"
+    for name, given in (("sampler", config.sampler != "shuffle"), ("aug-repeats", aug.aug_repeats > 1), ("on-bad-image", skips)):
         if given:
             raise UserError(f"{name}: expected a dataset with an index (a folder, a tar, torch/, hfds/); this one is a stream, "
                             "whose images and classes are not known beforehand; leave the option out")  # fmt: skip
@@ -242,7 +276,7 @@ def _terminate_workers() -> None:
 atexit.register(_terminate_workers)  # registered after multiprocessing's handler, so it runs first
 
 
-def _options(config: DataConfig) -> dict[str, Any]:
+def _options(config: DataConfig, seed: int = 0) -> dict[str, Any]:
     workers = worker_count(config)
     return {
         "num_workers": workers,
@@ -251,5 +285,6 @@ def _options(config: DataConfig) -> dict[str, Any]:
         "collate_fn": collate,
         "worker_init_fn": _ignore_signals,
         # A separate generator, because starting workers draws a number and a resumed run starts them in another epoch.
-        "generator": torch.Generator(),
+        # webdataset shuffles by it, so it differs between seeds and processes.
+        "generator": torch.Generator().manual_seed(seed),
     }

@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from timm_sfr.config import in_words
 from timm_sfr.data.transforms import img_mode
 from timm_sfr.models import SMALL_IMAGE_MODELS
+from timm_sfr.models.files import PROBLEM, SEVERAL_LABELS
 from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES, shown_percents, task_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -31,6 +32,8 @@ NOT_THE_HUBS = (
     "cvnets-license", "dinov3-license", "fastvit-license", "mobileone-license", "nvidia-open-model-license", "qwen-community-1.0",
     "sapiens2-license", "seer-license",
 )  # fmt: skip
+# Names by which the package datasets reads files of one's own, which are no ids on the Hub.
+FILE_FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")
 # Ids on the Hub of datasets that timm reads from torchvision.
 ON_THE_HUB = {"torch/cifar10": "uoft-cs/cifar10", "torch/cifar100": "uoft-cs/cifar100"}
 
@@ -59,7 +62,9 @@ def dataset_id(options: dict[str, Any]) -> str | None:
     """Returns the dataset's id on the Hub, or None if no id is known."""
     source = str(options.get("dataset") or "")
     given = options.get("hub_dataset") or ON_THE_HUB.get(source.lower())
-    return given or (source.removeprefix("hfds/") if source.startswith("hfds/") else None)
+    kind, _, name = source.partition("/")
+    ours = name.startswith(("/", ".", "~")) or name in FILE_FORMATS or Path(name).is_dir()
+    return given or (name if kind in ("hfds", "hfids") and not ours else None)
 
 
 def render(config: dict[str, Any], facts: Facts) -> str:
@@ -71,7 +76,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
     published = facts.source.split("@")[0].split("/")[-1] if facts.source else None
     name = facts.packaged or published or config["architecture"]
     metrics, options, size = facts.metrics, facts.options, config["pretrained_cfg"]["input_size"]
-    task = task_of(options)
+    task = MULTILABEL if config.get(PROBLEM) == SEVERAL_LABELS else task_of(options)
     template = Environment(undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     card = template.render(
         card_data=card_head(name, config, facts).to_yaml(),

@@ -25,10 +25,10 @@ from timm_sfr.utils.files import replace_atomically, write_whole
 PERMISSIVE = ("apache-2.0", "mit", "bsd-3-clause", "bsd-2-clause", "bsd", "cc0-1.0", "cc-by-4.0")
 
 
-def resolve_hub(config: RunConfig, model: nn.Module, teacher: dict[str, Any] | None = None) -> HubConfig:
+def resolve_hub(config: RunConfig, model: nn.Module, teacher: dict[str, Any] | None = None, sfr: bool = True) -> HubConfig:
     """Returns the hub options with the tag (default ``sfr_DATASET``) and the licence (default below) filled in.
 
-    `teacher` are the facts of the teacher, if there is one.
+    `teacher` are the facts of the teacher, if there is one. Without `sfr`, the default tag is ``DATASET``.
 
     - Weights trained from scratch: Apache 2.0.
     - Weights trained from others: the licence of those, or none if it is unknown.
@@ -37,12 +37,12 @@ def resolve_hub(config: RunConfig, model: nn.Module, teacher: dict[str, Any] | N
     args.yaml keeps the options as given: filled in, they would be wrong for a run with another data set or start.
     """
     name = dataset_name({"dataset": config.data.dataset, "data_dir": config.data.data_dir})
-    theirs = getattr(model, "pretrained_cfg", {}).get("license") if config.model.pretrained else None
+    theirs = getattr(model, "pretrained_cfg", {}).get("license") if config.model.keeps_pretrained else None
     scratch = not config.model.pretrained and not config.model.initial_checkpoint
     free = teacher is None or teacher["license"] in PERMISSIVE
     return dataclasses.replace(
         config.hub,
-        tag=config.hub.tag or (f"sfr_{name}" if config.sfr.enabled else name),
+        tag=config.hub.tag or (f"sfr_{name}" if sfr else name),
         license=config.hub.license or (("apache-2.0" if scratch else theirs) if free else None),
     )
 

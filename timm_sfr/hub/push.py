@@ -18,7 +18,7 @@ from timm_sfr.hub.card import Facts, imports, render
 from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.hub.preflight import RUN_FILES, check_run, check_space, readable, refuse_public, validate_card
 from timm_sfr.hub.space import ARCHITECTURES, README, SDK, space_files
-from timm_sfr.models.files import CARD, CONFIG, WEIGHTS
+from timm_sfr.models.files import CARD, CONFIG, WEIGHTS, several_labels
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.hub_client import bounded_xet, check_token, hub_errors, retried
@@ -223,7 +223,8 @@ def model_files(model: nn.Module, source: str, place: Path, license: str | None 
     names = config.get("label_names")
     kept = tuple(names) if names and len(names) == getattr(plain, "num_classes", None) else None
     try:
-        exporter = Exporter(plain, None, kept, HubConfig(license=license))
+        several = several_labels(plain) or getattr(getattr(model, "loss", None), "multi_label", False)
+        exporter = Exporter(plain, None, kept, HubConfig(license=license), several)
         exporter.write(place / "model", plain.state_dict(), Facts(source=source))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot save {config['architecture']!r}: {error}") from error

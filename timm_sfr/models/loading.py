@@ -7,8 +7,11 @@ folder or commit: references to other files or places in a configuration are not
 from __future__ import annotations
 
 import json
+import logging
 import os
-from contextlib import nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -25,7 +28,7 @@ from timm_sfr.config import DEFAULT_MODEL, ModelConfig, check_repo_id
 from timm_sfr.method.probe import MISFITS, model_name
 from timm_sfr.models.files import CONFIG, PROBLEM, WEIGHTS, _damaged, check_dtypes, check_folder, own_config
 from timm_sfr.models.zoo import ZooEntry, loading, zoo
-from timm_sfr.utils.console import logger
+from timm_sfr.utils.console import counted, logger
 from timm_sfr.utils.errors import HubError, UserError, near_matches, near_paths
 from timm_sfr.utils.hub_client import check_token, hub_errors, quick_offline, reason
 
@@ -112,7 +115,8 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     arguments = _model_arguments(config)
     request = {name: getattr(config, name) for name in ("img_size", "input_size", "in_chans")}
     try:
-        with quick_offline() if _downloads(source, {"pretrained": config.pretrained}) else nullcontext():
+        online = _downloads(source, {"pretrained": config.pretrained})
+        with quick_offline() if online else nullcontext(), _missing_weights() as missing:
             model = timm.create_model(
                 pretrained=config.pretrained,
                 **resolve_model_input_args(source, request, num_classes=num_classes, **arguments),
@@ -120,6 +124,7 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
         if folder is not None and config.pretrained:
             check_dtypes(folder, model, name)
         if config.pretrained_path is not None:  # what timm says of its own weights is not true of these
+            _check_all_loaded(model, missing, config.pretrained_path)
             model.pretrained_cfg = {**own_config(model.pretrained_cfg), "num_classes": num_classes}
         if config.initial_checkpoint:
             _load(model, config.initial_checkpoint)
@@ -135,6 +140,37 @@ def new_model(config: ModelConfig, num_classes: int) -> nn.Module:
     if getattr(model, "num_classes", 0) != num_classes:
         raise UserError(f"model: {name!r} has no classifier for {num_classes} classes")
     return model
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """A context that collects the names of the weights that a pretrained file lacks, which timm only logs."""
+    names: list[str] = []
+    log = logging.getLogger("timm.models._builder")
+    level, effective = log.level, log.getEffectiveLevel()
+
+    def collect(record: logging.LogRecord) -> bool:
+        found = re.match(r"Missing keys \((.*?)\)", record.getMessage())
+        names.extend(found[1].split(", ") if found else ())
+        return record.levelno >= effective
+
+    log.addFilter(collect)
+    log.setLevel(logging.INFO)
+    try:
+        yield names
+    finally:
+        log.setLevel(level)
+        log.removeFilter(collect)
+
+
+def _check_all_loaded(model: nn.Module, missing: list[str], path: str) -> None:
+    """Raises UserError if weights of the model outside its classifier are among those that the file lacks."""
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier))
+    lacking = [name for name in missing if not name.startswith(heads)]
+    if lacking:
+        raise UserError(f"pretrained-path: expected weights of the same architecture; {path!r} lacks "
+                        f"{counted(len(lacking), 'weight')} of the model, such as {lacking[0]!r}; give another file")  # fmt: skip
 
 
 def _model_arguments(config: ModelConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from timm_sfr.models.files import own_config
 from timm_sfr.utils.console import aligned
 from timm_sfr.utils.errors import HubError, UserError
 from timm_sfr.utils.files import read_yaml
-from timm_sfr.utils.hub_client import hub_errors
+from timm_sfr.utils.hub_client import hub_errors, network
 from timm_sfr.utils.options import Checked, option
 
 HERE = Path(__file__).resolve().parents[1]
@@ -226,7 +226,7 @@ def register() -> None:
 
 @contextlib.contextmanager
 def loading(entry: ZooEntry, token: str | None = None) -> Iterator[None]:
-    """A context that raises `HubError` for Hub failures; for a missing repository, it names the command that trains it."""
+    """A context that raises `HubError` for Hub failures; if nothing can be downloaded, it names the command that trains it."""
     what = f"model: cannot load {entry.repo_id}"
     try:
         with hub_errors(what, token=token):
@@ -234,6 +234,8 @@ def loading(entry: ZooEntry, token: str | None = None) -> Iterator[None]:
     except HubError as error:
         if isinstance(error.reason, RepositoryNotFoundError) and not isinstance(error.reason, GatedRepoError):
             raise HubError(f"{what}: it is not published yet (or private); to train it: {entry.command}") from None
+        if entry.file is None and isinstance(error.reason, Exception) and network(error.reason):
+            raise HubError(f"{error}; its weights do not come with the package; to train it: {entry.command}") from error
         raise
 
 

@@ -53,6 +53,8 @@ def explained(error: Exception, kept: str) -> UserError | None:
     """Returns a one-line error if the machine or the options caused `error`, with what the run has `kept`; otherwise None."""
     error = _worker_error(error)
     text = first_line(error)
+    if text.startswith("Caught ") and "DataLoader worker" in text:  # torch's copy of the process's own error and traceback
+        return UserError(f"data: a loading process failed: {str(error).strip().splitlines()[-1]}; {kept}")
     # The pipe of a dead process may break before torch notices that the process has ended.
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):
         return UserError(f"data: a loading process died: {text.rstrip('.')}; {kept}; if memory ran out, lower --workers")

@@ -37,12 +37,13 @@ class Circumstances:
     """What the warnings need to know of a run, beyond its options."""
 
     model: nn.Module
-    images: int | None  # in the training split; None for a stream of unknown length
+    images: int  # of an epoch, over all processes
     global_batch: int  # images per update, over all processes
     lr: float  # after warm-up
     epochs: int
     cores: int  # of the CPU, that this process may use
     processes: int = 1  # on this machine
+    device: str = "cpu"  # the type of the device that trains
 
 
 def advice(config: RunConfig, run: Circumstances) -> list[str]:
@@ -111,10 +112,10 @@ def _instead(name: str) -> str:
 
 
 def _batch(config: RunConfig, run: Circumstances) -> str | None:
-    if run.images is None or run.global_batch <= run.images:
+    if run.global_batch <= run.images:
         return None
-    return (f"batch-size: an update would take {run.global_batch} images and the training split has {run.images}; lower "
-            "--batch-size or --grad-accum-steps")  # fmt: skip
+    return (f"batch-size: an update would take {run.global_batch} images and an epoch has {run.images}; lower --batch-size or "
+            "--grad-accum-steps")  # fmt: skip
 
 
 def _rate(config: RunConfig, run: Circumstances) -> str | None:
@@ -141,7 +142,7 @@ def _warmup(config: RunConfig, run: Circumstances) -> str | None:
 def _average(config: RunConfig, run: Circumstances) -> str | None:
     """A moving average with a long memory is still the initial weights after a short run."""
     optim = config.optim
-    updates = (run.images or 0) * run.epochs // max(1, run.global_batch)
+    updates = run.images * run.epochs // max(1, run.global_batch)
     rest = optim.model_ema_decay**updates
     if not optim.model_ema or optim.model_ema_warmup or not updates or rest < UNTRAINED:
         return None
@@ -158,7 +159,7 @@ def _precision(config: RunConfig, run: Circumstances) -> str | None:
         option, instead = "model-dtype", "float32"
     else:
         return None
-    if next(run.model.parameters()).device.type != "cpu" or cpu_has_bf16():
+    if run.device != "cpu" or cpu_has_bf16():
         return None
     return (f"{option}: bf16 is many times slower than float32 on this CPU, which has no instructions for it; use "
             f"--{option} {instead}")  # fmt: skip
@@ -196,6 +197,6 @@ def _odd(config: RunConfig, run: Circumstances) -> list[str]:
     sfr = config.sfr
     if sfr.enabled and sfr.weight > 0 and sfr.solver != "auto" and sfr.matching != "emd":
         found.append(f"sfr-solver: {sfr.solver} solves the plans of --sfr-matching emd; with {sfr.matching} it has no effect")
-    elif config.sfr.solver == "triton" and next(run.model.parameters()).device.type != "cuda":
+    elif config.sfr.solver == "triton" and run.device != "cuda":
         found.append("sfr-solver: triton runs on CUDA only; sinkhorn, the same solver in PyTorch, replaces it here")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -190,6 +191,8 @@ def assemble(
     batches = built.data.batches(
         built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator, **changing
     )
+    if sizes is not None and isinstance(built.task, SFRTask):
+        built.task.smoothing.passes = sizes.images(0, len(batches)) / len(data.train.dataset)
     mean_batch = config.data.batch_size if sizes is None else sizes.average_batch
     optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches), mean_batch)
     # Not the schedule: Accelerate would step it once per process.
@@ -341,14 +344,13 @@ def _changed_options(path: Path, config: RunConfig, but: Sequence[str] = ()) -> 
 def _forecast(trainer: Trainer) -> None:
     """Prints warnings about the options, and how much is left to train."""
     config, say, epochs, state = trainer.config, trainer.workspace.say, trainer.end, trainer.state
-    model, processes = trainer.exported_model(), trainer.accelerator.num_processes
-    images = getattr(getattr(trainer.batches, "sampler", None), "count", config.data.train_num_samples)
-    update = round(trainer.mean_batch * config.optim.grad_accum_steps)
-    run = Circumstances(model, images, update, config.optim.lr or 0.0, epochs, cores(), processes)
-    for line in advice(config, run):
-        say(line)
+    model, processes = trainer.exported_model(), int(os.environ.get("LOCAL_WORLD_SIZE", trainer.accelerator.num_processes))
     left, updates = epochs - state.epoch, trainer.updates_before(epochs, 0) - state.updates
     seen = trainer.images_before(state.epoch, len(trainer.batches))
+    update = round(trainer.mean_batch * config.optim.grad_accum_steps)
+    run = Circumstances(model, seen, update, config.optim.lr or 0.0, epochs, cores(), processes, trainer.accelerator.device.type)
+    for line in advice(config, run):
+        say(line)
     say(f"{counted(seen, 'image')} an epoch, {counted(updates, 'update')} in {counted(left, 'epoch')}", "length", images=seen,
         updates=updates, epochs=left)  # fmt: skip
 
@@ -377,7 +379,7 @@ def _build(config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker
     teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
     if task is not None and teacher is not None:
         raise UserError("kd-model-name: a custom task cannot have a teacher; leave out one of the two")
-    hub = resolve_hub(config, model, teacher.facts if teacher is not None else None)
+    hub = resolve_hub(config, model, teacher.facts if teacher is not None else None, config.sfr.enabled and task is None)
     if reachable:
         on_main(accelerator, lambda: check_card(hub, config.flat()))
     exporter = Exporter(model, prep, names, hub, config.data.multilabel) if accelerator.is_main_process else None
@@ -468,6 +470,10 @@ def _optimisation(config: RunConfig, accelerator: Any, task: TrainingTask, batch
     if config.model.channels_last:
         module = module.to(memory_format=torch.channels_last)
     if config.engine.sync_bn and accelerator.num_processes > 1:
+        if accelerator.device.type == "cpu":
+            raise UserError(
+                "sync-bn: expected GPUs, because PyTorch has no synchronised BatchNorm for CPUs; leave the option out"
+            )
         module = convert_sync_batchnorm(module)
     task.trainable_module = module
     if optim.model_ema:
@@ -521,8 +527,8 @@ def _facts(config: RunConfig, accelerator: Any, built: Built, epochs: int) -> di
     return {
         "model": name,
         "dataset": config.data.public_name(),
-        "sfr": config.sfr.enabled,
-        "base_model": base_model(config.model.pretrained, name, model.pretrained_cfg),
+        "sfr": isinstance(built.task, SFRTask),
+        "base_model": base_model(config.model.keeps_pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),
         **({"images": images} if images else {}),
         "parameters": _count(model),

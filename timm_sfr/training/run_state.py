@@ -199,7 +199,7 @@ def _load(learner: Learner, state: dict[str, Any], optimizer: bool) -> None:
 def _load_optimizer(learner: Learner, state: dict[str, Any], own_rate: bool) -> None:
     _check_optimizer(learner.optimizer.param_groups, state["optimizer"])
     # The options that a resumed run may change win over the saved ones.
-    names = {"momentum", "betas", "eps", "weight_decay", *(learner.config.optim.opt_kwargs or {})}
+    names = {"momentum", "betas", "eps", "weight_decay", "lr_scale", *(learner.config.optim.opt_kwargs or {})}
     if own_rate:
         names |= {"lr", "initial_lr"}
     options = [{name: group[name] for name in names & group.keys()} for group in learner.optimizer.param_groups]

@@ -29,9 +29,14 @@ def random_state_kept() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def mixed(*entropy: int) -> int:
+    """Returns a seed of 32 bits that depends on all of `entropy`."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
 def seed_cpu(*entropy: int) -> int:
     """Seeds Python, NumPy and torch (CPU) from `entropy`; returns the seed."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+    seed = mixed(*entropy)
     random.seed(seed)
     np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
