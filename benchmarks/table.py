@@ -145,12 +145,11 @@ def _timed(times: list[dict[str, str]]) -> str:
     if not times:
         return ""
     one = times[0]
-    sittings = sorted({(row["rounds"], row["batches"], row["ce_images_per_second"]) for row in times})
-    rounds = " or ".join(f"{rounds} rounds of {batches} batches" for rounds, batches, _ in sittings)
-    rates = " or ".join(rate for *_, rate in sittings)
+    many = {key: " or ".join(dict.fromkeys(row[key] for row in times)) for key in ("rounds", "batches", "ce_images_per_second")}
     return (
-        f" Time is measured on {one['set']}: the median of {rounds}, each between two of `ce` ({rates} images/s, "
-        f"{one['hardware']}, {one['threads']} thread(s)), multiplied by the number of epochs."
+        f" Time is measured on {one['set']}: the median of {many['rounds']} rounds of {many['batches']} batches, each between "
+        f"two of `ce` ({many['ce_images_per_second']} images/s, {one['hardware']}, {one['threads']} thread(s)), multiplied by "
+        "the number of epochs."
     )
 
 
