@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
@@ -17,14 +18,16 @@ import scipy.stats
 import timm
 import torch
 import yaml
-from conftest import COMMAND, ROOT, run, train
+from conftest import COMMAND, ROOT, change, run, train
 from PIL import Image
 
 import timm_sfr
-from timm_sfr.cli import export
+from timm_sfr.cli import export, validate
 from timm_sfr.cli.main import VERBS, main
 from timm_sfr.cli.parser import CLOSED_PIPE
-from timm_sfr.runs.records import columns, write_summary
+from timm_sfr.hub.push import model_files
+from timm_sfr.models.files import class_list
+from timm_sfr.runs.records import columns, recorded, run_folder, write_summary
 
 NAME = "resnet20_cifar.sfr_digits"
 
@@ -89,8 +92,61 @@ def test_validate_gives_the_trainings_own_figures(digits_run, command):
     assert {name: found[name] for name in ("top1", "top5", "loss")} == {
         name: best[f"val_{name}"] for name in ("top1", "top5", "loss")
     }
-    text = command("validate", folder / "model", "--dataset", "digits", "--device", "cpu")
+    text = command("validate", folder / "model", "--device", "cpu")
     assert f"{found['top1']:.3f} %" in text and "360 at 16 pixels" in text
+
+
+def test_validate_keeps_a_models_own_size(command, tmp_path):
+    model_files(timm.create_model("resnet20_cifar", num_classes=10), "user/name", tmp_path)
+    found = json.loads(command("validate", f"local-dir:{tmp_path / 'model'}", "--dataset", "digits", "--device", "cpu", "--json"))
+    assert found["img_size"] == 32 and found["images"] == 360
+
+
+def test_a_models_classes_without_images(capsys):
+    model = SimpleNamespace(num_classes=4, pretrained_cfg={"label_names": ["a", "b", "class 2", "class 3"]})
+    known = validate._with_images(model.pretrained_cfg["label_names"])
+    assert known == ["a", "b"] and validate._with_images(["class 0"]) == ["class 0"] and validate._with_images(None) is None
+    validate._check_classes(model, ("a", "b"), known)
+    with pytest.raises(timm_sfr.UserError, match="expected 4 classes, as the model has; got 2"):
+        validate._check_classes(model, ("a", "c"), known)
+
+
+def test_validate_takes_a_runs_own_images(tmp_path):
+    """The list of a run holds for its table or folder in any place that has all of its images."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    for folder in (run / "model", data / "i"):
+        folder.mkdir(parents=True)
+    table = data / "t.csv"
+    (run / "args.yaml").write_text(yaml.safe_dump({"dataset": f"csv/{table}"}))
+    (run / "split.csv").write_text("split,class,file\nval,a,i/0.png\n")
+    own = {"dataset": f"csv/{table}"}
+    assert validate._list(str(run), own, {}) == run / "split.csv"
+    for path in (table, data / "i" / "0.png"):
+        path.touch()
+    for chosen in ({"dataset": f"csv/{table}"}, {"dataset": "csv/t.csv", "data_dir": str(data)}, {"data_dir": str(data)}):
+        assert validate._list(f"local-dir:{run / 'model'}", own, chosen) == run / "split.csv", chosen
+    assert validate._list(str(run), own, {"val_split": "other"}) is None
+    assert validate._list("user/name", {}, {"dataset": f"csv/{table}"}) is None
+    with pytest.raises(timm_sfr.UserError, match="seed: .*split.csv' lists the images that the run was validated on"):
+        validate._list(str(run), own, {"seed": 7})
+    (data / "i" / "0.png").unlink()
+    assert validate._list(str(run), own, {"dataset": f"csv/{table}"}) is None
+
+
+def test_a_runs_options_are_found_by_all_names_of_its_model(tmp_path, monkeypatch):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "args.yaml").write_text("exif: false\nlr: 1.0\n")
+    monkeypatch.chdir(tmp_path / "run")
+    names = (tmp_path / "run", tmp_path / "run" / "model", f"local-dir:{tmp_path / 'run'}", f"local-dir:{tmp_path / 'run/model'}", ".",
+             "model")  # fmt: skip
+    assert [recorded(name, ("exif",)) for name in names] == [{"exif": False}] * len(names)
+    assert recorded("user/name", ("exif",)) == {} and run_folder(tmp_path) is None
+
+
+def test_names_of_classes_by_number():
+    """timm takes them as a list or as a dictionary, whose keys JSON makes texts."""
+    assert class_list({"1": "b", "0": "a"}, 2) == class_list({0: "a", 1: "b"}, 2) == class_list(["a", "b"], 2) == ["a", "b"]
+    assert class_list({"0": "a", "2": "b"}, 2) is class_list(["a"], 2) is class_list(None, 2) is None
 
 
 def test_validate_other_classes(command, tmp_path):
@@ -167,6 +223,19 @@ def test_compare_pairs_by_seed(command, tmp_path):
     (runs[0] / "metrics.json").write_text("{}")
     damaged = command("compare", *runs, status=2)
     assert "is damaged: KeyError('best'); restore it from a copy" in damaged
+
+
+def test_compare_knows_unfinished_runs_and_those_of_older_versions(command, tmp_path):
+    runs = [
+        fake_run(tmp_path / str(seed), 50.0 + seed, seed=seed, **({"on_bad_image": "stop"} if seed else {})) for seed in (0, 1)
+    ]
+    found = json.loads(command("compare", *runs, "--json"))
+    assert found["seeds"] == [0, 1] and found["unfinished_seeds"] == [], "a new option's default is no difference"
+    change(runs[1] / "metrics.json", epochs=9)
+    assert "note: 1 is unfinished: 1 of 9 epochs" in command("compare", *runs)
+    change(runs[1] / "metrics.json", last=json.loads((runs[1] / "metrics.json").read_text())["last"] | {"val_loss": float("nan")})
+    again = json.loads(command("compare", *runs, "--json"), parse_constant=pytest.fail)
+    assert again["unfinished_seeds"] == [1] and again["val_loss"] == [1.0, None]
 
 
 def test_compare_says_that_runs_were_validated_on_other_images(command, tmp_path):

@@ -82,6 +82,11 @@ def test_transparency_lies_on_the_background(kind):
         assert to_mode(image, ImageReading("RGBA")).getpixel((0, 0))[3] == 0
 
 
+def test_a_transparent_value_of_sixteen_bits():
+    image = saved(Image.fromarray(np.array([[0, 40000]], np.uint16)), "PNG", transparency=40000)
+    assert np.asarray(to_mode(image, ImageReading("RGB"))).tolist() == [[[0] * 3, [255] * 3]]
+
+
 def test_one_bit_cmyk_and_opaque_images_are_as_in_pillow():
     bits = saved(Image.fromarray(np.eye(8) > 0), "PNG")
     assert bits.mode == "1" and np.asarray(to_mode(bits, ImageReading("L"))).mean() == 255 / 8

@@ -1,5 +1,6 @@
 """Images that do not decode, and loading processes that die."""
 
+import os
 import shutil
 import signal
 import sys
@@ -13,7 +14,7 @@ from timm_sfr.cli.main import main
 from timm_sfr.config import AugConfig, DataConfig
 from timm_sfr.data.datasets import open_splits
 from timm_sfr.data.images import ImageReading
-from timm_sfr.data.samples import BadImage, Decoded, bad_images, make_samples
+from timm_sfr.data.samples import BadImage, BadImages, Decoded, bad_images, make_samples
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.training.devices import explained
 
@@ -92,6 +93,13 @@ def test_a_pipe_that_breaks_before_its_process_has_died_is_one_line_too():
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert "worker (pid 7) exited unexpectedly with exit code 9" in str(told)
+
+
+def test_a_bad_image_whose_name_is_no_text_is_listed(tmp_path):
+    bad, name = BadImages(), os.fsdecode(b"caf\xe9.png")
+    bad.write_to(tmp_path / "bad_images.txt")
+    bad.add(name), bad.add(name)
+    assert bad.names() == [name]
 
 
 def test_an_error_in_a_loading_process_is_told_in_its_own_words():

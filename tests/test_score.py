@@ -21,7 +21,7 @@ from timm_sfr.cli import compare
 from timm_sfr.cli.main import main
 from timm_sfr.config import RunConfig
 from timm_sfr.data.transforms import Preprocessing, plain_view
-from timm_sfr.hub.card import dataset_id
+from timm_sfr.hub.card import dataset_id, dataset_name
 from timm_sfr.hub.push import model_files, run_files
 from timm_sfr.runs.checkpoints import checkpoints
 from timm_sfr.runs.predictions import ECE_BINS
@@ -289,6 +289,17 @@ def test_local_paths_of_the_data_are_not_published(tested, tmp_path):
     names = {"hfds/a/b": "hfds/a/b", "hfds//x/b": "hfds/./b", f"hfds/{tmp_path}": f"hfds/./{tmp_path.name}",
              "csv/mine/a.csv": "csv/a.csv"}  # fmt: skip
     assert {source: RunConfig.from_flat({"dataset": source}).data.public_name() for source in names} == names
+    named = {
+        "cifar10_1": {"data_dir": "/data/cifar10.1"},
+        "mine": {"dataset": "csv/x/Mine.csv"},
+        "cifar10": {"dataset": "torch/cifar10"},
+        "imagenet": {"dataset": "wds/", "data_dir": "/d/ImageNet"},
+        "flowers": {"dataset": "torch/image_folder", "data_dir": "flowers"},
+        "digits": {"dataset": "digits"},
+        "train": {"data_dir": "a/train.tar"},
+        "data": {},
+    }
+    assert {name: dataset_name(options) for name, options in named.items()} == {name: name for name in named}
     ids = {"hfds/a/b": "a/b", "hfids/a/b": "a/b", "hfds//x/b": None, "hfds/./b": None, "hfds/parquet": None, "csv/a.csv": None,
            "torch/cifar10": "uoft-cs/cifar10", f"hfds/{tmp_path}": None}  # fmt: skip
     assert {source: dataset_id({"dataset": source}) for source in ids} == ids

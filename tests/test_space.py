@@ -84,6 +84,8 @@ def test_what_the_app_needs_is_what_the_package_needs(tmp_path):
     """The lower bounds do not drift apart."""
     config = {"architecture": "resnet18", "num_classes": 2, "pretrained_cfg": {"input_size": [3, 8, 8]}}
     files = space_files(config, "user/x", None, "x", tmp_path)
+    assert 'image_mode="RGB"' in files["app.py"].read_text()
+    assert 'image_mode="YCbCr"' in space_files(config, "user/x", None, "x", tmp_path, "YCbCr")["app.py"].read_text()
     needed = files["requirements.txt"].read_text().split()
     ours = re.findall(r'^    "([^"]+)",', (ROOT / "pyproject.toml").read_text(), re.M)
     assert set(needed) - {"gradio>=5"} <= set(ours)

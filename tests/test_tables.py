@@ -137,6 +137,7 @@ def test_parquet_and_another_folder(tmp_path, monkeypatch):
         ("image,label\ni/a-0.png,a\n", {"val_split": "mine"},
          "expected rows of split 'mine' (any of mine) in 'FILE'; it has no column"),
         ("image,label\n", {}, "has no rows"),
+        (f'image,"{"x" * 140000}\n', {}, "line 1: field larger than field limit"),
         ("", {}, "has no column of image paths"),
     ],
 )  # fmt: skip

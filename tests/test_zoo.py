@@ -16,7 +16,7 @@ from safetensors.torch import save
 import timm_sfr
 from benchmarks.zoo import main as measure
 from timm_sfr import RunConfig
-from timm_sfr.cli.predict import find_images
+from timm_sfr.cli.predict import find_images, predict
 from timm_sfr.data.datasets import Digits
 from timm_sfr.models.zoo import CONFIGS, Measured, ZooEntry, register, zoo
 
@@ -196,6 +196,25 @@ def pictures(tmp_path):
 def test_the_images_of_a_folder_are_sorted(pictures):
     found = [path.name for path in find_images([pictures])]
     assert found == sorted(found) and found[-1] == "grey.png"
+
+
+def test_linked_folders_are_searched_as_in_training(pictures):
+    (pictures / "deep" / ".hidden").mkdir(parents=True)
+    for name in ("deep/a.png", "deep/.hidden/b.png", ".c.png"):
+        Image.new("L", (4, 4)).save(pictures / name)
+    (pictures / "linked").symlink_to(pictures / "deep")
+    (pictures / "deep" / "loop").symlink_to(pictures)
+    names = [str(path.relative_to(pictures)) for path in find_images([pictures])]
+    assert [name for name in names if "/" in name] == ["deep/a.png", "linked/a.png"]
+
+
+def test_a_decoders_own_errors_are_of_its_image(pictures, monkeypatch):
+    def fail(file):
+        raise NotImplementedError("no such colour space")
+
+    monkeypatch.setattr("timm_sfr.cli.predict.Image.open", fail)
+    found = list(predict(timm_sfr.create_model(NAME), [pictures / "grey.png"]))
+    assert [one.error for one in found] == ["no such colour space"]
 
 
 def test_predict_a_folder(pictures):

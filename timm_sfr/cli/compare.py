@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +11,12 @@ from typing import Any
 
 from scipy.stats import t
 
+from timm_sfr.config import options
 from timm_sfr.runs.records import Run, read_finished
 from timm_sfr.runs.scores import CLASSIFICATION, PERCENT, TITLES, recorded_scores
-from timm_sfr.utils.console import aligned
+from timm_sfr.utils.console import aligned, json_line
 from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.options import plain
 
 # Options that do not make two runs different experiments.
 INCIDENTAL = ("seed", "output", "experiment", "push_to_hub", "hub_private", "hub_revision", "hub_license", "hub_tag",
@@ -63,10 +64,13 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         UserError: if two runs have the same options and the same seed.
     """
     names = sorted({name for run in runs for name in run.options} - set(INCIDENTAL))
-    differing = [name for name in names if len({repr(run.options.get(name)) for run in runs}) > 1]
+    # A run of an older version lacks newer options, and had what are now their defaults.
+    defaults = {name: plain(item.default) for _, name, item in options()}
+    values = [{name: run.options.get(name, defaults.get(name)) for name in names} for run in runs]
+    differing = [name for name in names if len({repr(one[name]) for one in values}) > 1]
     found: dict[str, Group] = {}
-    for run in runs:
-        apart = {name: run.options.get(name) for name in differing}
+    for run, own in zip(runs, values, strict=True):
+        apart = {name: own[name] for name in differing}
         name = chr(ord("A") + len(found)) if len(found) < 26 else f"A{len(found)}"
         group = found.setdefault(repr(apart), Group(name, apart, {}))
         if run.seed in group.runs:
@@ -135,6 +139,9 @@ def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
     if other := [name for name in VALIDATED_ON if name in base.options]:
         notes.append(f"note: the runs may have been validated on different images ({', '.join(other)}); differences then mean "
                      "little")  # fmt: skip
+    for run in (run for group in groups for run in group.runs.values() if run.missing_epochs):
+        done, asked = run.missing_epochs or (0, 0)
+        notes.append(f"note: {run.path.absolute().name} is unfinished: {done} of {asked} epochs")
     for group in groups:
         notes.append(f"{group.name}: {', '.join(run.path.absolute().name for _, run in sorted(group.runs.items()))}")
     options: list[Row] = [("", *(group.name for group in groups))]
@@ -168,8 +175,9 @@ def run(args: Namespace) -> int:
         names += [f"test_{name}" for name in recorded if group.tested]
         scores = {name: group.values(name) for name in names}
         gain = {f"{recorded[0]}_minus_first": difference(group, groups[0], f"val_{recorded[0]}")}
-        about = {"group": group.name, "options": group.options, "seeds": sorted(group.runs)}
-        print(json.dumps({**about, **scores, **gain}))
+        unfinished = sorted(seed for seed, one in group.runs.items() if one.missing_epochs)
+        about = {"group": group.name, "options": group.options, "seeds": sorted(group.runs), "unfinished_seeds": unfinished}
+        print(json_line({**about, **scores, **gain}))
     return 0
 
 

@@ -14,12 +14,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from timm_sfr.cli.predict import class_names
 from timm_sfr.cli.verbs import FORMATS, READING
 from timm_sfr.config import DataConfig, RunConfig
 from timm_sfr.data import images
 from timm_sfr.data.samples import image_reading
 from timm_sfr.data.transforms import img_mode
 from timm_sfr.method.probe import MISFITS
+from timm_sfr.models.files import several_labels
 from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import recorded
 from timm_sfr.utils.errors import UserError, brief
@@ -46,19 +48,18 @@ def metadata(model: nn.Module, name: str, config: DataConfig | None = None) -> d
     data = timm.data.resolve_model_data_config(model)
     reading = image_reading(config or DataConfig(), img_mode(data["input_size"][0]))
     kept = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-    names = model.pretrained_cfg.get("label_names")
     return {
         "model": name,
         "architecture": model.pretrained_cfg.get("architecture"),
         "input": "images, (batch, channels, height, width), float32: pixels / 255, then (x - mean) / std",
-        "output": "logits, (batch, classes)",
+        "output": f"logits, (batch, classes); probabilities by {'sigmoid' if several_labels(model) else 'softmax'}",
         **{key: data[key] for key in kept},
         "image_mode": reading.mode,
         "exif": reading.exif,
         "image_background": reading.background,
         "image_range": reading.value_range,
         "num_classes": model.num_classes,
-        "label_names": list(names) if names else None,
+        "label_names": class_names(model),
         "made_by": f"timm_sfr {__version__}, timm {timm.__version__}, torch {torch.__version__}",
     }
 
@@ -166,8 +167,9 @@ def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
     model = create_model(args.model, revision=args.revision)
     about = metadata(model, args.model, RunConfig.from_flat(recorded(args.model, READING)).data)
-    name = Path(args.model.split(":")[-1].split("@")[0]).name
-    stem = str(Path(args.model, "model")) if (Path(args.model) / "args.yaml").is_file() else name
+    stem = Path(args.model.split(":")[-1].split("@")[0]).absolute().name
+    if (Path(args.model) / "args.yaml").is_file():
+        stem = str(Path(args.model, "model"))
     path = args.output or Path(stem + FORMATS[args.format])
     difference = export(model, path, args.format, about)
     beside = path.with_name(PREPROCESSING)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from argparse import Namespace
 from pathlib import Path
 from statistics import pstdev
@@ -12,6 +11,7 @@ from statistics import pstdev
 from timm_sfr.cli.train import read_options
 from timm_sfr.config import DEFAULT_MODEL
 from timm_sfr.training.lr_find import RangeTest, find_rate
+from timm_sfr.utils.console import json_line, show_log
 from timm_sfr.utils.errors import UserError
 
 # Options that a user may give for the training that follows, and that a range test has no use for.
@@ -96,6 +96,8 @@ def run(args: Namespace) -> int:
         raise UserError(f"picture: expected a file that ends in {', '.join(ENDINGS)}; got {str(path)!r}")
     unused = [f"--{name.replace('_', '-')}" for name in UNUSED if name in vars(args)]
     config, _ = read_options(args)
+    if as_json:
+        show_log(to_stderr=True)
     test = find_rate(config, low, high, count)
     if not test.main:
         return 0
@@ -107,8 +109,8 @@ def run(args: Namespace) -> int:
     except (OSError, ValueError) as error:
         raise UserError(f"picture: cannot write {str(path)!r}: {error}") from error
     if as_json:
-        print(json.dumps({"lr": test.rate, "batch": test.batch, "updates": len(test.losses), "picture": str(path),
-                          "figures": str(files[1])}))  # fmt: skip
+        print(json_line({"lr": test.rate, "batch": test.batch, "updates": len(test.losses), "picture": str(path),
+                         "figures": str(files[1])}))  # fmt: skip
     else:
         if unused:
             print(f"note: without effect here, as no run is written and the rate is varied: {', '.join(unused)}")

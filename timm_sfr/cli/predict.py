@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,15 +19,15 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm_sfr.cli.parser import fail, given
 from timm_sfr.cli.verbs import READING, THRESHOLD
 from timm_sfr.config import DataConfig, RunConfig
-from timm_sfr.data.folders import SEPARATOR, TEXT, is_hidden
-from timm_sfr.data.images import image_endings, to_mode
+from timm_sfr.data.folders import SEPARATOR, TEXT, is_hidden, is_loop
+from timm_sfr.data.images import UNDECODABLE, image_endings, to_mode
 from timm_sfr.data.samples import image_reading
 from timm_sfr.data.transforms import check_mode, img_mode
-from timm_sfr.models.files import several_labels
+from timm_sfr.models.files import class_list, several_labels
 from timm_sfr.models.loading import create_model
 from timm_sfr.runs.records import recorded
 from timm_sfr.runs.scores import CLASSIFICATION, MULTILABEL
-from timm_sfr.utils.console import counted
+from timm_sfr.utils.console import counted, json_line
 from timm_sfr.utils.errors import UserError, near_paths
 from timm_sfr.utils.files import replace_atomically
 
@@ -51,8 +51,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     endings = image_endings()
     for path in paths:
         if path.is_dir():
-            inside = (file for file in path.rglob("*") if not any(map(is_hidden, file.relative_to(path).parts)))
-            found += sorted(file for file in inside if file.suffix.lower() in endings and file.is_file())
+            found += sorted(file for file in _visible_files(path) if file.suffix.lower() in endings and file.is_file())
         elif path.exists():
             found.append(path)
         else:
@@ -62,11 +61,21 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """Yields the files in a folder and below it, also through links, as training finds them."""
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if is_loop(place, str(folder)):
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from (Path(place, name) for name in files if not is_hidden(name))
+
+
 def class_names(model: Any) -> list[str] | None:
     """Returns the model's own class names, or ImageNet's if timm's tag implies them; else None."""
-    own = model.pretrained_cfg.get("label_names")
-    if own and len(own) == model.num_classes:
-        return [str(own[i]) for i in range(model.num_classes)]
+    own = class_list(model.pretrained_cfg.get("label_names"), model.num_classes)
+    if own is not None:
+        return own
     imagenet = any(part in (model.pretrained_cfg.get("tag") or "") for part in ("in1k", "in12k", "in21k", "in22k"))
     subset = infer_imagenet_subset(model) if imagenet else None
     if subset is None:
@@ -105,7 +114,7 @@ def predict(
             try:
                 with Image.open(file) as image:
                     images[file] = transform(to_mode(image, reading))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except UNDECODABLE as error:
                 errors[file] = str(error) or type(error).__name__
         found = {}
         if images:
@@ -221,7 +230,7 @@ def _show(found: Prediction, as_json: bool) -> bool:
     """Prints a prediction; returns whether the image could not be read."""
     if as_json:
         classes = [{"class": name, "probability": round(p, 6)} for name, p in found.classes]
-        print(json.dumps({"file": found.file, "classes": classes, "error": found.error}))
+        print(json_line({"file": found.file, "classes": classes, "error": found.error}))
     elif found.error is None:
         print(found.file)
         width = max(len(name) for name, _ in found.classes)

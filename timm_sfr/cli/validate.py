@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import tempfile
 import time
@@ -21,31 +20,37 @@ from timm_sfr.data.datasets import open_validation
 from timm_sfr.data.folders import SPLIT_FILE, lists_all
 from timm_sfr.data.loaders import eval_loader
 from timm_sfr.data.samples import bad_images
+from timm_sfr.data.tables import find_table, is_table
 from timm_sfr.data.transforms import check_mode, preprocessing
-from timm_sfr.models.files import several_labels
+from timm_sfr.models.files import made_up_name, several_labels
 from timm_sfr.models.loading import create_model
-from timm_sfr.runs.records import hardware, recorded
+from timm_sfr.runs.records import hardware, recorded, run_folder
 from timm_sfr.runs.scores import MULTILABEL, TITLES, recorded_scores, shown_percents
 from timm_sfr.training.devices import make_accelerator
 from timm_sfr.training.evaluate import evaluate, evaluate_views
 from timm_sfr.training.progress import watched
-from timm_sfr.utils.console import console_output, sides, some
+from timm_sfr.utils.console import console_output, json_line, show_log, sides, some
 from timm_sfr.utils.errors import UserError, near_paths
+
+OTHER_DATA = {"data_dir", "dataset", "val_split"}  # options that may name other data than a run's
 
 
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
     own, chosen = recorded(args.model, (*SCORED, *INPUT)), given(args, (*SCORED, *INPUT, *MACHINE, "tta"))
-    listed: Path | None = Path(args.model) / SPLIT_FILE
-    if chosen.keys() & {"data_dir", "dataset", "val_split"}:  # other data than the run's, or the same in another place
+    listed = _list(args.model, own, chosen)
+    if chosen.keys() & OTHER_DATA:
         own.pop("val_share", None)
-        listed = listed if lists_all(listed, Path(chosen.get("data_dir", ""))) else None
     options = merged(own, chosen)
+    if options.get("dataset") == "digits":
+        options.setdefault("img_size", None)  # the model's own, and not the digits'
     if not options.get("data_dir") and not options.get("dataset"):
         near = "" if Path(args.model).exists() else near_paths(args.model)
         if near:
             raise UserError(f"model: there is no folder {args.model!r}{near}")
         raise UserError("data-dir: expected --data-dir DIR, or --dataset NAME; only a run has recorded its data")
+    if args.json:
+        show_log(to_stderr=True)
     with console_output(False):
         model = create_model(args.model, revision=args.revision)
         if several_labels(model):
@@ -57,8 +62,36 @@ def run(args: Namespace) -> int:
         if nonfinite:
             print(f"warning: the outputs for {nonfinite} images are not finite; they count as wrong", file=sys.stderr)
         shown = shown_percents(config.data.task, model.num_classes)
-        print(json.dumps({"model": args.model, **scores}) if args.json else _table(args.model, scores, shown))
+        print(json_line({"model": args.model, **scores}) if args.json else _table(args.model, scores, shown))
     return 0
+
+
+def _list(model: str, own: dict[str, Any], chosen: dict[str, Any]) -> Path | None:
+    """Returns a run's list of the images that it was validated on, if the options `chosen` name the same images.
+
+    Args:
+        model: The run's folder, or any other name of a model.
+        own: The run's options.
+        chosen: The options of the command line, which win.
+
+    Raises:
+        UserError: if they ask for another choice of images than the list's.
+    """
+    folder = run_folder(model)
+    if folder is None or not (folder / SPLIT_FILE).is_file():
+        return None
+    if chosen.keys() & OTHER_DATA:  # other data than the run's, or the same in another place
+        options = merged(own, chosen)
+        root, table = chosen.get("data_dir", ""), options.get("dataset")
+        if is_table(table) and "val_split" not in chosen:
+            root = options.get("data_dir") or find_table(table, None).parent
+        if not lists_all(folder / SPLIT_FILE, Path(root)):
+            return None
+    for name in {"val_share", "seed"} & chosen.keys():
+        option, file = name.replace("_", "-"), str(folder / SPLIT_FILE)
+        raise UserError(f"{option}: {file!r} lists the images that the run was validated on, and any other choice would have "
+                        "training images; leave the option out")  # fmt: skip
+    return folder / SPLIT_FILE
 
 
 def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) -> dict[str, Any]:
@@ -84,9 +117,9 @@ def validate(model: nn.Module, config: RunConfig, listed: Path | None = None) ->
     if config.engine.tta >= 5 and prep.crop_pct >= 1 and accelerator.is_main_process:
         print(f"warning: tta: with --crop-pct {prep.crop_pct:g} all crops of a square image are the same; --crop-pct 0.875 "
               "leaves them room", file=sys.stderr)  # fmt: skip
-    mode, own = config.data.input_img_mode or prep.img_mode, model.pretrained_cfg.get("label_names")
+    mode, own = config.data.input_img_mode or prep.img_mode, _with_images(model.pretrained_cfg.get("label_names"))
     split = open_validation(config.data, mode, config.engine.seed, own, listed)
-    _check_classes(model, split.class_names)
+    _check_classes(model, split.class_names, own)
     views = max(1, config.engine.tta)
     loader = eval_loader(split, config.data, prep, views)
     if not split.streamed:
@@ -122,8 +155,17 @@ def _says_bad_images(loader: Any) -> Iterator[None]:
                   file=sys.stderr)  # fmt: skip
 
 
-def _check_classes(model: nn.Module, names: tuple[str, ...] | None) -> None:
-    if not names:
+def _with_images(names: Sequence[str] | None) -> Sequence[str] | None:
+    """Returns a model's class names without those at the end that training made up for classes without images."""
+    count = len(names or ())
+    while names and count and names[count - 1] == made_up_name(count - 1):
+        count -= 1
+    return names[:count] if names and count else names
+
+
+def _check_classes(model: nn.Module, names: tuple[str, ...] | None, known: Sequence[str] | None) -> None:
+    """Raises UserError if the data's classes `names` are not the model's, or those of them that are `known` by name."""
+    if not names or list(names) == list(known or ()):
         return
     if len(names) != model.num_classes:
         raise UserError(f"data: expected {model.num_classes} classes, as the model has; got {len(names)}: "

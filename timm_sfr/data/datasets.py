@@ -124,16 +124,16 @@ def open_split(
     if config.multilabel and not is_table(config.dataset) and not (config.dataset or "").startswith("hfds/"):
         raise UserError("task: multilabel reads several classes of an image from --dataset csv/FILE or hfds/NAME; got "
                         f"{config.dataset or config.data_dir!r}, whose images have one class each")  # fmt: skip
+    name = config.dataset or ""
+    if "/" not in name and (config.data_dir is None) and name not in ("", "folder", "digits"):
+        kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/ or csv/FILE, or 'digits'"
+        raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
+    parts = parts or _parts(config, seed, listed, part)
     if config.dataset == "digits":
         if part == "test":
             raise UserError("test-split: the digits have no test split; leave the option out, or give --data-dir or --dataset")
         return Split(Digits(part == "train", img_mode), tuple("0123456789"))
     add_img_extensions([ending for ending in image_endings() if ending not in (".png", ".jpg", ".jpeg")])
-    name = config.dataset or ""
-    if "/" not in name and (config.data_dir is None) and name not in ("", "folder"):
-        kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/ or csv/FILE, or 'digits'"
-        raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
-    parts = parts or _parts(config, seed, listed, part)
     if parts is not None and part in parts.scans:
         return _from_scan(config, parts.scans[part], part, classes, parts.chosen)
     if "/" not in name:

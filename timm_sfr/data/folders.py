@@ -107,7 +107,7 @@ def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
     hidden: list[str] = []
     loose, with_images, leaves = 0, set(), []
     for place, folders, files in os.walk(root, followlinks=True):
-        if _is_loop(place, str(root)):
+        if is_loop(place, str(root)):
             folders.clear()
             continue
         inside = os.path.relpath(place, root)
@@ -225,7 +225,7 @@ def _inside(root: Path, path: str) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def _is_loop(place: str, root: str) -> bool:
+def is_loop(place: str, root: str) -> bool:
     """Returns whether a folder is a link to one of its own parent folders, which would make an endless loop."""
     if place == root or not os.path.islink(place):
         return False

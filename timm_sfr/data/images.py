@@ -8,6 +8,7 @@ Pillow.
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from PIL.TiffImagePlugin import BITSPERSAMPLE
 NO_PIXELS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Modes that hold more than 8 bits a channel; Pillow's own `convert` clips them to 0 ... 255, so that most become white.
 DEEP = ("I", "F")
+# What Pillow's decoders raise on damaged files.
+UNDECODABLE = (OSError, SyntaxError, ValueError, RuntimeError, AssertionError, AttributeError, LookupError, TypeError, EOFError,
+               struct.error, Image.DecompressionBombError)  # fmt: skip
 KNOWN = ("PNG", "PPM")  # formats whose deep images have 16 bits, also where Pillow opens them as I
 # What makes an image upright, by its orientation in EXIF.
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -58,7 +62,10 @@ def to_mode(image: Image.Image, reading: ImageReading) -> Image.Image:
     if turn is not None:
         image = image.transpose(turn)
     if image.mode.startswith(DEEP):
-        image = scaled(image, reading.value_range)
+        deep, image = image, scaled(image, reading.value_range)
+        if isinstance(deep.info.get("transparency"), int):  # a PNG's value that is transparent
+            opaque = 255 * (np.asarray(deep) != deep.info["transparency"]).astype(np.uint8)
+            image = Image.merge("LA", (image, Image.fromarray(opaque)))
     if image.has_transparency_data and not has_alpha(reading.mode):
         image = laid_on(image, reading.background)
     elif image.mode == "P" and "transparency" in image.info:

@@ -18,8 +18,8 @@ from timm_sfr.config import DataConfig
 from timm_sfr.data.batch_transform import Batch, BatchTransform
 from timm_sfr.data.cache import Cached
 from timm_sfr.data.datasets import Split
-from timm_sfr.data.folders import FolderReader
-from timm_sfr.data.images import ImageReading, to_mode
+from timm_sfr.data.folders import TEXT, FolderReader
+from timm_sfr.data.images import UNDECODABLE, ImageReading, to_mode
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.seeding import random_state_kept, seed_cpu
@@ -65,7 +65,7 @@ class Decoded(Dataset):
                     return image, int(target) if self.encode is None else self.encode(target).numpy()
             image, target = self.dataset[index]
             return self._convert(image), int(target)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNDECODABLE as error:
             name = file_name(self.dataset, index)
             bad = BadImage(f"data: cannot decode image {name}: {error}; replace or delete the file, or give --on-bad-image skip")
             # Several classes are no class whose next image could take the place.
@@ -112,14 +112,14 @@ class BadImages:
             self.waiting.append(line)
         elif line not in self.names():
             try:
-                with self.path.open("a") as file:  # one short write, so that lines of several processes do not mix
+                with self.path.open("a", **TEXT) as file:  # one short write, so that lines of several processes do not mix
                     file.write(line + "\n")
             except OSError as error:
                 logger.warning(f"warning: {self.path} cannot be written: {error.strerror}; missing line: {line}")
 
     def names(self) -> list[str]:
         """Returns the lines written so far."""
-        return self.path.read_text().splitlines() if self.path is not None and self.path.exists() else []
+        return self.path.read_text(**TEXT).splitlines() if self.path is not None and self.path.exists() else []
 
 
 class BadImageReplacer(Dataset):

@@ -14,7 +14,7 @@ from PIL import Image
 
 from timm_sfr.data.datasets import Split
 from timm_sfr.data.folders import FolderScan
-from timm_sfr.data.images import DEEP, KNOWN
+from timm_sfr.data.images import DEEP, KNOWN, UNDECODABLE
 from timm_sfr.utils.console import counted, some
 
 SAMPLE = 64  # images whose headers are read, spread over a split
@@ -111,7 +111,7 @@ def headers(scan: FolderScan) -> tuple[Counter[Header], list[str]]:
         try:
             with Image.open(path) as image:
                 found[image.format or "?", image.mode, image.size] += 1
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        except UNDECODABLE:
             unreadable.append(path)
     return found, unreadable
 

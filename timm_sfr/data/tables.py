@@ -222,7 +222,10 @@ def _read_csv(file: Path, choose: Callable[[Sequence[str]], list[str]]) -> tuple
         raise UserError(f"dataset: cannot read {str(file)!r}: {error.strerror or error}") from error
     head = text.partition("\n")[0]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(DELIMITERS, key=head.count))
-    columns = [name.strip() for name in next(reader, [])]
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise UserError(f"dataset: {_place(file, 1)}: {error}") from error
     names = choose(columns)
     places = [columns.index(name) for name in names]
 

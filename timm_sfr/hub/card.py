@@ -34,6 +34,7 @@ NOT_THE_HUBS = (
 )  # fmt: skip
 # Names by which the package datasets reads files of one's own, which are no ids on the Hub.
 FILE_FORMATS = ("arrow", "csv", "imagefolder", "json", "parquet", "webdataset")
+FILE_ENDINGS = (".csv", ".tsv", ".txt", ".parquet", ".tar")  # of data that is one file
 # Ids on the Hub of datasets that timm reads from torchvision.
 ON_THE_HUB = {"torch/cifar10": "uoft-cs/cifar10", "torch/cifar100": "uoft-cs/cifar100"}
 
@@ -53,8 +54,12 @@ class Facts:
 
 def dataset_name(options: dict[str, Any]) -> str:
     """Returns the dataset's name for tags and titles: lower case, without owner, path or spaces."""
-    source = options.get("dataset") or options.get("data_dir") or "data"
-    word = PurePath(str(source)).stem.lower() or "data"
+    kind, _, name = str(options.get("dataset") or "").partition("/")
+    if kind in ("", "folder", "wds") or (kind, name) == ("torch", "image_folder"):  # the kind of data, and not its name
+        source = PurePath(str(options.get("data_dir") or kind or "data"))
+    else:
+        source = PurePath(name or kind)
+    word = (source.stem if source.suffix.lower() in FILE_ENDINGS else source.name).lower() or "data"
     return "".join(letter if letter.isalnum() else "_" for letter in word).strip("_") or "data"
 
 
@@ -98,7 +103,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         percents=shown_percents(task, config["num_classes"]),
         titles=TITLES,
         size=size,
-        mode=img_mode(size[0]) if size[0] in (1, 3) else None,
+        mode=options.get("input_img_mode") or (img_mode(size[0]) if size[0] in (1, 3) else None),
         data=dataset_name(options),
         split=_split(options),
         start=_start(facts),

@@ -81,10 +81,9 @@ def check_run(path: Path) -> Run:
         pass
     run = read_finished(path)
     with readable(path, "metrics.json or args.yaml"):
-        epochs = run.metrics["epochs"]
-        done, asked = run.metrics["last"]["epoch"] + 1, min(epochs, run.options.get("stop_epoch") or epochs)
-        unfinished = done < asked and not run.metrics.get("stopped_early")
+        unfinished = run.missing_epochs
     if unfinished:
+        done, asked = unfinished
         raise UserError(
             f"run: {str(path)!r} stopped after {done} of {asked} epochs; finish it with --resume {path}, then publish it"
         )

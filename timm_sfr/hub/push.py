@@ -18,9 +18,10 @@ from timm_sfr.hub.card import Facts, imports, render
 from timm_sfr.hub.model_folder import Exporter
 from timm_sfr.hub.preflight import RUN_FILES, check_run, check_space, readable, refuse_public, validate_card
 from timm_sfr.hub.space import ARCHITECTURES, README, SDK, space_files
-from timm_sfr.models.files import CARD, CONFIG, WEIGHTS, several_labels
+from timm_sfr.models.files import CARD, CONFIG, WEIGHTS, class_list, several_labels
 from timm_sfr.utils.console import logger
 from timm_sfr.utils.errors import UserError
+from timm_sfr.utils.files import read_yaml
 from timm_sfr.utils.hub_client import bounded_xet, check_token, hub_errors, retried
 from timm_sfr.version import __version__
 
@@ -111,7 +112,9 @@ class _Upload:
     def beside(self, space: str, place: Path) -> _Upload:
         """Returns the upload of a Space for this model, with its files written to `place`."""
         config = json.loads(self.files[CONFIG].read_text(encoding="utf-8"))
-        files = space_files(config, self.repo_id, self.revision, space.split("/")[1], place)
+        options = read_yaml(self.files["args.yaml"]) if "args.yaml" in self.files else {}
+        title, mode = space.split("/")[1], options.get("input_img_mode")
+        files = space_files(config, self.repo_id, self.revision, title, place, mode)
         return _Upload(self.api, space, None, files, self.message, "space", frozenset({ARCHITECTURES}))
 
     def publish_beside(self, model: str) -> None:
@@ -220,11 +223,10 @@ def model_files(model: nn.Module, source: str, place: Path, license: str | None 
     config = getattr(plain, "pretrained_cfg", None)
     if not isinstance(config, dict) or not config.get("architecture"):
         raise UserError(f"model: expected a timm model (from timm.create_model); got {type(plain).__name__}")
-    names = config.get("label_names")
-    kept = tuple(names) if names and len(names) == getattr(plain, "num_classes", None) else None
+    kept = class_list(config.get("label_names"), getattr(plain, "num_classes", 0))
     try:
         several = several_labels(plain) or getattr(getattr(model, "loss", None), "multi_label", False)
-        exporter = Exporter(plain, None, kept, HubConfig(license=license), several)
+        exporter = Exporter(plain, None, kept and tuple(kept), HubConfig(license=license), several)
         exporter.write(place / "model", plain.state_dict(), Facts(source=source))
     except (ValueError, RuntimeError) as error:
         raise UserError(f"model: cannot save {config['architecture']!r}: {error}") from error

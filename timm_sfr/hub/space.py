@@ -21,7 +21,9 @@ MARK = "timm_sfr"  # the tag of a Space that we may write again
 UNTOUCHED = {".gitattributes", README}  # the files of a Space that nobody has filled
 
 
-def space_files(config: dict[str, Any], model: str, revision: str | None, title: str, place: Path) -> dict[str, Path]:
+def space_files(
+    config: dict[str, Any], model: str, revision: str | None, title: str, place: Path, mode: str | None = None
+) -> dict[str, Path]:
     """Writes the files of a Space to `place`; returns the path of each by its name in the Space.
 
     timm alone loads timm's architectures. For one of ours the Space also gets our module with it, which needs nothing else.
@@ -31,6 +33,8 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
         model: Its repository, ``USER/NAME``.
         revision: Its branch, or None.
         title: The name of the Space.
+        place: The folder to write to.
+        mode: The Pillow mode in which the model takes images; by default that of its number of channels.
 
     Raises:
         UserError: if the model does not take grey or colour images, or an image may have several of its classes.
@@ -53,7 +57,7 @@ def space_files(config: dict[str, Any], model: str, revision: str | None, title:
         "source": f"{model}@{revision}" if revision else model,
         "model": model,
         "name": model.split("/")[1],
-        "mode": img_mode(channels),
+        "mode": mode or img_mode(channels),
         "ours": ours,
         "title": title,
         "architecture": architecture,

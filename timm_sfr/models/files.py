@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ PROVENANCE = (
 def own_config(config: dict[str, Any]) -> dict[str, Any]:
     """Returns timm's pretrained configuration of an architecture without the keys on the weights that timm publishes."""
     return {key: value for key, value in config.items() if key not in PROVENANCE}
+
+
+def made_up_name(index: int) -> str:
+    """Returns the name of a class of which the training data has no images (``--num-classes`` above theirs)."""
+    return f"class {index}"
+
+
+def class_list(names: Any, count: int) -> list[str] | None:
+    """Returns the names of `count` classes, a list or a dictionary by number, as a list; None if they do not fit."""
+    if isinstance(names, Mapping):
+        names = [names.get(index, names.get(str(index))) for index in range(count)] if len(names) == count else None
+    if not names or len(names) != count or None in names:
+        return None
+    return [str(name) for name in names]
 
 
 def several_labels(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,7 +26,7 @@ from torch import nn
 
 from timm_sfr.config import DEFAULT_MODEL, ModelConfig, check_repo_id
 from timm_sfr.method.probe import MISFITS, model_name
-from timm_sfr.models.files import CONFIG, PROBLEM, WEIGHTS, _damaged, check_dtypes, check_folder, own_config
+from timm_sfr.models.files import CONFIG, PROBLEM, WEIGHTS, _damaged, check_dtypes, check_folder, class_list, own_config
 from timm_sfr.models.zoo import ZooEntry, loading, zoo
 from timm_sfr.utils.console import counted, logger
 from timm_sfr.utils.errors import HubError, UserError, near_matches, near_paths
@@ -273,9 +273,13 @@ def _create(source: str, name: str, arguments: dict[str, Any]) -> nn.Module:
         except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
             raise UserError(f"model: the files or arguments of {name!r} do not fit it: {reason(error)}") from error
     names = model.pretrained_cfg.get("label_names")
-    # With `features_only`, timm returns a network without a classifier.
-    if names and len(names) != getattr(model, "num_classes", len(names)):  # the names belong to another classifier
-        model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")}
+    if names:
+        # With `features_only`, timm returns a network without a classifier.
+        found = class_list(names, getattr(model, "num_classes", len(names)))
+        if found is None:  # the names belong to another classifier
+            model.pretrained_cfg = {key: value for key, value in model.pretrained_cfg.items() if not key.startswith("label_")}
+        elif isinstance(names, Mapping):
+            model.pretrained_cfg = {**model.pretrained_cfg, "label_names": found}
     return model.eval() if arguments["pretrained"] else model
 
 

@@ -142,7 +142,8 @@ def _page_values(
     """Returns the values for the page's template."""
     page: dict[str, Any] = {
         "run": run, "name": run.path.absolute().name, "notes": notes, "predictions": table,
-        "best": run.metrics["best"], "last": run.metrics["last"], "test": run.metrics.get("test"), "epochs": len(run.rows),
+        "best": run.metrics["best"], "last": run.metrics["last"], "test": run.metrics.get("test"),
+        "epochs": int(run.rows[-1]["epoch"]) + 1 if run.rows else 0,
         "command": f"python train_sfr.py --config {shlex.quote(str(run.path / 'args.yaml'))}",
         "recipe": yaml.safe_dump(run.options, sort_keys=False, allow_unicode=True),
         "classes": [], "pairs": [], "mistakes": [], "matches": [], "channel_figures": [], "deep": "",

@@ -154,12 +154,19 @@ def versions() -> dict[str, str]:
     return {"timm_sfr": __version__, "python": platform.python_version(), "POT": metadata.version("POT"), **found}
 
 
-def recorded(run: str | Path, names: Sequence[str]) -> dict[str, Any]:
-    """Returns those of the options `names` that a run's args.yaml has; an empty dictionary if `run` is no run's folder."""
-    path = Path(run) / "args.yaml"
-    if not path.is_file():
+def run_folder(model: str | Path) -> Path | None:
+    """Returns the folder of the run whose model `model` names, as its own folder or its model's; None if it is no run's."""
+    path = Path(os.path.expanduser(str(model).removeprefix("local-dir:")))
+    places = (path, path.absolute().parent) if path.name == "model" else (path,)
+    return next((place for place in places if (place / "args.yaml").is_file()), None)
+
+
+def recorded(model: str | Path, names: Sequence[str]) -> dict[str, Any]:
+    """Returns those of the options `names` that the args.yaml of a model's run has; nothing if the model is no run's."""
+    folder = run_folder(model)
+    if folder is None:
         return {}
-    return {name: value for name, value in read_yaml(path).items() if name in names}
+    return {name: value for name, value in read_yaml(folder / "args.yaml").items() if name in names}
 
 
 def hardware(device: torch.device, processes: int) -> str:
@@ -187,6 +194,13 @@ class Run:
     def task(self) -> str:
         """What the run has trained: one class an image, or any number."""
         return task_of(self.options)
+
+    @property
+    def missing_epochs(self) -> tuple[int, int] | None:
+        """The epochs that are done and those that were asked for, of a run that has neither reached its end nor stopped early."""
+        epochs = self.metrics["epochs"]
+        done, asked = self.metrics["last"]["epoch"] + 1, min(epochs, self.options.get("stop_epoch") or epochs)
+        return (done, asked) if done < asked and not self.metrics.get("stopped_early") else None
 
     @property
     def test(self) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ from timm_sfr.method.config import LossForm
 from timm_sfr.method.probe import check_input
 from timm_sfr.method.smoothing import warmup_epochs
 from timm_sfr.method.task import EpochTask, SFRTask
-from timm_sfr.models.files import CONFIG
+from timm_sfr.models.files import CONFIG, made_up_name
 from timm_sfr.models.loading import new_model
 from timm_sfr.models.split_bn import split_batchnorm, without_auxiliary
 from timm_sfr.models.teacher import Teacher, changed, headline, open_teacher
@@ -550,7 +550,7 @@ def _weights_in_words(weights: tuple[float, ...], names: tuple[str, ...] | None)
 def _class_names(train: Split, num_classes: int) -> tuple[str, ...] | None:
     """Returns the names of the model's classes if the data has names; classes without one get a number."""
     known = train.class_names
-    return None if not known else (*known, *(f"class {index}" for index in range(len(known), num_classes)))
+    return None if not known else (*known, *map(made_up_name, range(len(known), num_classes)))
 
 
 def _fitted_batch(config: RunConfig, train: Split, processes: int) -> tuple[RunConfig, str]:

@@ -56,7 +56,7 @@ class Lines(logging.StreamHandler):
         warns = record.levelno >= logging.WARNING or text.startswith("warning: ")
         fields = {"event": "warning" if warns else "message", **getattr(record, "fields", {})}
         line = {"event": fields.pop("event"), "time": round(record.created, 3), "text": text, **fields}
-        return json.dumps(_plain(line), allow_nan=False)
+        return json_line(line, empty=None)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes the line immediately, unless it is for JSON only and the format is text."""
@@ -74,10 +74,10 @@ def fields(event: str, **values: Any) -> dict[str, Any]:
     return {"fields": {"event": event, **values}}
 
 
-def show_log(as_json: bool | None = None) -> None:
-    """Sends the package's log lines to standard output, once, as JSON or text; `as_json` None keeps the format."""
+def show_log(as_json: bool | None = None, to_stderr: bool = False) -> None:
+    """Sends the package's log lines to standard output or error, once, as JSON or text; `as_json` None keeps the format."""
     if not logger.handlers:
-        logger.addHandler(Lines(sys.stdout))
+        logger.addHandler(Lines(sys.stderr if to_stderr else sys.stdout))
         logger.setLevel(logging.INFO)
         logger.propagate = False
     for handler in logger.handlers:
@@ -123,12 +123,16 @@ def clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
 
 
-def _plain(value: Any) -> Any:
-    """Returns `value` as valid JSON values: numbers that are not finite, and empty strings, become null."""
+def json_line(value: Any, empty: Any = "") -> str:
+    """Returns `value` as one line of strict JSON: numbers that are not finite become null, empty strings `empty`."""
+    return json.dumps(_plain(value, empty), allow_nan=False)
+
+
+def _plain(value: Any, empty: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items() if key != "json_only"}
+        return {key: _plain(entry, empty) for key, entry in value.items() if key != "json_only"}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [_plain(entry, empty) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return None if value == "" else value
+    return empty if value == "" else value
