@@ -127,7 +127,7 @@ def test_validate_takes_a_runs_own_images(tmp_path):
         assert validate._list(f"local-dir:{run / 'model'}", own, chosen) == run / "split.csv", chosen
     assert validate._list(str(run), own, {"val_split": "other"}) is None
     assert validate._list("user/name", {}, {"dataset": f"csv/{table}"}) is None
-    with pytest.raises(timm_sfr.UserError, match="seed: .*split.csv' lists the images that the run was validated on"):
+    with pytest.raises(timm_sfr.UserError, match=r"seed: .*split.csv' lists the images that the run was validated on"):
         validate._list(str(run), own, {"seed": 7})
     (data / "i" / "0.png").unlink()
     assert validate._list(str(run), own, {"dataset": f"csv/{table}"}) is None
@@ -137,8 +137,8 @@ def test_a_runs_options_are_found_by_all_names_of_its_model(tmp_path, monkeypatc
     (tmp_path / "run" / "model").mkdir(parents=True)
     (tmp_path / "run" / "args.yaml").write_text("exif: false\nlr: 1.0\n")
     monkeypatch.chdir(tmp_path / "run")
-    names = (tmp_path / "run", tmp_path / "run" / "model", f"local-dir:{tmp_path / 'run'}", f"local-dir:{tmp_path / 'run/model'}", ".",
-             "model")  # fmt: skip
+    folder = tmp_path / "run"
+    names = (folder, folder / "model", f"local-dir:{folder}", f"local-dir:{folder / 'model'}", ".", "model")
     assert [recorded(name, ("exif",)) for name in names] == [{"exif": False}] * len(names)
     assert recorded("user/name", ("exif",)) == {} and run_folder(tmp_path) is None
 
