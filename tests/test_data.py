@@ -89,6 +89,13 @@ def test_a_cache_holds_images_of_any_size_and_travels_to_other_processes():
     assert len(pickle.dumps(cache)) < 2000, "the pixels must not travel"
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB"])
+def test_a_cache_keeps_the_mode_of_its_images(mode):
+    image = Image.effect_noise((12, 8), 90).convert("RGB").convert(mode)
+    found = Cached([(image, 0)])[0][0]
+    assert found.mode == mode and found.size == image.size and found.tobytes() == image.tobytes()
+
+
 def test_a_cache_leaves_no_file_behind():
     cache = Cached(images_of_many_sizes())
     path = cache.path

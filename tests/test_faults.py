@@ -1,10 +1,12 @@
 """Runs that are stopped, killed or damaged: nothing that was saved is lost, and what goes on ends with the same bits."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,8 +22,9 @@ from timm_sfr.config import OptimConfig
 from timm_sfr.method.smoothing import own_epsilon
 from timm_sfr.runs.checkpoints import Damaged, checkpoints, load_checkpoint, load_newest, save_checkpoint, set_aside
 from timm_sfr.training.optimizer import create_optimizer, create_schedule
+from timm_sfr.training.recorder import Recorder
 from timm_sfr.training.run import prepare
-from timm_sfr.training.run_state import _check_optimizer, restore
+from timm_sfr.training.run_state import RunState, _check_optimizer, restore
 
 
 def state(updates=0, value=0.0):
@@ -235,6 +238,28 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_or_is_skipped(tmp_path):
     done = limited(1800, *words, "--on-full-disk", "skip", "--experiment", "skip")
     assert done.returncode == 0 and done.stdout.count("warning: a checkpoint cannot be written") == 1, done.stderr
     assert not checkpoints(tmp_path / "skip" / "checkpoints") and (tmp_path / "skip/model/model.safetensors").exists()
+
+
+def test_scores_stay_with_the_weights_that_they_are_of(tmp_path):
+    """If the best model cannot be written, metrics and card go on to describe the one that is there."""
+    described = []
+
+    def write(folder, state, facts):
+        if facts.metrics["best"]["epoch"] == 1:
+            raise OSError(28, "No space left on device")
+        folder.mkdir()
+
+    exporter = SimpleNamespace(write=write, describe=lambda folder, facts: described.append(facts.metrics["best"]["epoch"]))
+    config = RunConfig.from_flat({"on_full_disk": "skip"})
+    recorder = Recorder(SimpleNamespace(run=tmp_path, main=True), config, {}, 3, exporter, *[None] * 3, False, None)
+    model, seen = torch.nn.Identity(), SimpleNamespace(by_class=None)
+    scores = [{"epoch": epoch, "val_top1": top1} for epoch, top1 in enumerate((50.0, 80.0, 70.0))]
+    for last, best, improved in ((0, 0, True), (1, 1, True), (2, 1, False)):
+        state = RunState(epoch=last + 1, best=scores[best], last=scores[last])
+        recorder.write_epoch(state, improved, model, seen)
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["best"] == scores[0] and found["last"] == scores[2] and described == [0]
+    assert recorder.best_in_model(state) == scores[0]
 
 
 FULL = """

@@ -71,6 +71,8 @@ def lines_on(model="resnet20_cifar", **options):
         ({"crop_pct": 0.0}, "crop-pct: expected a share above 0"),
         ({"layer_decay": 1.2}, "layer-decay: expected above 0 and up to 1"),
         ({"layer_decay": 0.75}, None),
+        ({"sched": "step", "cooldown_epochs": 3}, "timm's schedule step has neither, so they have no effect"),
+        ({"cooldown_epochs": 3, "lr_cycle_limit": 2}, None),
         ({"workers": 5}, "workers: 5 loading processes for 4 cores; --workers 4 is enough"),
         ({"sfr_solver": "triton", "sfr_matching": "emd"}, "sfr-solver: triton runs on CUDA only"),
         ({"sfr_solver": "exact"}, "sfr-solver: exact solves the plans of --sfr-matching emd; with divergence it has no effect"),

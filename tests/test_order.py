@@ -170,6 +170,10 @@ def test_auto_weights_are_scikit_learns(folder):
     assert torch.tensor(weights)[UNEVEN].mean() == pytest.approx(1)
 
 
+class Wide(list):
+    """Samples whose classes are one of several columns."""
+
+
 def test_classes_of_every_kind_of_dataset(folder):
     train = open_splits(DataConfig(data_dir=str(folder)), "RGB", 0)[0].dataset
     assert class_targets(train).tolist() == [0] * 20 + [1] * 20 + [2] * 20
@@ -177,6 +181,9 @@ def test_classes_of_every_kind_of_dataset(folder):
     assert class_targets(digits).tolist() == [digits[i][1] for i in range(len(digits))]
     pairs = [(Image.new("L", (4, 4)), kind) for kind in (2, 0, 1)]  # nothing but the samples themselves
     assert class_targets(pairs).tolist() == [2, 0, 1]
+    wide = Wide(pairs)
+    wide.targets = torch.tensor([[2, 7], [0, 7], [1, 7]])  # as QMNIST's, whose first column is the class
+    assert class_targets(wide).tolist() == [2, 0, 1]
 
 
 FILES = {

@@ -61,7 +61,10 @@ def test_processes_agree_on_sizes_and_share_the_images(options):
 def test_the_smoothing_counts_the_images_of_short_epochs():
     """50 epochs of 2 batches of 32 images are few passes over the 1,437 digits, so labels are smoothed by almost nothing."""
     options = {"train_img_sizes": (8, 16), "train_batches_per_epoch": 2, "batch_size": 32, "epochs": 50, "workers": 0}
-    for given, passes in ((options, 64 / 1437), ({"batch_size": 32}, 1), ({"batch_size": 32, "epoch_repeats": 2}, 2)):
+    # Its first epochs have the batches of the first size alone.
+    later = {"train_img_sizes": (8, 16), "train_batch_sizes": (64, 16), "train_size_schedule": "progressive", "epochs": 9}
+    cases = ((options, 64 / 1437), ({"batch_size": 32}, 1), ({"batch_size": 32, "epoch_repeats": 2}, 2), (later, 35 * 40 / 1437))
+    for given, passes in cases:
         config = RunConfig.from_flat({"model": "resnet20_cifar", **given})
         learner, _, _ = assemble(config, start(config))
         assert learner.task.smoothing.passes == pytest.approx(passes)

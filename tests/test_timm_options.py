@@ -29,7 +29,7 @@ from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.hub.model_folder import resolve_hub
 from timm_sfr.models.loading import new_model
 from timm_sfr.training.optimizer import base_rate, create_optimizer, create_schedule
-from timm_sfr.training.run import _optimisation
+from timm_sfr.training.run import _check_opt, _optimisation
 from timm_sfr.training.run_state import _load_optimizer
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.options import plain
@@ -245,6 +245,37 @@ def test_what_does_not_go_is_one_line(words, message):
 def test_options_without_a_meaning_are_told_once(given, notes):
     found, said = translate(given)
     assert found == {} and len(said) == len(notes) and all(note in line for note, line in zip(notes, said, strict=True))
+
+
+@pytest.mark.parametrize("given,found", [
+    ({"amp": True, "native_amp": False}, {"mixed_precision": "amp"}),
+    ({"native_amp": True, "amp": False}, {"mixed_precision": "amp"}),
+    ({"amp": False, "native_amp": True}, {"mixed_precision": "amp"}),
+    ({"drop_path": 0.1, "drop_connect": 0.0}, {"drop_path": 0.1}),
+    ({"drop_connect": 0.0, "drop_path": 0.1}, {"drop_path": 0.1}),
+    ({"recovery_interval": 0, "checkpoint_interval": 5}, {"checkpoint_interval": 5}),
+    ({"drop_connect": 0.0}, {"drop_path": 0.0}),
+])  # fmt: skip
+def test_files_of_older_versions_have_an_option_by_two_names(given, found):
+    assert translate(given) == (found, [])
+
+
+def test_layers_keep_their_factors_without_a_schedule():
+    config = OptimConfig(layer_decay=0.5, sched="none")
+    optimizer = create_optimizer(config, timm.create_model("resnet20_cifar"), 0.1)
+    create_schedule(config, optimizer, 4)
+    assert optimizer.param_groups[0]["lr"] < 0.01 and base_rate(optimizer.param_groups) == pytest.approx(0.1)
+    with pytest.raises(UserError, match="layer_decay: expected more than 0"):
+        OptimConfig(layer_decay=0.0)
+
+
+def test_a_run_keeps_its_optimizer(tmp_path):
+    (tmp_path / "args.yaml").write_text("opt: sgd\n")
+    config = RunConfig.from_flat({"data_dir": "x", "opt": "momentum"})
+    with pytest.raises(UserError, match="opt: expected 'sgd', the optimizer of the run to resume; got 'momentum'"):
+        _check_opt(tmp_path / "args.yaml", config)
+    _check_opt(tmp_path / "args.yaml", RunConfig.from_flat({"data_dir": "x", "opt": "momentum", "resume_opt": False}))
+    _check_opt(tmp_path / "args.yaml", RunConfig.from_flat({"data_dir": "x"}))
 
 
 def test_a_file_and_the_command_line_together(tmp_path):

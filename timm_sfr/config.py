@@ -458,6 +458,8 @@ class OptimConfig(Checked):
             raise UserError(
                 f"lr_noise_pct and lr_noise_std: expected more than 0; got {self.lr_noise_pct} and {self.lr_noise_std}"
             )
+        if self.layer_decay is not None and not self.layer_decay > 0:
+            raise UserError(f"layer_decay: expected more than 0, usually 0.5 to 0.9; got {self.layer_decay}")
         if self.model_ema_force_cpu and not self.model_ema:
             raise UserError("model-ema-force-cpu: it is for the moving average; give --model-ema too")
 
@@ -735,8 +737,10 @@ class RunConfig:
             raise UserError("split_bn: it is for parts of a batch that are augmented differently; give --aug-splits or --resplit")
         if self.model.split_bn and self.engine.sync_bn:
             raise UserError("split_bn: it does not go with sync_bn; leave out one of the two")
-        if self.model.split_bn and not splits and batch % 2:
-            raise UserError(f"batch-size: --split-bn with --resplit halves the batch, which needs an even size; got {batch}")
+        odd = [size for size in self.sizes.train_batch_sizes or (batch,) if size % 2]
+        if self.model.split_bn and not splits and odd:
+            name = "batch-size" if self.sizes.train_batch_sizes is None else "train-batch-sizes"
+            raise UserError(f"{name}: --split-bn with --resplit halves the batch, which needs an even size; got {odd[0]}")
 
     @classmethod
     def from_flat(cls, values: dict[str, Any], where: str = "options") -> RunConfig:

@@ -123,6 +123,7 @@ def translate(values: Mapping[str, Any], below: Mapping[str, Any] | None = None)
         if below is not None and values.keys() & set(group):
             values = {**{name: below[name] for name in group if name in below}, **values}
     found: dict[str, Any] = {}
+    older: set[str] = set()  # options that were given by a name that timm had before
     notes: list[str] = []
     defaults = {name: item.default for _, name, item in options()}
     for key, value in values.items():
@@ -136,6 +137,12 @@ def translate(values: Mapping[str, Any], below: Mapping[str, Any] | None = None)
             continue
         if value == "" and name in defaults:
             value = _EMPTY.get(name, defaults[name])
+        if name in found and (name != key or name in older):  # files of timm's hold both names, one with its default
+            if not value:
+                continue
+            if not found[name]:
+                del found[name]
+        older |= {name} if name != key else set()
         if found.get(name, value) != value:
             both = " and ".join(flag_of(one) for one in values if RENAMED.get(one, one) == name)
             raise UserError(f"{both}: they are one option; got {found[name]!r} and {value!r}; leave one of them out")

@@ -45,7 +45,7 @@ class Cached(Dataset):
         targets, shapes = [], []
         with os.fdopen(handle, "wb") as file:
             for image, target in _read_all(source):
-                self.is_pil = isinstance(image, Image.Image)
+                self.mode = image.mode if isinstance(image, Image.Image) else None
                 array = np.ascontiguousarray(image.numpy() if isinstance(image, Tensor) else image, dtype=np.uint8)
                 _write(file, array)
                 targets.append(target)
@@ -62,7 +62,7 @@ class Cached(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         array, target = self.array(index)
-        return Image.fromarray(array) if self.is_pil else array, target
+        return array if self.mode is None else _image(array, self.mode), target
 
     def array(self, index: int) -> tuple[np.ndarray, Any]:
         """Returns the image's pixels, for a PIL image (H, W) or (H, W, C), and its class, or several as an array (K,)."""
@@ -92,6 +92,13 @@ class Cached(Dataset):
                 f"{free / 2**30:.1f} GiB are free in memory and in {self.path.parent}; leave the option out, or make the "
                 "images smaller first"
             )
+
+
+def _image(array: np.ndarray, mode: str) -> Image.Image:
+    """Returns the pixels (H, W) or (H, W, C) as a Pillow image; Pillow would guess RGB or RGBA from the number of channels."""
+    if mode in ("1", "L", "RGB", "RGBA"):
+        return Image.fromarray(255 * array if mode == "1" else array).convert(mode)
+    return Image.frombytes(mode, (array.shape[1], array.shape[0]), array.tobytes())
 
 
 def _read_all(source: Any) -> Iterator[tuple[Any, int]]:

@@ -32,7 +32,10 @@ def class_targets(dataset: Any) -> Tensor:
         known = (getattr(dataset, name, None) for name in ("targets", "labels"))
         found = next((one for one in known if one is not None and len(one) == len(dataset)), None)
         found = [dataset[index][1] for index in range(len(dataset))] if found is None else found
-    return torch.as_tensor(found, dtype=torch.int64)
+    targets = torch.as_tensor(found, dtype=torch.int64)
+    if targets.ndim != 1:  # QMNIST's have more columns than the class
+        targets = torch.tensor([int(dataset[index][1]) for index in range(len(dataset))])
+    return targets
 
 
 def balanced_weights(targets: Tensor, num_classes: int) -> tuple[float, ...]:

@@ -224,7 +224,7 @@ def _from_timm(config: DataConfig, part: str, img_mode: str, seed: int, classes:
     _check_known(names, numbers, part)
     if name or not hasattr(reader, "targets"):
         raise UserError(f"data: {part} has {counted(len(names), 'class')} and train has {len(classes)}, expected the same ones "
-                        "in the same order; give --class-map")  # fmt: skip
+                        f"in the same order{'' if name else '; give --class-map'}")  # fmt: skip
     reader.targets = [numbers[names[target]] for target in reader.targets]  # a tar that lacks some of the classes
     return Split(dataset, classes)
 

@@ -240,7 +240,7 @@ def file_name(dataset: Any, index: int) -> str:
 def _batch_transform(transform: Callable, cached: Cached) -> BatchTransform | None:
     """Returns the batch version of `transform` if it exists and gives bit-identical results on a sample of the images."""
     batch_transform = BatchTransform.of(transform)
-    if batch_transform is None or not cached.is_pil:
+    if batch_transform is None or cached.mode != "RGB":
         return None
     sample = [cached.array(index)[0] for index in range(0, len(cached), max(1, len(cached) // 32))]
     if any(image.ndim != 3 or image.shape[2] != 3 for image in sample):

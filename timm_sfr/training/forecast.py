@@ -26,6 +26,7 @@ RATES = {
     "nesterov": (0.1, 1.0, 2000, 30),
 }
 UNKNOWN = ("adagrad", "adadelta", "adafactor")  # their rates are not comparable with those of Adam
+ENDLESS = ("step", "multistep", "constant", "plateau", "none")  # schedules without cycles or a cooldown
 FAR = 1.8  # warn if the images are this many times larger or smaller than those of pretraining
 UNTRAINED = 0.05  # warn if more than this share of the moving average is still the initial weights at the end
 FEW = 32  # images: the rate is usually not lowered further for smaller batches
@@ -177,9 +178,12 @@ def _odd(config: RunConfig, run: Circumstances) -> list[str]:
     if crop is not None and not 0 < crop <= 1:
         found.append(f"crop-pct: expected a share above 0 and up to 1; got {crop:g}, which timm interprets differently "
                      "(0 as 0.875); leave it out to use the model's")  # fmt: skip
-    if decay is not None and not 0 < decay <= 1:
+    if decay is not None and decay > 1:
         found.append(f"layer-decay: expected above 0 and up to 1, usually 0.5 to 0.9; with {decay:g} the first layers "
-                     "would learn fastest, or not at all")  # fmt: skip
+                     "would learn fastest")  # fmt: skip
+    optim = config.optim
+    if optim.sched in ENDLESS and (optim.cooldown_epochs or optim.lr_cycle_limit > 1):
+        found.append(f"cooldown-epochs and lr-cycle-limit: timm's schedule {optim.sched} has neither, so they have no effect")
     if workers > run.cores:
         found.append(f"workers: {workers} loading processes for {counted(run.cores, 'core')}; "
                      f"--workers {max(1, run.cores // run.processes)} is enough")  # fmt: skip

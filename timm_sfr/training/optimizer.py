@@ -130,4 +130,7 @@ def create_schedule(
             scheduler, epochs = create_scheduler_v2(optimizer, **arguments)
     except (ValueError, AssertionError) as error:
         raise UserError(f"sched: timm cannot make the schedule {config.sched!r}: {error}") from error
+    if scheduler is None:  # timm's schedules multiply by the layers' factors; without one, nothing else does
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     return Schedule(scheduler, epochs)

@@ -58,12 +58,17 @@ class Recorder:
                 with self.disk(f"the list of files {SPLIT_FILE}"):
                     write_split(self.workspace.run / SPLIT_FILE, scans)
 
-    def metrics(self, state: RunState) -> dict[str, Any]:
-        """Returns the content of metrics.json."""
+    def best_in_model(self, state: RunState) -> dict[str, Any]:
+        """Returns the scores of the weights in the model folder: an older epoch's, if writing better ones has failed."""
+        path = self.workspace.run / "metrics.json"
+        return (read_json(path).get("best") if path.is_file() else None) or state.best
+
+    def metrics(self, state: RunState, best: dict[str, Any]) -> dict[str, Any]:
+        """Returns the content of metrics.json, with the scores `best` of the weights in the model folder."""
         patience = self.config.optim.patience
         early = state.epoch < self.epochs and state.out_of_patience(patience)
         return {
-            "best": state.best,
+            "best": best,
             "last": state.last,
             **({"test": state.test} if state.test else {}),
             **({"stopped_early": {"epochs": state.epoch, "patience": patience}} if early else {}),
@@ -84,7 +89,7 @@ class Recorder:
             write_summary(run / "summary.csv", state.rows)
             if not state.best:
                 return
-            metrics = self.metrics(state)
+            metrics = self.metrics(state, state.best if improved else self.best_in_model(state))
             facts = Facts(metrics, self.config.flat(), state.rows)
             if improved:
                 self.exporter.write(run / "model", model.state_dict(), facts)
@@ -99,7 +104,7 @@ class Recorder:
         if self.test is None or not path.is_file():
             return {}
         found = read_json(path).get("test") or {}
-        wanted = self.config.data.test_split, state.best.get("epoch")
+        wanted = self.config.data.test_split, self.best_in_model(state).get("epoch")
         return found if (found.get("split"), found.get("epoch")) == wanted else {}
 
     def write_test(self, state: RunState) -> None:
@@ -108,7 +113,7 @@ class Recorder:
             return
         run, options = self.workspace.run, self.config.flat()
         with self.disk("the test scores"):
-            metrics = self.metrics(state)
+            metrics = self.metrics(state, self.best_in_model(state))
             if (run / "model").is_dir():
                 self.exporter.describe(run / "model", Facts(metrics, options, state.rows))
             # A run that had finished before keeps its other options.

@@ -192,7 +192,7 @@ def assemble(
         built.data.train, config.data, config.aug, built.prep, config.engine.seed, accelerator, **changing
     )
     if sizes is not None and isinstance(built.task, SFRTask):
-        built.task.smoothing.passes = sizes.images(0, len(batches)) / len(data.train.dataset)
+        built.task.smoothing.passes = len(batches) * sizes.average_batch * sizes.processes / len(data.train.dataset)
     mean_batch = config.data.batch_size if sizes is None else sizes.average_batch
     optimizer, schedule, lr = _optimisation(config, accelerator, built.task, len(batches), mean_batch)
     # Not the schedule: Accelerate would step it once per process.
@@ -306,6 +306,7 @@ def _start_late(trainer: Trainer) -> None:
 def _restore(trainer: Trainer) -> None:
     """Restores the newest intact checkpoint in the run's folder."""
     say, run = trainer.workspace.say, trainer.workspace.run
+    _check_opt(run / "args.yaml", trainer.config)
     saved = load_newest(run / "checkpoints", say)
     options = _changed_options(run / "args.yaml", trainer.config)
     try:
@@ -332,6 +333,14 @@ def _restore(trainer: Trainer) -> None:
     other = changed(run / "metrics.json", trainer.recorder.facts)
     if other is not None:
         say(other)
+
+
+def _check_opt(path: Path, config: RunConfig) -> None:
+    """Raises UserError if a run's args.yaml names another optimizer, whose state cannot be continued."""
+    before, now = read_yaml(path).get("opt", config.optim.opt), config.optim.opt
+    if before != now and config.engine.resume_opt:
+        raise UserError(f"opt: expected {before!r}, the optimizer of the run to resume; got {now!r}; leave the option out, or "
+                        "give --no-resume-opt to begin with a new optimizer")  # fmt: skip
 
 
 def _changed_options(path: Path, config: RunConfig, but: Sequence[str] = ()) -> str:

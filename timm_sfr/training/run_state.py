@@ -260,10 +260,14 @@ def _own_part(learner: Learner, total: Tensor | None) -> Part:
 
 
 def _buffers(learner: Learner) -> Part:
-    """Returns the buffers of the moving average and of the model."""
+    """Returns the buffers of the moving average and of the model, without those that a model makes by itself."""
     ema = learner.task.get_trainable_module(ema=True)
     modules = {"ema": None if ema is None else ema.module, "module": unwrap_model(learner.module)}
-    return {kind: {} if module is None else dict(module.named_buffers()) for kind, module in modules.items()}
+    found: Part = {}
+    for kind, module in modules.items():
+        kept = () if module is None else module.state_dict().keys()
+        found[kind] = {} if module is None else {name: value for name, value in module.named_buffers() if name in kept}
+    return found
 
 
 def _load_part(learner: Learner, parts: list[Part], step: int, scale: float) -> None:

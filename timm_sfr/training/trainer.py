@@ -197,7 +197,7 @@ class Trainer(Learner):
         scores, nonfinite = score_split(model, self.test_loader(), self.prep, self.accelerator, self.config.threshold)
         if nonfinite:
             self.workspace.say(f"warning: non-finite outputs for {nonfinite} images of the test split; they count as wrong")
-        state.test = {"split": self.config.data.test_split, "epoch": state.best["epoch"], **scores}
+        state.test = {"split": self.config.data.test_split, "epoch": self.recorder.best_in_model(state)["epoch"], **scores}
         self.recorder.write_test(state)
         return True
 
@@ -224,9 +224,10 @@ class Trainer(Learner):
             self.recorder.keep_checkpoint(state, improved)
 
     def _update(self, epoch: int, step: int) -> None:
-        clip_gradients(self.config.optim, self.accelerator, self.task)
         seen = self.guard.bad
+        # Before clipping, which by value would make an infinite gradient finite.
         made = self.guard.check_gradients(self.module, (epoch, step, self.state.updates + 1))
+        clip_gradients(self.config.optim, self.accelerator, self.task)
         if made:
             self.optimizer.step()
             made = not self.accelerator.optimizer_step_was_skipped
