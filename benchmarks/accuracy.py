@@ -119,7 +119,9 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinish
     from timm_sfr.training.run import fit
 
     started_from = commit()
-    with _folder(unfinished, cell, started_from) as output:
+    # A trial, or code that is not committed, leaves nothing that another run could take for its own beginning.
+    kept = None if limit is not None or started_from.endswith("+") else unfinished
+    with _folder(kept, cell, started_from) as output:
         config, make, data = parts(cell, root, threads, output, limit)
         trained = []  # the task, whose module has the parameters that are trained beside the model's
 

@@ -34,15 +34,22 @@ DOCUMENT = HERE.parent / "docs" / "performance.md"
 ABOUT = ("hardware", "threads", "versions", "commit", "date")
 
 
-def merge(path: Path, rows: list[Row], about: dict[str, str]) -> list[dict[str, str]]:
-    """Adds rows to the CSV, where they replace all rows of the same parts and machine; returns all rows."""
+def merge(path: Path, rows: list[Row], about: dict[str, str], some: bool = False) -> list[dict[str, str]]:
+    """Adds rows to the CSV, where they replace all rows of the same parts and machine; returns all rows.
+
+    With `some`, which are not all of a part, they replace only the rows of the same measurements.
+    """
     fresh = [{**{name: str(value) for name, value in asdict(row).items()}, **about} for row in rows]
-    parts, known = {row.part for row in rows}, read(path)
+    parts, again, known = {row.part for row in rows}, {(row.part, row.what) for row in rows}, read(path)
     if known and "part" not in known[0]:
         raise UserError(
             f"csv: expected {str(path)!r} to be of this benchmark; got columns {list(known[0])[:4]}; give another file"
         )
-    kept = [row for row in known if row["part"] not in parts or row["hardware"] != about["hardware"]]
+    kept = [
+        row
+        for row in known
+        if row["hardware"] != about["hardware"] or ((row["part"], row["what"]) not in again if some else row["part"] not in parts)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*(one.name for one in fields(Row)), *ABOUT])
@@ -127,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         merge(args.csv, [], about)  # fails before the measurements if the file cannot be used
         for name in args.parts:
-            rows = merge(args.csv, parts[name](), about)
+            rows = merge(args.csv, parts[name](), about, args.models is not None)
             if args.document.is_file():
                 write_page(rows, args.document)
     except (UserError, OSError) as error:

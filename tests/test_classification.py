@@ -343,6 +343,9 @@ def test_forms_that_cannot_be_are_refused():
     for weights in ((0.0, 0.0), (1.0, -1.0), (1.0, float("nan"))):
         with pytest.raises(UserError, match="class_weights: expected numbers of at least 0"):
             LossForm(class_weights=weights)
+    with pytest.raises(UserError, match="bce_pos_weight: expected more than 0; got -1"):
+        LossForm(bce=True, bce_pos_weight=-1.0)
+    assert hash(LossForm(class_weights=[1.0, 2.0])) == hash(LossForm(class_weights=(1.0, 2.0)))
     with pytest.raises(UserError, match="class_weights: expected 10, one for each class; got 7"):
         SFRTask(small(), loss=LossForm(class_weights=WEIGHTS), verbose=False)
     model = small()

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 
-from timm_sfr import SFRConfig, SFRTask, UserError, emd_l2, gaussian_l2, match_channels, sinkhorn_divergence
+from timm_sfr import (
+    LossForm,
+    SFRConfig,
+    SFRTask,
+    UserError,
+    choose_taps,
+    emd_l2,
+    gaussian_l2,
+    match_channels,
+    sinkhorn_divergence,
+)
 from timm_sfr.method.probe import forward_taps
 from timm_sfr.method.tapped_model import to_nodes
 from timm_sfr.method.task import weight_at
@@ -78,6 +88,7 @@ def test_lambda_warms_up_and_decays():
     found = [weight_at(config, epoch, 8) for epoch in range(8)]
     assert found == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 2 / 3, 1 / 3])
     assert [weight_at(SFRConfig(weight=1.0), epoch, 10) for epoch in range(3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [weight_at(config, epoch, 8) for epoch in (8, 20)] == pytest.approx([1 / 3, 1 / 3]), "as in the last epoch"
     task = make(config)
     task.set_epoch(0, 8)
     assert task(*batch())["sfr_weight"] == 0.25
@@ -94,6 +105,35 @@ def test_state_travels():
     images, target = batch()
     ours, theirs = task(images, target), other(images, target)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_state_of_other_parts_is_refused():
+    plain, learned = make(), make(SFRConfig(channels="projection"))
+    for one, other in ((plain, learned), (learned, plain)):
+        with pytest.raises(RuntimeError, match="do not have the same parts: projection"):
+            one.load_task_state(other.get_task_state())
+        one.load_task_state(other.get_task_state(), strict=False)
+    assert plain.get_task_state(ema=True) == {}
+    with pytest.raises(RuntimeError, match=r"before setup_ema\(\)"):
+        plain.load_task_state(plain.get_task_state(), ema=True)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_task_of_another_type_keeps_its_own_state_in_float32(kind):
+    task, (images, target) = make(loss=LossForm(class_weights=(1.0,) * 10)).to(kind), batch()
+    task.set_epoch(4, 48)
+    result = task(images.to(kind), target)
+    result["loss"].backward()
+    assert result["loss"].isfinite() and next(task.plain_model.parameters()).grad.dtype == kind
+    buffers = (task.weight, task.smoothing.table, task.smoothing.counts, task.smoothing.criterion.class_weights)
+    assert {one.dtype for one in buffers} == {torch.float32}
+
+
+def test_a_compiled_model_is_refused_and_a_compiled_task_is_not():
+    model = torch.compile(timm.create_model("resnet20_cifar", num_classes=10), backend="eager")
+    with pytest.raises(UserError, match=r"got torch.compile's; pass the model itself, and compile the task"):
+        SFRTask(model, verbose=False)
+    assert choose_taps(model).num_classes == 10
 
 
 def test_exported_state_is_the_plain_models():

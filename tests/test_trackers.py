@@ -190,3 +190,4 @@ def test_options_as_trackers_take_them():
     assert found["data_dir"] == "https://host/data" and found["input_key"] == "jpg" and "s3cret" not in str(found)
     assert all(isinstance(value, (bool, int, float, str)) for value in found.values())
     assert {name: metric_name(name) for name in NAMES} == NAMES
+    assert hyperparameters({"gp": "token", "wandb_token": "token"}) == {"gp": "token", "wandb_token": "(left out)"}

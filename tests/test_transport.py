@@ -287,6 +287,23 @@ def test_cross_marginals_by_hand():
     assert torch.allclose(a, torch.tensor([[1.001, 0.001]]) / 1.002) and torch.equal(b, torch.ones(1, 1))
 
 
+@pytest.mark.parametrize("solver", ["auto", "sinkhorn", "exact"])
+def test_masses_of_zero_move_nothing(solver):
+    cost, a, b = torch.rand(2, 4, 5), torch.tensor([[0.5, 0.5, 0.0, 0.0]] * 2), torch.tensor([[0.0, 0.25, 0.25, 0.5, 0.0]] * 2)
+    plan = transport_plan(cost, a, b, solver)
+    assert torch.allclose(plan.sum(2), a, atol=1e-6) and torch.allclose(plan.sum(1), b, atol=1e-6)
+    assert transport_plan(torch.rand(0, 4, 5), solver=solver).shape == (0, 4, 5)
+    with pytest.raises(UserError, match="expected a floating-point cost"):
+        transport_plan(torch.ones(1, 2, 2, dtype=torch.long), solver=solver)
+
+
+def test_second_derivatives_are_refused():
+    x = torch.randn(1, 4, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gaussian_l2(x, torch.randn(1, 4, 3)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_rounding_mends_any_plan():
     plan = torch.rand(3, 6, 7)
     a, b = torch.rand(3, 6).softmax(-1), torch.rand(3, 7).softmax(-1)

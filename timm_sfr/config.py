@@ -642,7 +642,7 @@ def check_repo_id(repo_id: str, option: str) -> str:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: one section per concern.
+    """A whole run: one section per concern. `from_flat` makes one; of no options, the run on the digits.
 
     Attributes:
         data: What is trained on.

@@ -19,7 +19,7 @@ from timm_sfr.training.run import fit
 from timm_sfr.utils.console import logger, show_log
 from timm_sfr.utils.errors import HubError, Interrupted, UserError, one_line
 from timm_sfr.utils.files import read_yaml
-from timm_sfr.utils.processes import launch_id, restarts
+from timm_sfr.utils.processes import hosts, launch_id, restarts
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[RunConfig, Path | None]:
@@ -37,10 +37,15 @@ def read_options(args: argparse.Namespace) -> tuple[RunConfig, Path | None]:
     """Does the same as `parse` for parsed arguments."""
     given = dict(vars(args))
     config, resume = given.pop("config", None) or None, given.pop("resume", None) or None
-    if resume is None and restarts() > 0:
-        resume = "auto"  # torchrun has restarted the processes after a failure
+    launches: list[str | None] = [None] if resume == "auto" else []  # whose runs to look for; None: anybody's
+    if restarts() > 0 and hosts() == 1:  # torchrun has restarted the processes after a failure
+        resume, launches = resume or "auto", [launch_id(), *launches]
+    elif restarts() > 0 and resume is None:
+        raise UserError("resume: torchrun has restarted the processes of this host, and each host counts its own restarts; give "
+                        "--resume auto, which all hosts follow, and an --output on a disk that they share")  # fmt: skip
     if resume == "auto":
-        found = _newest(_merged(_stored(config), given)[0], config)
+        values = _merged(_stored(config), given)[0]
+        found = next(filter(None, (_newest(values, config, launch) for launch in launches)), None)
         if found is None:
             return _configured(_stored(config), given, config, "no run with these options has a checkpoint to resume; "
                                "starting a new run"), None  # fmt: skip
@@ -78,9 +83,9 @@ def _configured(stored: dict[str, Any], given: dict[str, Any], where: str | None
     return config
 
 
-def _newest(values: dict[str, Any], where: str | None) -> Path | None:
-    """Returns the newest run with these options that has a checkpoint, or None."""
-    wanted, launch = RunConfig.from_flat(values, where=where or "options"), launch_id() if restarts() > 0 else None
+def _newest(values: dict[str, Any], where: str | None, launch: str | None) -> Path | None:
+    """Returns the newest run with these options that has a checkpoint, of torchrun's `launch` or any; None without one."""
+    wanted = RunConfig.from_flat(values, where=where or "options")
     model = wanted.model.model or DEFAULT_MODEL
     names = {*values, "img_size", "in_chans"} if values.get("input_size") else {*values}
     same = {name: value for name, value in wanted.flat().items() if name in names and value is not None}

@@ -5,6 +5,8 @@ Shapes: B images in the batch, K classes, V views of each image.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,7 +98,18 @@ def jsd_terms(cls_loss: Tensor, logits: Tensor, splits: int) -> dict[str, Tensor
     return {"task_loss": cls_loss + weight * jsd, "cls_loss": cls_loss, "jsd_loss": jsd, "jsd_weight": weight}
 
 
-class ClassificationLoss(nn.Module):
+class Float32Buffers(nn.Module):
+    """A module whose own buffers stay in float32 when it, or a module around it, is converted to another type."""
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Float32Buffers:
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                self._buffers[name] = buffer.float()
+        return self
+
+
+class ClassificationLoss(Float32Buffers):
     """L_cls of a batch in one `LossForm`: the mean of `sample_losses`, or with class weights their `weighted_mean`."""
 
     class_weights: Tensor | None

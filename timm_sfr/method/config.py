@@ -47,6 +47,8 @@ class LossForm:
     def __post_init__(self) -> None:
         if not self.bce and (self.bce_sum, self.bce_target_thresh, self.bce_pos_weight) != (False, None, None):
             raise UserError("bce: it is off, and options of it are given; expected bce=True")
+        if self.bce_pos_weight is not None and not 0 < self.bce_pos_weight < math.inf:
+            raise UserError(f"bce_pos_weight: expected more than 0; got {self.bce_pos_weight}")
         if self.splits == 1 or self.splits < 0 or (self.bce and self.splits):
             raise UserError(f"splits: expected 0, or 2 or more views and no bce; got {self.splits}")
         if self.multi_label and not (self.bce and self.class_weights is None):
@@ -54,6 +56,8 @@ class LossForm:
         weights = self.class_weights
         if weights is not None and not (all(0 <= one < math.inf for one in weights) and any(weights)):
             raise UserError(f"class_weights: expected numbers of at least 0, not all 0; got {weights}")
+        if weights is not None:
+            object.__setattr__(self, "class_weights", tuple(weights))
 
     def balance(self, num_classes: int) -> float:
         """Returns the factor of lambda that keeps the feature loss in proportion to L_cls.

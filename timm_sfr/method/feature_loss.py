@@ -84,7 +84,8 @@ def sinkhorn_divergence(shallow: Tensor, deep: Tensor, *, weights: str = "unifor
         shallow: Shallow local features, (B, N, C).
         deep: Deep local features matched to the shallow channels, (B, M, C).
         weights: Node weights a, b: ``"uniform"``, or ``"cross"`` (`cross_marginals`).
-        entropy: eps in units of the mean cost within a set; positive.
+        entropy: eps in units of the mean cost within a set; positive. Below about 0.1 the solver's updates are too few, and
+            the result is too large; use `emd_l2`.
 
     Raises:
         UserError: if shapes or options do not fit.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from timm_sfr.method.classification import ClassificationLoss, check_dense, flat_target, soft_targets
+from timm_sfr.method.classification import ClassificationLoss, Float32Buffers, check_dense, flat_target, soft_targets
 from timm_sfr.method.config import SCHEDULES, SOURCES, LossForm
 from timm_sfr.utils.errors import UserError
 
@@ -110,7 +110,7 @@ def warmup_epochs(epochs: int, given: int | None = None) -> int:
     return min(5, epochs // 5) if given is None else given
 
 
-class DynamicLabelSmoothing(nn.Module):
+class DynamicLabelSmoothing(Float32Buffers):
     """The classification loss against dynamically smoothed targets: L_cls(z, y~), by default cross-entropy.
 
         y~ = (1 - eps_t) y + eps_t q

@@ -111,6 +111,7 @@ def choose_taps(model: nn.Module, input_size: Sequence[int] | None = None, taps:
     Raises:
         UserError: if the model has no features to tap, the images are too small, or `taps` does not fit the features.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     if input_size is None and not getattr(model, "pretrained_cfg", None):
         raise UserError(f"input_size: {model_name(model)} does not say what images it takes; pass (channels, height, width)")
     size = tuple(int(n) for n in input_size or resolve_input_data_config(model, {})["input_size"])

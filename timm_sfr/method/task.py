@@ -30,8 +30,9 @@ def weight_at(config: SFRConfig, epoch: int, epochs: int) -> float:
 
         lambda(e) = weight * min(1, (e + 1) / (warmup + 1), (epochs - e) / (decay + 1))
 
-    The warm-up is that of `warmup_epochs`.
+    The warm-up is that of `warmup_epochs`. Epochs beyond the last, epochs - 1, have its lambda.
     """
+    epoch = max(0, min(epoch, epochs - 1))
     warmup = warmup_epochs(epochs, config.warmup_epochs)
     return config.weight * min(1.0, (epoch + 1) / (warmup + 1), (epochs - epoch) / (config.decay_epochs + 1))
 
@@ -111,6 +112,9 @@ class SFRTask(EpochTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
     ) -> None:
+        if hasattr(model, "_orig_mod"):
+            raise UserError("model: expected one that is not compiled, because SFR adds outputs to it; got torch.compile's; pass "
+                            "the model itself, and compile the task: task.compile()")  # fmt: skip
         device = device or next(model.parameters()).device
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         self.config, self.loss = config or SFRConfig(), loss or LossForm()
@@ -149,6 +153,11 @@ class SFRTask(EpochTask):
         self.register_buffer("weight", weight, persistent=False)
         self.base = base
         self._unmatched: set[tuple[int, int]] = set()  # image sizes without feature loss that were announced
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> SFRTask:
+        super()._apply(fn, *args, **kwargs)
+        self.weight = self.weight.float()  # lambda: 16 bits would round it
+        return self
 
     def _take_over(self, base: TrainingTask, model: nn.Module) -> nn.Module | None:
         """Makes `base` reuse our forward pass; returns its map from features to the teacher's, or None without one."""
@@ -307,7 +316,10 @@ class SFRTask(EpochTask):
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Returns the training state in addition to the model's weights: the class table and the projections."""
-        module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        if module is None:  # there is no average
+            return {}
+        module = unwrap_model(module)
         state = {"smoothing": self.smoothing.state_dict()}
         return state | {name: extra.state_dict() for name, extra in self._extras(module)}
 
@@ -318,17 +330,28 @@ class SFRTask(EpochTask):
         module: nn.Module | None = None,
         ema: bool = False,
     ) -> None:
-        """Loads the result of `get_task_state`."""
+        """Loads the result of `get_task_state`.
+
+        Raises:
+            RuntimeError: if there is no average to load into, or, with `strict`, a part is missing or left over.
+        """
         if not state:
             return
-        module = unwrap_model(self.get_trainable_module(ema=ema) if module is None else module)
+        module = self.get_trainable_module(ema=ema) if module is None else module
+        if module is None:
+            raise RuntimeError("cannot load the state of the moving average before setup_ema()")
+        module = unwrap_model(module)
         smoothing = dict(state["smoothing"])
         saved, table = smoothing.get("table"), self.smoothing.table
         if saved is not None and 0 in (len(saved), len(table)):  # resumed with another --sfr-smoothing-source
             smoothing["table"] = table
         self.smoothing.load_state_dict(smoothing, strict=strict)
-        for name, extra in self._extras(module):
-            extra.load_state_dict(state[name], strict=strict)
+        extras = dict(self._extras(module))
+        wrong = sorted(extras.keys() ^ (state.keys() - {"smoothing"}))
+        if strict and wrong:
+            raise RuntimeError(f"the state and the task do not have the same parts: {', '.join(wrong)}")
+        for name in extras.keys() & state.keys():
+            extras[name].load_state_dict(state[name], strict=strict)
 
     @staticmethod
     def _extras(module: nn.Module) -> list[tuple[str, nn.Module]]:

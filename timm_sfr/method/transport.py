@@ -17,6 +17,7 @@ from timm_sfr.utils.errors import UserError
 
 # Up to N = 4 nodes per side, `assignments` tries all N^N (at most 256) maps of rows to columns, which is faster than iterating.
 ENUMERATED = 4
+LEAST_MASS = 1e-25
 PERMUTATIONS = (1, 1, 2, 6, 24)  # N! for N = 0..4, as a table: a compiled graph with dynamic shapes has no factorial
 _TRITON = find_spec("triton") is not None  # torch includes it on Linux only
 
@@ -34,16 +35,16 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
       ``"sinkhorn"`` itself.
 
     Args:
-        cost: C, (B, N, M), finite.
-        a: Row masses, (B, N), summing to 1; uniform if None.
-        b: Column masses, (B, M), summing to 1; uniform if None.
+        cost: C, (B, N, M), floating point, finite.
+        a: Row masses, (B, N), at least 0 and summing to 1, which is not checked; uniform if None.
+        b: Column masses, (B, M), likewise.
         solver: ``"auto"``, ``"sinkhorn"``, ``"exact"`` or ``"triton"``.
 
     Raises:
-        UserError: if the shapes do not match or the solver is unknown.
+        UserError: if the shapes do not match, the cost is of integers, or the solver is unknown.
     """
-    if cost.ndim != 3:
-        raise UserError(f"expected a cost of shape (batch, rows, columns); got {tuple(cost.shape)}")
+    if cost.ndim != 3 or not cost.is_floating_point():
+        raise UserError(f"expected a floating-point cost of shape (batch, rows, columns); got {cost.dtype} {tuple(cost.shape)}")
     if solver not in SOLVERS:
         raise UserError(f"unknown solver {solver!r}: expected one of {', '.join(SOLVERS)}")
     if solver == "auto" and a is None and b is None and cost.shape[1] == cost.shape[2] <= ENUMERATED:
@@ -58,9 +59,12 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
             f"{(cost.shape[0], cost.shape[2])}; got {tuple(a.shape)} and {tuple(b.shape)}"
         )
     triton = triton_for(cost.shape, cost.device) if solver == "triton" else None
-    solve = exact if solver == "exact" else triton.plans if triton else sinkhorn
     with torch.no_grad(), torch.autocast(cost.device.type, enabled=False):
-        return solve(cost.detach().float(), a.detach().float(), b.detach().float()).to(cost.dtype)
+        if solver == "exact":
+            return exact(cost.detach(), a.detach(), b.detach())
+        # The other solvers take logarithms of the masses, so a mass of 0 becomes one that moves nothing.
+        a, b = (mass.detach().float().clamp_min(LEAST_MASS) for mass in (a, b))
+        return (triton.plans if triton else sinkhorn)(cost.detach().float(), a, b).to(cost.dtype)
 
 
 def assignments(cost: Tensor) -> Tensor:
@@ -105,4 +109,4 @@ def exact(cost: Tensor, a: Tensor, b: Tensor) -> Tensor:
     # The simplex expects both sides to have the same total in float64; float32 masses sum to 1 only within 1e-7.
     rows, columns = rows / rows.sum(-1, keepdims=True), columns / columns.sum(-1, keepdims=True)
     plans = [torch.from_numpy(ot.emd(*problem)) for problem in zip(rows, columns, costs, strict=True)]
-    return torch.stack(plans).to(cost)
+    return torch.stack(plans).to(cost) if plans else torch.empty_like(cost)

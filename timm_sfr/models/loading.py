@@ -34,7 +34,7 @@ from timm_sfr.utils.hub_client import check_token, hub_errors, quick_offline, re
 
 
 def create_model(
-    name: str,
+    name: str | Path,
     pretrained: bool = True,
     num_classes: int | None = None,
     *,
@@ -61,6 +61,7 @@ def create_model(
             safetensors.
         HubError: if the model is on the Hub and cannot be downloaded.
     """
+    name = str(name)
     arguments = {"pretrained": pretrained, "num_classes": num_classes, **kwargs}
     where = {"revision": revision, "token": check_token(token), "cache_dir": cache_dir}
     entry = zoo().get(name)

@@ -283,8 +283,9 @@ def _run(trainer: Trainer, resume: Path | None) -> Path:
     if trainer.workspace.main and not (run / "model" / CONFIG).is_file():
         raise UserError(f"resume: the model/ of {str(run)!r} is gone, and only a new best epoch writes it; raise --epochs")
     say(f"the model is in {run / 'model'}")
-    line = loading_line(run, f"local-dir:{(run / 'model').absolute()}")  # for any folder that it is used in
-    say(f"load it with: {line}", "done", run=str(run), model=str(run / "model"), load=line)
+    if trainer.workspace.main:  # the other hosts may not have the folder
+        line = loading_line(run, f"local-dir:{(run / 'model').absolute()}")  # for any folder that it is used in
+        say(f"load it with: {line}", "done", run=str(run), model=str(run / "model"), load=line)
     hub = trainer.config.hub
     if hub.push_to_hub is not None and trainer.workspace.main:
         # The other processes have finished, and their launcher waits for this one.

@@ -58,9 +58,14 @@ def hyperparameters(options: dict[str, Any]) -> dict[str, bool | int | float | s
             if entry is None:
                 continue
             plain = entry if isinstance(entry, (bool, int, float)) else _text(entry)
-            secret = isinstance(plain, str) and name not in NO_SECRET and (SECRET.search(key) or SECRET.search(plain))
-            found[key] = "(left out)" if secret else plain
+            found[key] = "(left out)" if name not in NO_SECRET and _looks_secret(key, plain) else plain
     return found
+
+
+def _looks_secret(name: str, value: bool | int | float | str) -> bool:
+    if not isinstance(value, str):
+        return False
+    return bool(SECRET.search(name) or (SECRET.search(value) and value != "token"))  # "token" alone is a kind of pooling
 
 
 class Trackers:

@@ -256,6 +256,7 @@ class Trainer(Learner):
         event = {**place, "term": term, "value": str(value), "action": self.guard.policy,
                  "files": self.batches.files(epoch, step)}  # fmt: skip
         with self.recorder.disk("the list of what was not finite"):
+            self.workspace.run.mkdir(parents=True, exist_ok=True)  # on another host than the main process's
             write_event(self.workspace.run / ("nonfinite.json" if rank == 0 else f"nonfinite-{rank}.json"), event)
         if self.guard.policy != "skip":
             what, how = "gradients" if term == "gradient" else "loss", "after" if late else "before"

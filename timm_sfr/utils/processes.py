@@ -30,12 +30,17 @@ def restarts() -> int:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def hosts() -> int:
+    """Returns the number of torchrun's launchers, one a host."""
+    return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+
+
 def launch_id() -> str | None:
     """Returns an identifier of this torchrun launch, which stays the same after a restart; None if there is none."""
     known = os.environ.get("TORCHELASTIC_RUN_ID")
     if known is None or known != "none":
         return known
-    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+    if hosts() > 1:
         return None  # each host has its own launcher
     with contextlib.suppress(psutil.Error):
         launcher = psutil.Process().parent()
