@@ -60,7 +60,7 @@ OVERVIEWS: dict[str, tuple[Sequence[Column], dict[str, str]]] = {
     "overview-val": ([Column(name, name) for name in SETS], PEERS),
     "overview-part2": (
         [Column(name, name, split="val-part2") for name in SETS],
-        {name: PEERS[name] for name in ("ls", "ols", "cskd", "byot", "deepsup")},
+        {name: PEERS[name] for name in ("ls", "ols", "cskd", "byot")},
     ),
     "overview-parts": ([Column(name, name) for name in SETS], PARTS),
     "overview-other": (OTHER, {name: PEERS[name] for name in ("ce", "ls")}),
