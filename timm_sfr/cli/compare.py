@@ -139,9 +139,10 @@ def tables(groups: Sequence[Group]) -> tuple[list[Row], list[str], list[Row]]:
     if other := [name for name in VALIDATED_ON if name in base.options]:
         notes.append(f"note: the runs may have been validated on different images ({', '.join(other)}); differences then mean "
                      "little")  # fmt: skip
-    for run in (run for group in groups for run in group.runs.values() if run.missing_epochs):
-        done, asked = run.missing_epochs or (0, 0)
-        notes.append(f"note: {run.path.absolute().name} is unfinished: {done} of {asked} epochs")
+    for group in groups:
+        for run in group.runs.values():
+            if found := run.missing_epochs:
+                notes.append(f"note: {run.path.absolute().name} is unfinished: {found[0]} of {found[1]} epochs")
     for group in groups:
         notes.append(f"{group.name}: {', '.join(run.path.absolute().name for _, run in sorted(group.runs.items()))}")
     options: list[Row] = [("", *(group.name for group in groups))]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm_sfr.cli.parser import fail, given
 from timm_sfr.cli.verbs import READING, THRESHOLD
 from timm_sfr.config import DataConfig, RunConfig
-from timm_sfr.data.folders import SEPARATOR, TEXT, is_hidden, is_loop
+from timm_sfr.data.folders import SEPARATOR, TEXT, walk
 from timm_sfr.data.images import UNDECODABLE, image_endings, to_mode
 from timm_sfr.data.samples import image_reading
 from timm_sfr.data.transforms import check_mode, img_mode
@@ -51,7 +50,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     endings = image_endings()
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in _visible_files(path) if file.suffix.lower() in endings and file.is_file())
+            inside = (Path(place, name) for place, _, files, _ in walk(path) for name in files)
+            found += sorted(file for file in inside if file.suffix.lower() in endings and file.is_file())
         elif path.exists():
             found.append(path)
         else:
@@ -59,16 +59,6 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     if not found:
         raise UserError(f"image: no image in {', '.join(map(str, paths))} (looked for {' '.join(endings)})")
     return found
-
-
-def _visible_files(folder: Path) -> Iterator[Path]:
-    """Yields the files in a folder and below it, also through links, as training finds them."""
-    for place, folders, files in os.walk(folder, followlinks=True):
-        if is_loop(place, str(folder)):
-            folders.clear()
-            continue
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield from (Path(place, name) for name in files if not is_hidden(name))
 
 
 def class_names(model: Any) -> list[str] | None:

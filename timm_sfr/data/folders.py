@@ -11,7 +11,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,16 +106,10 @@ def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
     other: Counter[str] = Counter()
     hidden: list[str] = []
     loose, with_images, leaves = 0, set(), []
-    for place, folders, files in os.walk(root, followlinks=True):
-        if is_loop(place, str(root)):
-            folders.clear()
-            continue
+    for place, folders, files, unseen in walk(root):
         inside = os.path.relpath(place, root)
-        hidden += [os.path.normpath(os.path.join(inside, name)) for name in (*folders, *files) if is_hidden(name)]
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        hidden += [os.path.normpath(os.path.join(inside, name)) for name in unseen]
         for name in files:
-            if is_hidden(name):
-                continue
             ending = os.path.splitext(name)[1].lower()
             if ending not in endings:
                 other[ending] += 1
@@ -129,6 +123,17 @@ def scan_folder(root: Path, endings: Iterable[str] | None = None) -> FolderScan:
     images.sort(key=lambda image: natural_key(image[0]))
     empty = tuple(sorted(set(leaves) - with_images, key=natural_key))
     return FolderScan(Path(root), images, other, tuple(sorted(hidden)), loose, empty)
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+    """Yields `root` and each folder below it, also through links: its path, its folders and files, and the hidden of both."""
+    for place, folders, files in os.walk(root, followlinks=True):
+        if _is_loop(place, str(root)):
+            folders.clear()
+            continue
+        hidden = [name for name in (*folders, *files) if is_hidden(name)]
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
+        yield place, folders, [name for name in files if not is_hidden(name)], hidden
 
 
 def find_split(root: Path, split: str) -> Path | None:
@@ -225,7 +230,7 @@ def _inside(root: Path, path: str) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
-def is_loop(place: str, root: str) -> bool:
+def _is_loop(place: str, root: str) -> bool:
     """Returns whether a folder is a link to one of its own parent folders, which would make an endless loop."""
     if place == root or not os.path.islink(place):
         return False
