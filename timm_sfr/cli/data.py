@@ -85,11 +85,12 @@ def table(found: dict[str, Any]) -> str:
         small, large = ("x".join(map(str, part[name] or ())) for name in ("smallest", "largest"))
         size = f"{small} to {large}" if large != small else small
         count = sum(part["sampled"].values())
-        lines.append(f"{split}: {count} of the images opened, the others only counted: {kinds}; {size} pixels")
+        rest = ", the others only counted" if count + len(part["unreadable"]) < part["images"] else ""
+        lines.append(f"{split}: {count} of the images opened{rest}: {kinds}; {size} pixels")
         passed = [f"{count} {ending or 'without an ending'}" for ending, count in part["passed_over"].items()]
         for label, values in (
             ("no images in the sample", part["unreadable"]),
-            ("each image scaled by its own range (--image-range), mode", part["own_range"]),
+            ("each image scaled by its own range, floats within 0 to 1 by those (--image-range), mode", part["own_range"]),
             ("passed over", passed),
             ("hidden", part["hidden"]),
             ("passed over, of other splits", [f"{count} of {name}" for name, count in part["other_splits"].items()]),

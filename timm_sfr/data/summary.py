@@ -39,7 +39,7 @@ def lines(train: Split, val: Split, test: Split | None = None) -> list[str]:
         ranges = unknown_ranges(headers(scan)[0])
         if ranges:
             found.append(f"data: {name} has images of mode {', '.join(ranges)}, each scaled by its own smallest and largest "
-                         "value; --image-range LOW HIGH gives all of them one scale")  # fmt: skip
+                         "value (floats within 0 to 1 by those); --image-range LOW HIGH gives all of them one scale")  # fmt: skip
     lacking = missing_in_val(train.scan, val.scan)
     if lacking:
         found.append(f"data: val has no images of {counted(len(lacking), 'class')}: {some(lacking)}")

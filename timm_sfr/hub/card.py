@@ -13,6 +13,7 @@ from timm_sfr.config import in_words
 from timm_sfr.data.transforms import img_mode
 from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.models.files import PROBLEM, SEVERAL_LABELS
+from timm_sfr.runs.records import taught_itself
 from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES, shown_percents, task_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -92,7 +93,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         early=metrics.get("stopped_early"),
         options=options,
         teacher=metrics.get("teacher"),
-        taught=taught_itself(facts),
+        taught=taught_itself(facts.metrics, facts.options),
         unpublished=[f"`--{name.replace('_', '-')}`" for name in facts.unpublished],
         source=facts.source,
         packaged=facts.packaged,
@@ -131,7 +132,7 @@ def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
                        **shared)
             for name in shown_percents(task_of(options), config.get("num_classes"))
         ]  # fmt: skip
-    tags = TAGS if taught_itself(facts) else [tag for tag in TAGS if tag != "self-distillation"]
+    tags = TAGS if taught_itself(facts.metrics, facts.options) else [tag for tag in TAGS if tag != "self-distillation"]
     return ModelCardData(
         library_name="timm",
         tags=[*tags, "knowledge-distillation"] if facts.metrics.get("teacher") else tags,
@@ -142,11 +143,6 @@ def card_head(name: str, config: dict[str, Any], facts: Facts) -> ModelCardData:
         model_name=name,
         eval_results=results,
     )
-
-
-def taught_itself(facts: Facts) -> bool:
-    """Whether the deep features taught the shallow ones: with SFR, unless lambda was 0."""
-    return bool(facts.metrics.get("sfr") and facts.options.get("sfr_weight", 1))
 
 
 def licence_entries(licence: str | None) -> dict[str, str | None]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from timm_sfr.runs.records import TERMS, Run
-from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES
+from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES, shown_percents
 
 BLUE, ORANGE, GREEN, PURPLE, RED, GREY = "#3b82c4", "#e07b39", "#3f9c66", "#9467bd", "#d1495b", "#8a8f98"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, "#2a9d9d", "#b5892e", GREY)
@@ -30,7 +30,8 @@ PANELS = (
                                           ("val_map", "mAP", BLUE), ("val_micro_f1", "micro F1", GREEN),
                                           ("val_macro_f1", "macro F1", PURPLE), ("val_sample_f1", "sample F1", GREY))),
     ("lr", "learning rate", (("lr", "learning rate", PURPLE),)),
-    ("sfr", "weight λ and smoothing ε", (("sfr_weight", "λ", ORANGE), ("smoothing", "ε", RED))),
+    ("lambda", "weight λ of the feature loss", (("sfr_weight", "λ", ORANGE),)),
+    ("smoothing", "smoothing ε", (("smoothing", "ε", RED),)),
     ("speed", "training images/s", (("images_per_second", "images/s", GREEN),)),
 )  # fmt: skip
 
@@ -56,25 +57,28 @@ class Panel:
 
 
 def own_panels(run: Run) -> list[Panel]:
-    """Returns the panels of one run."""
-    panels = []
+    """Returns the panels of one run, without top-5 where it says nothing (few classes)."""
+    panels, hidden = [], set(PERCENT[run.task]) - set(shown_percents(run.task, run.options.get("num_classes") or 1))
     for name, title, columns in PANELS:
         lines = [
             Curve(label, *run.column(column), colour, column in ("weighted", "task_loss"))
             for column, label, colour in columns
-            if _has_data(run, column)
+            if _has_data(run, column) and column.removeprefix("val_") not in hidden
         ]
         if lines:
             panels.append(Panel(name, title, lines))
     return panels
 
 
-def shared_panels(runs: Sequence[tuple[str, str, Run]]) -> list[Panel]:
-    """Returns panels that overlay the curves of several runs, given as (label, colour, run); those that differ come first."""
+def shared_panels(runs: Sequence[tuple[str, Run]]) -> list[Panel]:
+    """Returns panels that overlay the curves of several runs, given as (label, run); those that differ come first."""
+    places = {label: place for place, label in enumerate(dict.fromkeys(label for label, _ in runs))}
+    # After as many labels as there are colours, the lines are dashed.
+    looks = {label: (COLOURS[place % len(COLOURS)], place // len(COLOURS) % 2 == 1) for label, place in places.items()}
     panels = [
-        Panel(column, title, [Curve(label, *run.column(column), colour) for label, colour, run in runs])
+        Panel(column, title, [Curve(label, *run.column(column), *looks[label]) for label, run in runs])
         for column, title in SHARED
-        if any(_has_data(run, column) for _, _, run in runs)
+        if any(_has_data(run, column) for _, run in runs)
     ]
     return sorted(panels, key=lambda panel: len({tuple(curve.values) for curve in panel.curves}) == 1)
 

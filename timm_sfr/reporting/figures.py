@@ -60,7 +60,7 @@ def _curves(axes: Any, panel: Panel) -> None:
         labels.add(curve.label)
     axes.set_title(panel.title, loc="left")
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.ticklabel_format(axis="y", scilimits=(-3, 5))
     if len(labels) > 1:
         axes.legend(fontsize=8)
@@ -70,7 +70,8 @@ def confusion(figure: Figure, counts: np.ndarray, share: int, names: Sequence[st
     """Draws the confusion matrix, counts (K / n, K / n), coloured by the share of each row; n = `share` classes per row."""
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes, size = figure.add_subplot(), len(counts)
-    axes.imshow(shares, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest")
+    end = size * share - 0.5  # a cell of several classes is as wide as they are
+    axes.imshow(shares, cmap=HEAT, vmin=0, vmax=1, interpolation="nearest", extent=(-0.5, end, end, -0.5))
     axes.grid(False)
     grouping = f" ({share} neighbours per cell)" if share > 1 else ""
     axes.set(xlabel=f"predicted class{grouping}", ylabel=f"true class{grouping}")
@@ -80,7 +81,7 @@ def confusion(figure: Figure, counts: np.ndarray, share: int, names: Sequence[st
         axes.set_yticks(range(size), labels, fontsize=7)
     if size <= 12:
         for i, j in np.argwhere(counts > 0):
-            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.5 else INK)
+            axes.text(j, i, str(counts[i, j]), ha="center", va="center", fontsize=7, color="w" if shares[i, j] > 0.95 else INK)
 
 
 def drawable(texts: Sequence[str]) -> bool:

@@ -22,7 +22,7 @@ from timm_sfr.method.taps import TapPlan, choose_taps
 from timm_sfr.models.files import CONFIG
 from timm_sfr.models.loading import create_model
 from timm_sfr.reporting import figures
-from timm_sfr.reporting.curves import COLOURS, Panel, own_panels, shared_panels
+from timm_sfr.reporting.curves import Panel, own_panels, shared_panels
 from timm_sfr.reporting.gallery import SMALL, Gallery, Sample, data_uri
 from timm_sfr.reporting.tap_matches import TapMatch, tap_matches
 from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
@@ -34,7 +34,7 @@ from timm_sfr.runs.predictions import (
     read_class_scores,
     read_predictions,
 )
-from timm_sfr.runs.records import Run, read_finished
+from timm_sfr.runs.records import Run, read_finished, taught_itself
 from timm_sfr.runs.scores import MULTILABEL, TITLES, shown_percents
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import read_json, replace_atomically, write_whole
@@ -42,6 +42,11 @@ from timm_sfr.utils.files import read_json, replace_atomically, write_whole
 PAGE, PICTURES = "report.html", "pictures"
 SFR_IMAGES, SFR_BATCH = 4, 16  # images shown in the SFR section; images over which channels are correlated
 MAX_PAIRS = 12
+# What the figures of the scores show, for those who cannot see them.
+SHOWS = {
+    "confusion": "confusion matrix: true classes in rows, predicted ones in columns",
+    "reliability": "accuracy against confidence, and images by confidence",
+}
 
 
 def write_report(path: Path, mistakes: int = 24, dataset: Any = None, training: bool = False) -> Path:
@@ -89,9 +94,7 @@ def write_comparison(
     Raises:
         OSError: if the page cannot be written.
     """
-    labels = list(dict.fromkeys(label for label, _ in runs))
-    colours = {label: COLOURS[place % len(COLOURS)] for place, label in enumerate(labels)}
-    panels = shared_panels([(label, colours[label], run) for label, run in runs])
+    panels = shared_panels(runs)
     text = _template("comparison.html").render(curves=[_curve(panel) for panel in panels], scores=scores, notes=notes,
                                                options=options, count=len(runs))  # fmt: skip
     write_whole(path, text)
@@ -119,7 +122,8 @@ def _load_predictions(run: Run, notes: list[str]) -> PredictionTable | None:
 
 def _draw_figures(run: Run, table: PredictionTable | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the figures of a run's scores by name, for the page (only with predictions) and for the PNG files."""
-    pictures = {"curves": figures.draw(figures.sheet, own_panels(run), size=(12, 5.4))}
+    panels = own_panels(run)
+    pictures = {"curves": figures.draw(figures.sheet, panels, size=(12, 2.7 * -(-len(panels) // 3)))}
     if table is None:
         return {}, pictures
     names = _with_numbers(_class_names(run), table)
@@ -151,7 +155,8 @@ def _page_values(
         "percents": shown_percents(run.task, run.options.get("num_classes") or 1),
     }  # fmt: skip
     page["curves"] = [_curve(panel) for panel in own_panels(run)]
-    page |= {name: _svg(figure, name, name) for name, figure in shown.items()}
+    page |= {name: _svg(figure, name, SHOWS[name]) for name, figure in shown.items()}
+    page["scored"] = sum(row.get("val_loss") not in ("", None) for row in run.rows)
     model, gallery = _open_run(run, notes, dataset)
     names = _class_names(run) or list((gallery and gallery.class_names) or [])
     if table is not None:
@@ -162,7 +167,7 @@ def _page_values(
             notes.append(f"The images cannot be shown: the data do not match {PREDICTIONS}.")
             gallery = None
         page["mistakes"] = _mistakes(table, names, gallery, mistakes) if gallery is not None else []
-    if model is not None and gallery is not None and run.metrics.get("sfr") and run.options.get("sfr_weight", 1):
+    if model is not None and gallery is not None and taught_itself(run.metrics, run.options):
         try:
             page |= _sfr_values(run, model, gallery, table, names)
         except UserError as error:

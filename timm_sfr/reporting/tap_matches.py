@@ -17,6 +17,7 @@ from timm_sfr.method.sinkhorn import cost_matrix, cross_marginals, uniform_margi
 from timm_sfr.method.tapped_model import TappedModel
 from timm_sfr.method.taps import TapPlan
 from timm_sfr.method.transport import transport_plan
+from timm_sfr.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,10 @@ def _locations(student: Tensor, matched: Tensor, config: SFRConfig) -> tuple[Ten
     a, b = cross_marginals(u, v) if config.weights == "cross" else (None, None)
     if config.matching == "grid":
         plan = torch.diag_embed(uniform_marginals(cost)[0] if a is None else a)
-    else:
+    elif config.matching == "emd":
         plan = transport_plan(cost, a, b, config.solver)
+    else:
+        raise UserError(f"the report cannot draw the matching {config.matching!r}")
     return plan.cpu(), (plan * cost).sum((1, 2)).cpu()
 
 

@@ -169,6 +169,11 @@ def recorded(model: str | Path, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in read_yaml(folder / "args.yaml").items() if name in names}
 
 
+def taught_itself(metrics: dict[str, Any], options: dict[str, Any]) -> bool:
+    """Whether a run's deep features taught its shallow ones as its options say: with SFR, lambda and no loss of its own."""
+    return bool(metrics.get("sfr") and options.get("sfr_weight", 1) and not metrics.get("custom_task"))
+
+
 def hardware(device: torch.device, processes: int) -> str:
     """Returns a description of the device and the number of processes."""
     if device.type == "cuda":
@@ -199,7 +204,8 @@ class Run:
     def missing_epochs(self) -> tuple[int, int] | None:
         """The epochs that are done and those that were asked for, of a run that has neither reached its end nor stopped early."""
         epochs = self.metrics["epochs"]
-        done, asked = self.metrics["last"]["epoch"] + 1, min(epochs, self.options.get("stop_epoch") or epochs)
+        last = self.rows[-1]["epoch"] if self.rows else self.metrics["last"]["epoch"]
+        done, asked = int(last) + 1, min(epochs, self.options.get("stop_epoch") or epochs)
         return (done, asked) if done < asked and not self.metrics.get("stopped_early") else None
 
     @property

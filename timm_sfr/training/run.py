@@ -377,6 +377,7 @@ class Built:
     exporter: Exporter | None
     task: EpochTask
     loss: LossForm
+    custom: bool  # whether the task is the caller's, which need not follow the options of SFR
 
 
 def _build(config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker | None, data: Data, mode: str) -> Built:
@@ -413,7 +414,7 @@ def _build(config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker
         raise UserError(f"task: expected a timm_sfr.method.task.EpochTask; got {type(made).__name__}")
     if config.model.low_precision:
         made.trainable_module.to(image_dtype(config.model))
-    return Built(data, model, prep, num_classes, teacher, exporter, made, loss)
+    return Built(data, model, prep, num_classes, teacher, exporter, made, loss, task is not None)
 
 
 def _count(model: nn.Module) -> int:
@@ -538,6 +539,7 @@ def _facts(config: RunConfig, accelerator: Any, built: Built, epochs: int) -> di
         "model": name,
         "dataset": config.data.public_name(),
         "sfr": isinstance(built.task, SFRTask),
+        **({"custom_task": True} if built.custom else {}),
         "base_model": base_model(config.model.keeps_pretrained, name, model.pretrained_cfg),
         **({"teacher": teacher.facts} if teacher is not None else {}),
         **({"images": images} if images else {}),
