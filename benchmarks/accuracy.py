@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -119,9 +120,7 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinish
     from timm_sfr.training.run import fit
 
     started_from = commit()
-    # A trial, or code that is not committed, leaves nothing that another run could take for its own beginning.
-    kept = None if limit is not None or started_from.endswith("+") else unfinished
-    with _folder(kept, cell, started_from) as output:
+    with _folder(unfinished, cell, started_from, limit) as output:
         config, make, data = parts(cell, root, threads, output, limit)
         trained = []  # the task, whose module has the parameters that are trained beside the model's
 
@@ -151,16 +150,29 @@ def run(cell: Cell, root: Path, threads: int, limit: int | None = None, unfinish
 
 
 @contextlib.contextmanager
-def _folder(unfinished: Path | None, cell: Cell, started_from: str) -> Iterator[str]:
-    """A context with the folder of the cell's run; it is kept if the run ends early and can go on."""
+def _folder(unfinished: Path | None, cell: Cell, started_from: str, limit: int | None) -> Iterator[str]:
+    """A context with the folder of the cell's run; it is kept if the run ends early and can go on.
+
+    Its name says what the run is of, so that only the same run goes on: the commit and what differs from it, the cell, a trial's
+    length.
+    """
     if unfinished is None or cell.method.partition(":")[0] in FORGETFUL:
         with tempfile.TemporaryDirectory() as place:
             yield place
         return
-    kept = unfinished / "-".join(map(str, (started_from, *dataclasses.astuple(cell))))
+    own = () if limit is None else (f"limit{limit}",)
+    kept = unfinished / "-".join(map(str, (started_from + _differs(), *dataclasses.astuple(cell), *own)))
     kept.mkdir(parents=True, exist_ok=True)
     yield str(kept)
     shutil.rmtree(kept)
+
+
+def _differs() -> str:
+    """Returns a checksum of the code's differences from the last commit; an empty string without any."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found = subprocess.run(["git", "diff", "HEAD", "--", "*.py"], cwd=HERE.parent, capture_output=True, check=True).stdout
+        return f"{zlib.crc32(found):08x}" if found else ""
+    return ""
 
 
 def commit() -> str:

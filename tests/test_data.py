@@ -22,7 +22,7 @@ from timm.data.auto_augment import posterize
 from timm_sfr import UserError
 from timm_sfr.config import AugConfig, DataConfig, ModelConfig
 from timm_sfr.data.cache import Cached
-from timm_sfr.data.datasets import open_splits
+from timm_sfr.data.datasets import open_split, open_splits
 from timm_sfr.data.loaders import EpochSampler, TrainBatches, eval_loader
 from timm_sfr.data.order import EpochOrder
 from timm_sfr.data.transforms import Preprocessing, _operations, preprocessing
@@ -127,6 +127,13 @@ def test_what_is_seeded_inside_leaves_no_trace():
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
 
 
+def test_policies_are_for_grey_and_colour_images():
+    prep = Preprocessing((4, 16, 16), (0.5,) * 4, (0.25,) * 4, "bilinear", 1.0)
+    for aug in (AugConfig(aa="rand-m9"), AugConfig(grayscale_prob=0.5)):
+        with pytest.raises(UserError, match="these have 4 channels"):
+            prep.train_transform(aug)
+
+
 def test_normalisation_is_the_same_in_training_and_validation():
     config = DataConfig(dataset="digits", batch_size=360, workers=0)
     _, val = open_splits(config, "RGB", 0)
@@ -170,6 +177,36 @@ def test_data_that_cannot_be_trained_on(folder, tmp_path):
         open_splits(DataConfig(data_dir=str(tmp_path / "hollow")), "RGB", 0)
     with pytest.raises(UserError, match="fewer than one global batch of 64 x 2"):
         EpochSampler(EpochOrder(100, 0), 64, 0, 2)
+
+
+@pytest.mark.parametrize("options,said", [
+    ({"dataset": "torch/cifar10", "test_split": "test"}, "test-split: torch/cifar10 has two halves"),
+    ({"dataset": "torch/mnist", "train_split": "train[:9]"}, r"train-split: expected 'train' or 'validation'.*got 'train\[:9\]'"),
+    ({"dataset": "torch/mnist", "class_map": "map.txt"}, "class-map: torch/mnist numbers its classes itself"),
+    ({"dataset": "digits", "class_map": "map.txt"}, "class-map: digits numbers its classes itself"),
+    ({"dataset": "digits", "train_num_samples": 3}, "train-num-samples: it is for streams, .* has 1437 images"),
+])  # fmt: skip
+def test_what_data_do_not_have_is_refused(options, said):
+    part = "test" if "test_split" in options else "train"
+    with pytest.raises(UserError, match=said):
+        open_split(DataConfig(**options), part, "RGB", 0)
+
+
+@pytest.mark.parametrize("name", ["train_split", "val_split", "test_split"])
+def test_a_splits_name_is_not_empty(name):
+    with pytest.raises(UserError, match=f"{name}|{name.replace('_', '-')}: expected"):
+        DataConfig(data_dir="x", **{name: ""})
+
+
+def test_a_test_folder_of_any_name_is_no_class(tmp_path):
+    for place in ("cat", "dog", "holdout/cat", "holdout/dog"):
+        (tmp_path / place).mkdir(parents=True)
+        for index in range(3):
+            Image.new("L", (4, 4), index).save(tmp_path / place / f"{index}.png")
+    with pytest.raises(UserError, match="has no 'train' part"):
+        open_splits(DataConfig(data_dir=str(tmp_path), test_split="holdout"), "RGB", 0)
+    given = DataConfig(data_dir=str(tmp_path / "holdout"), input_key=".PNG; jpg")
+    assert open_splits(given, "RGB", 0)[0].scan.counts == {"cat": 2, "dog": 2}
 
 
 @pytest.mark.parametrize("options,size", [({}, (3, 32, 32)), ({"in_chans": 1}, (1, 32, 32)), ({"img_size": 24}, (3, 24, 24)),

@@ -122,6 +122,10 @@ def test_a_part_of_all_images_is_validated_on_where_there_is_no_split(tmp_path):
     path = table(tmp_path, ("image", "label"), [("a|b" if index % 2 else "",) for index in range(20)])
     train_split, val_split = opened(path, val_share=0.25)
     assert (len(train_split.dataset), len(val_split.dataset)) == (15, 5)
+    path = table(tmp_path, ("image", "label"), [("a|b" if index else "rare",) for index in range(20)])
+    for seed in range(8):  # the last image of a class is trained on, whatever the seed
+        train_split, val_split = open_splits(DataConfig(dataset=f"csv/{path}", task="multilabel", val_share=0.5), "RGB", seed)
+        assert len(val_split.dataset) == 10 and train_split.scan.counts["rare"] == 1
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,8 @@ def test_names_that_are_numbers_are_names(tmp_path):
         ("w.txt", "cat 1\ncat 2\ndog 1\nowl 1\n", "has 'cat' twice"),
         ("w.txt", "cat 1\n", "lacks weights of 2 of 3 classes: dog, owl"),
         ("w.csv", "class,weight\ncat,1\ndog,x\nowl,1\n", "expected a number of at least 0 for 'dog'; got 'x'"),
+        ("w.yaml", "cat: 1\ncat: 7\ndog: 2\nowl: 1\n", "has 'cat' twice"),
+        ("w.yaml", "no: 1\ndog: 2\nowl: 1\n", "has 'no', which is neither a class nor an index below 3"),
         ("w.yaml", "cat: -1\ndog: 1\nowl: 1\n", "expected a number of at least 0 for 'cat'; got -1"),
         ("w.yaml", "cat: 0\ndog: 0\nowl: 0\n", "has weights of 0 only"),
         ("w.yaml", "- 1\n- 2\n", "expected CLASS: WEIGHT lines .* got list"),

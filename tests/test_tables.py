@@ -130,6 +130,8 @@ def test_parquet_and_another_folder(tmp_path, monkeypatch):
         ("image,label,split\ni/a-0.png,a,val\n", {}, "train-split: expected rows of split 'train'"),
         ("image,label,split\ni/a-0.png,a,train\ni/a-1.png,a,val\n", {"test_split": "test"},
          "test-split: expected rows of split 'test'"),
+        ("image,label,split\ni/a-0.png,a,train\ni/a-1.png,a,val\n", {"test_split": "valid"},
+         "test-split: 'valid' means the val split 'validation' too"),
         ("image,label,split\ni/a-0.png,a,train\ni/a-1.png,a,val\n", {"val_share": 0.5},
          "val-share: 'FILE' has rows of a validation split"),
         ("image,label,split\ni/a-0.png,a,train\ni/b-0.png,b,val\n", {}, "val has 1 class that training does not have: ['b']"),

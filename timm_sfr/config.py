@@ -101,6 +101,9 @@ class DataConfig(Checked):
                             "--val-interval makes validation rarer")  # fmt: skip
         if isinstance(self.batch_size, str) and self.batch_size != AUTO:
             raise UserError(f"batch_size: expected a number or {AUTO}; got {self.batch_size!r}")
+        for name in ("train_split", "test_split"):
+            if getattr(self, name) == "":
+                raise UserError(f"{name}: expected the name of a split; got an empty word; leave the option out")
         _check_repeats(self.epoch_repeats, "epoch_repeats")
         if len(self.image_background) != 3 or any(not 0 <= part <= 255 for part in self.image_background):
             raise UserError(f"image_background: expected three numbers from 0 to 255; got {self.image_background}")

@@ -105,10 +105,11 @@ def _read(path: Path) -> list[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() in (".yaml", ".yml", ".json"):
-            values = yaml.safe_load(text)
-            if not isinstance(values, dict):
-                raise UserError(f"class-weights: expected CLASS: WEIGHT lines in {str(path)!r}; got {type(values).__name__}")
-            return [(str(key), value) for key, value in values.items()]
+            node = yaml.compose(text, yaml.SafeLoader)  # which keeps names such as `no` and `007`, and doubles
+            if not isinstance(node, yaml.MappingNode):
+                kind = type(yaml.safe_load(text)).__name__
+                raise UserError(f"class-weights: expected CLASS: WEIGHT lines in {str(path)!r}; got {kind}")
+            return [(str(key.value), yaml.safe_load(yaml.serialize(value))) for key, value in node.value]
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         hint = near_paths(path) if isinstance(error, FileNotFoundError) else ""
         raise UserError(f"class-weights: cannot read {str(path)!r}: {first_line(error)}{hint}; expected 'auto', or a YAML, CSV "

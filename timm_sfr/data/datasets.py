@@ -68,6 +68,10 @@ class Digits(Dataset):
         return Image.fromarray(self.pixels[index]).convert(self.mode), int(self.labels[index])
 
 
+# Of torchvision: only a training and a test half.
+HALVES = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")
+
+
 @dataclass(frozen=True)
 class Parts:
     """The images of the parts (train, val, test) of a dataset that are listed before they are opened; see `Split.chosen`."""
@@ -107,6 +111,27 @@ def open_split(
     listed: Path | None = None,
     parts: Parts | None = None,
 ) -> Split:
+    """Does what `_open_split` does, and checks that a given number of samples is one of a stream.
+
+    Raises:
+        UserError: as `_open_split`, or if a number of samples is given for data that knows its own.
+    """
+    split = _open_split(config, part, img_mode, seed, classes, listed, parts)
+    if config.num_samples(part) is not None and not split.streamed:
+        raise UserError(f"{part}-num-samples: it is for streams, which do not know their length; this data has "
+                        f"{counted(len(split.dataset), 'image')}; leave the option out")  # fmt: skip
+    return split
+
+
+def _open_split(
+    config: DataConfig,
+    part: str,
+    img_mode: str,
+    seed: int,
+    classes: tuple[str, ...] | None = None,
+    listed: Path | None = None,
+    parts: Parts | None = None,
+) -> Split:
     """Opens a part of the dataset in `config`.
 
     Args:
@@ -129,6 +154,9 @@ def open_split(
         kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/ or csv/FILE, or 'digits'"
         raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
     parts = parts or _parts(config, seed, listed, part)
+    kind = name.split("/")[0]
+    if config.class_map and kind in ("digits", "torch"):
+        raise UserError(f"class-map: {name} numbers its classes itself; leave the option out")
     if config.dataset == "digits":
         if part == "test":
             raise UserError("test-split: the digits have no test split; leave the option out, or give --data-dir or --dataset")
@@ -190,7 +218,9 @@ def _from_timm(config: DataConfig, part: str, img_mode: str, seed: int, classes:
     if name.startswith("wds/") and config.epoch_repeats > 1:
         raise UserError(f"epoch-repeats: timm's reader of webdatasets does not repeat; got {config.epoch_repeats:g}; leave the "
                         "option out, and train for as many times more --epochs")  # fmt: skip
-    kind = name.split("/")[0]
+    kind, _, of = name.partition("/")
+    if kind == "torch" and of.lower() in HALVES:
+        _check_half(name, split, part)
     try:
         dataset = create_dataset(
             name,
@@ -227,6 +257,15 @@ def _from_timm(config: DataConfig, part: str, img_mode: str, seed: int, classes:
                         f"in the same order{'' if name else '; give --class-map'}")  # fmt: skip
     reader.targets = [numbers[names[target]] for target in reader.targets]  # a tar that lacks some of the classes
     return Split(dataset, classes)
+
+
+def _check_half(name: str, split: str, part: str) -> None:
+    """Raises UserError for a split that a set of torchvision's with two halves does not have: timm would open the second."""
+    if part == "test":
+        raise UserError(f"test-split: {name} has two halves, of which the second is validated on; leave the option out")
+    known = {"test", *SPLIT_SYNONYMS[0], *SPLIT_SYNONYMS[1]}
+    if split not in known:
+        raise UserError(f"{part}-split: expected 'train' or 'validation', the two halves of {name}; got {split!r}")
 
 
 def _encode_labels(dataset: ImageDataset, names: tuple[str, ...] | None, name: str) -> None:
@@ -272,7 +311,8 @@ def _folder_parts(config: DataConfig, seed: int, listed: Path | None, part: str)
         return None
     scan = scan_folder(train or root, _endings(config))
     folders = {Path(path).relative_to(scan.root).parts[0].lower() for path, _ in scan.images}
-    misnamed = bool(folders & {"test"}.union(*SPLIT_SYNONYMS))  # splits under other names are no classes
+    tested = {"test", (config.test_split or "test").lower()}
+    misnamed = bool(folders & tested.union(*SPLIT_SYNONYMS))  # splits under other names are no classes
     if train is None and len(scan.classes) == 1 and not misnamed:
         raise UserError(f"data: expected two classes or more in {str(root)!r}; got {scan.classes[0]!r} alone; expected {LAYOUT}")
     if train is None and (not scan.images or misnamed):
@@ -306,6 +346,10 @@ def _table_parts(config: DataConfig, seed: int, listed: Path | None, part: str) 
         table.check_several()
     defaults, whole = DataConfig(), table.splits is None
     names = {name: split_names(config.split(name)) for name in ("train", "val", "test") if config.split(name)}
+    for name in ("train", "val"):
+        if set(names[name]) & set(names.get("test", ())):
+            raise UserError(f"test-split: {config.test_split!r} means the {name} split {config.split(name)!r} too; expected "
+                            "another, whose images are only tested on")  # fmt: skip
     used = {name for group in names.values() for name in group}
     table.check_splits(used | KNOWN_SPLITS)
     has_val = not set(table.splits or ()).isdisjoint(names["val"])
@@ -401,7 +445,8 @@ def _listed_classes(path: Path) -> dict[str, int]:
 
 def _endings(config: DataConfig) -> list[str] | None:
     """Returns the file endings of images from the options; None for all that Pillow decodes."""
-    return config.input_key.split(";") if config.input_key else None
+    words = [word.strip().lower().lstrip(".") for word in (config.input_key or "").split(";")]
+    return [f".{word}" for word in words if word] or None
 
 
 def _names(class_to_idx: dict[str, int]) -> tuple[str, ...]:

@@ -151,17 +151,23 @@ def choose_split(scan: FolderScan, share: float, seed: int) -> tuple[FolderScan,
     """Returns the training and the validation part of a folder without splits.
 
     Each class gives the images with the smallest SHA-256 of seed and path to validation: the share, and at least one image if
-    the class has two. If an image may have several classes, all images are one class here. Adding files moves few images
-    between the parts. The order of the listing has no effect.
+    the class has two. If an image may have several classes, all images are one class here, and no class loses its last image.
+    Adding files moves few images between the parts. The order of the listing has no effect.
     """
     val: set[str] = set()
     of_class: dict[str, list[str]] = {}
     for path, name in scan.images:
         of_class.setdefault("" if scan.several else name, []).append(path)
+    labels, left = dict(scan.images), scan.counts
     for paths in of_class.values():
         paths.sort(key=lambda path: hashlib.sha256(f"{seed}/{_inside(scan.root, path)}".encode(**TEXT)).digest())
         count = max(1, round(share * len(paths))) if len(paths) > 1 else 0
-        val.update(paths[: min(count, len(paths) - 1)])
+        for path in paths:
+            own = scan.labels(labels[path])
+            if count and all(left[label] > 1 for label in own):  # the last image of a class is trained on
+                val.add(path)
+                left.subtract(own)
+                count -= 1
     train = dataclasses.replace(scan, images=[image for image in scan.images if image[0] not in val])
     chosen = [image for image in scan.images if image[0] in val]
     return train, FolderScan(scan.root, chosen, several=scan.several)

@@ -48,7 +48,8 @@ def lines(train: Split, val: Split, test: Split | None = None) -> list[str]:
             continue
         twice = duplicates(scans[other], scans[name])
         if twice:
-            pair = " = ".join(os.path.relpath(path, os.path.commonpath(twice[0])) for path in twice[0])
+            above = os.path.commonpath([os.path.dirname(path) for path in twice[0]])
+            pair = " = ".join(os.path.relpath(path, above) for path in twice[0])
             found.append(f"data: warning: {counted(len(twice), 'image')} of {name} also in {other}, such as {pair}: they make "
                          "the scores too good")  # fmt: skip
     return found

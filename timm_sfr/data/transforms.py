@@ -72,6 +72,9 @@ class Preprocessing:
         Raises:
             UserError: if timm cannot make the transform; most often it does not know the augmentation policy.
         """
+        if self.input_size[0] not in (1, 3) and (aug.aa or aug.grayscale_prob):
+            raise UserError("aa and grayscale-prob: they are for grey and colour images; these have "
+                            f"{self.input_size[0]} channels; leave the options out")  # fmt: skip
         try:
             made = self._train_transform(aug)
             if aug.crop_padding is not None:

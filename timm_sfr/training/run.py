@@ -407,7 +407,9 @@ def _build(config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker
     made = create_task(model, config.sfr, size, device, teacher, loss) if task is None else task(model, size, device)
     if isinstance(made, SFRTask):
         made.smoothing.passes = max(1.0, config.data.epoch_repeats)
-        images = config.data.train_num_samples if data.train.streamed else len(data.train.dataset)
+        reader = getattr(data.train.dataset, "reader", None)
+        known = config.data.train_num_samples or getattr(reader, "num_samples", None)
+        images = known if data.train.streamed else len(data.train.dataset)
         if images:  # None of a stream that does not say its number
             made.smoothing.set_capacity(_count(model), images)
     if not isinstance(made, EpochTask):
