@@ -51,7 +51,8 @@ def test_every_recipe_is_a_run_and_a_model(entry):
 
 def test_timm_lists_what_loads():
     """Recipes without weights are not in timm, and its own weights are as they were."""
-    assert timm.list_pretrained("*sfr*") == timm.list_models("*.sfr*", pretrained=True) == SHIPPED == ["resnet20_cifar.sfr_cifar10", NAME]
+    names = ["resnet20_cifar.sfr_cifar10", NAME]
+    assert timm.list_pretrained("*sfr*") == timm.list_models("*.sfr*", pretrained=True) == SHIPPED == names
     with pytest.raises(RuntimeError, match="sfr_cifar100"):
         timm.create_model(RECIPE, pretrained=True)
     assert timm.create_model("resnet18").pretrained_cfg["tag"] == "a1_in1k"
