@@ -92,8 +92,9 @@ def test_validate_gives_the_trainings_own_figures(digits_run, command):
     assert {name: found[name] for name in ("top1", "top5", "loss")} == {
         name: best[f"val_{name}"] for name in ("top1", "top5", "loss")
     }
-    text = command("validate", folder / "model", "--device", "cpu")
-    assert f"{found['top1']:.3f} %" in text and "360 at 16 pixels" in text
+    for words in ((), ("--dataset", "digits")):
+        text = command("validate", folder / "model", *words, "--device", "cpu")
+        assert f"{found['top1']:.3f} %" in text and "360 at 16 pixels" in text
 
 
 def test_validate_keeps_a_models_own_size(command, tmp_path):

@@ -25,6 +25,11 @@ DEFAULT_BATCH = 128
 AUTO = "auto"
 
 
+def is_own_folder(kind: str, name: str) -> bool:
+    """Returns whether the data set ``KIND/NAME`` is a folder on this machine, and not a name that others know."""
+    return name.startswith(("/", ".", "~")) or (kind in ("hfds", "hfids") and Path(name).is_dir())
+
+
 @dataclass(frozen=True)
 class DataConfig(Checked):
     """The data to train on."""
@@ -144,8 +149,7 @@ class DataConfig(Checked):
             return self.data_dir and (PurePath(self.data_dir).name or self.data_dir)
         if kind == "csv":
             return f"{kind}/{PurePath(name).name}"
-        local = name.startswith(("/", ".", "~")) or (kind in ("hfds", "hfids") and Path(name).is_dir())
-        return f"{kind}/./{PurePath(name).name}" if local else self.dataset
+        return f"{kind}/./{PurePath(name).name}" if is_own_folder(kind, name) else self.dataset
 
     @property
     def batch_or_default(self) -> int:

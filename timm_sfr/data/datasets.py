@@ -111,27 +111,6 @@ def open_split(
     listed: Path | None = None,
     parts: Parts | None = None,
 ) -> Split:
-    """Does what `_open_split` does, and checks that a given number of samples is one of a stream.
-
-    Raises:
-        UserError: as `_open_split`, or if a number of samples is given for data that knows its own.
-    """
-    split = _open_split(config, part, img_mode, seed, classes, listed, parts)
-    if config.num_samples(part) is not None and not split.streamed:
-        raise UserError(f"{part}-num-samples: it is for streams, which do not know their length; this data has "
-                        f"{counted(len(split.dataset), 'image')}; leave the option out")  # fmt: skip
-    return split
-
-
-def _open_split(
-    config: DataConfig,
-    part: str,
-    img_mode: str,
-    seed: int,
-    classes: tuple[str, ...] | None = None,
-    listed: Path | None = None,
-    parts: Parts | None = None,
-) -> Split:
     """Opens a part of the dataset in `config`.
 
     Args:
@@ -144,8 +123,29 @@ def _open_split(
         parts: The images of the parts, if they are already known.
 
     Raises:
-        UserError: if the split is missing or empty, timm cannot open it, or it has a class that is not among `classes`.
+        UserError: if the split is missing or empty, timm cannot open it, it has a class that is not among `classes`, or an
+            option is given that this data does not take.
     """
+    _check_source(config, part)
+    name = config.dataset or ""
+    parts = parts or _parts(config, seed, listed, part)
+    add_img_extensions([ending for ending in image_endings() if ending not in (".png", ".jpg", ".jpeg")])
+    if name == "digits":
+        split = Split(Digits(part == "train", img_mode), tuple("0123456789"))
+    elif parts is not None and part in parts.scans:
+        split = _from_scan(config, parts.scans[part], part, classes, parts.chosen)
+    elif "/" not in name and (root := _split_root(config, part)).is_dir():
+        split = _from_scan(config, scan_folder(root, _endings(config)), part, classes)
+    else:
+        split = _from_timm(config, part, img_mode, seed, classes)
+    if config.num_samples(part) is not None and not split.streamed:
+        raise UserError(f"{part}-num-samples: it is for streams, which do not know their length; this data has "
+                        f"{counted(len(split.dataset), 'image')}; leave the option out")  # fmt: skip
+    return split
+
+
+def _check_source(config: DataConfig, part: str) -> None:
+    """Raises UserError for a data set that is not known, or options that it does not take."""
     if config.multilabel and not is_table(config.dataset) and not (config.dataset or "").startswith("hfds/"):
         raise UserError("task: multilabel reads several classes of an image from --dataset csv/FILE or hfds/NAME; got "
                         f"{config.dataset or config.data_dir!r}, whose images have one class each")  # fmt: skip
@@ -153,22 +153,10 @@ def _open_split(
     if "/" not in name and (config.data_dir is None) and name not in ("", "folder", "digits"):
         kinds = "torch/NAME, hfds/NAME, hfids/NAME, tfds/NAME, wds/ or csv/FILE, or 'digits'"
         raise UserError(f"dataset: expected {kinds}, or --data-dir; got {name!r}{near_matches(name, ['digits'])}")
-    parts = parts or _parts(config, seed, listed, part)
-    kind = name.split("/")[0]
-    if config.class_map and kind in ("digits", "torch"):
+    if config.class_map and name.split("/")[0] in ("digits", "torch"):
         raise UserError(f"class-map: {name} numbers its classes itself; leave the option out")
-    if config.dataset == "digits":
-        if part == "test":
-            raise UserError("test-split: the digits have no test split; leave the option out, or give --data-dir or --dataset")
-        return Split(Digits(part == "train", img_mode), tuple("0123456789"))
-    add_img_extensions([ending for ending in image_endings() if ending not in (".png", ".jpg", ".jpeg")])
-    if parts is not None and part in parts.scans:
-        return _from_scan(config, parts.scans[part], part, classes, parts.chosen)
-    if "/" not in name:
-        root = _split_root(config, part)
-        if root.is_dir():
-            return _from_scan(config, scan_folder(root, _endings(config)), part, classes)
-    return _from_timm(config, part, img_mode, seed, classes)
+    if name == "digits" and part == "test":
+        raise UserError("test-split: the digits have no test split; leave the option out, or give --data-dir or --dataset")
 
 
 def open_validation(

@@ -9,11 +9,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
-from timm_sfr.config import in_words
+from timm_sfr.config import in_words, is_own_folder
 from timm_sfr.data.transforms import img_mode
 from timm_sfr.models import SMALL_IMAGE_MODELS
 from timm_sfr.models.files import PROBLEM, SEVERAL_LABELS
-from timm_sfr.runs.records import taught_itself
+from timm_sfr.runs.records import taught_itself, validated
 from timm_sfr.runs.scores import MULTILABEL, PERCENT, TITLES, shown_percents, task_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -69,7 +69,7 @@ def dataset_id(options: dict[str, Any]) -> str | None:
     source = str(options.get("dataset") or "")
     given = options.get("hub_dataset") or ON_THE_HUB.get(source.lower())
     kind, _, name = source.partition("/")
-    ours = name.startswith(("/", ".", "~")) or name in FILE_FORMATS or Path(name).is_dir()
+    ours = is_own_folder(kind, name) or name in FILE_FORMATS
     return given or (name if kind in ("hfds", "hfids") and not ours else None)
 
 
@@ -97,7 +97,7 @@ def render(config: dict[str, Any], facts: Facts) -> str:
         unpublished=[f"`--{name.replace('_', '-')}`" for name in facts.unpublished],
         source=facts.source,
         packaged=facts.packaged,
-        scored=sum(row.get("val_loss") not in ("", None) for row in facts.rows),
+        scored=validated(facts.rows),
         pictures=facts.pictures,
         curve=_curve(facts.rows, task),
         several=task == MULTILABEL,

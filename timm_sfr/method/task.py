@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from timm_sfr.method.channels import ChannelProjection
-from timm_sfr.method.classification import jsd_terms
+from timm_sfr.method.classification import Float32Buffers, jsd_terms
 from timm_sfr.method.config import LossForm, SFRConfig
 from timm_sfr.method.feature_loss import FeatureLoss
 from timm_sfr.method.probe import HOOKS, count_classes, model_name
@@ -54,7 +54,7 @@ class EpochTask(TrainingTask):
         """Adds the result of `get_sums` after a run is resumed within an epoch."""
 
 
-class SFRTask(EpochTask):
+class SFRTask(Float32Buffers, EpochTask):
     """Trains a timm classifier with Self-Feature Regularization.
 
         L = L_cls(z, y~) + lambda(t) (1/S) sum_s L_feat(f_s, sg f_d)
@@ -153,11 +153,6 @@ class SFRTask(EpochTask):
         self.register_buffer("weight", weight, persistent=False)
         self.base = base
         self._unmatched: set[tuple[int, int]] = set()  # image sizes without feature loss that were announced
-
-    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> SFRTask:
-        super()._apply(fn, *args, **kwargs)
-        self.weight = self.weight.float()  # lambda: 16 bits would round it
-        return self
 
     def _take_over(self, base: TrainingTask, model: nn.Module) -> nn.Module | None:
         """Makes `base` reuse our forward pass; returns its map from features to the teacher's, or None without one."""

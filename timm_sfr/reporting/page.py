@@ -34,7 +34,7 @@ from timm_sfr.runs.predictions import (
     read_class_scores,
     read_predictions,
 )
-from timm_sfr.runs.records import Run, read_finished, taught_itself
+from timm_sfr.runs.records import Run, read_finished, taught_itself, validated
 from timm_sfr.runs.scores import MULTILABEL, TITLES, shown_percents
 from timm_sfr.utils.errors import UserError
 from timm_sfr.utils.files import read_json, replace_atomically, write_whole
@@ -156,7 +156,7 @@ def _page_values(
     }  # fmt: skip
     page["curves"] = [_curve(panel) for panel in own_panels(run)]
     page |= {name: _svg(figure, name, SHOWS[name]) for name, figure in shown.items()}
-    page["scored"] = sum(row.get("val_loss") not in ("", None) for row in run.rows)
+    page["scored"] = validated(run.rows)
     model, gallery = _open_run(run, notes, dataset)
     names = _class_names(run) or list((gallery and gallery.class_names) or [])
     if table is not None:

@@ -169,6 +169,11 @@ def recorded(model: str | Path, names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in read_yaml(folder / "args.yaml").items() if name in names}
 
 
+def validated(rows: Sequence[dict[str, Any]]) -> int:
+    """Returns how many epochs of a summary.csv were validated."""
+    return sum(row.get("val_loss") not in ("", None) for row in rows)
+
+
 def taught_itself(metrics: dict[str, Any], options: dict[str, Any]) -> bool:
     """Whether a run's deep features taught its shallow ones as its options say: with SFR, lambda and no loss of its own."""
     return bool(metrics.get("sfr") and options.get("sfr_weight", 1) and not metrics.get("custom_task"))
