@@ -47,6 +47,10 @@ PARTS = {
     "sfr:channels=projection,smoothing=0": "the plan alone",
     "ce": "none: cross-entropy",
 }
+FULL = (
+    Column("all 50,000 images of CIFAR-10", "cifar10-full", "full"),
+    Column("all 50,000 images of 100 classes of Tiny ImageNet", "tin100-full", "full"),
+)
 OTHER = (
     Column("60 images a class, 48 epochs", "tin100-6k", epochs=48),
     Column("mixup and CutMix", "tin100-3k-mix", "regimes"),
@@ -63,6 +67,7 @@ OVERVIEWS: dict[str, tuple[Sequence[Column], dict[str, str]]] = {
         {name: PEERS[name] for name in ("ls", "ols", "cskd", "byot")},
     ),
     "overview-parts": ([Column(name, name) for name in SETS], PARTS),
+    "overview-full": (FULL, {name: PEERS[name] for name in ("ce", "ls", "byot", "cskd")}),
     "overview-other": (OTHER, {name: PEERS[name] for name in ("ce", "ls")}),
 }
 
