@@ -29,8 +29,9 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "weight_decay": (2e-5, "0.0005"),
     "sched_on_updates": (False, "on; `--no-sched-on-updates` steps the schedule every epoch, as timm does"),
     "warmup_epochs": (5, "a fifth of the epochs, at most 5"),
+    "drop": (0.0, "the model's own: 0.2 for rexnet, ghostnet, repghostnet and legacy_seresnet (18 and 50), else 0"),
     "smoothing": (0.1, "chosen by SFR; with `--no-sfr` 0.1"),
-    "checkpoint_hist": (10, "2, and the best one"),
+    "checkpoint_hist": (10, "the 2 newest, and the best one; timm keeps the best 10"),
     "workers": (4, "4, or as many as there are cores"),
     "device": ("cuda", "the GPU if there is one"),
 }

@@ -21,16 +21,17 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.utils import ParseKwargs
 
 from benchmarks.options import DEFAULTS
-from timm_sfr import RunConfig, UserError
+from timm_sfr import RunConfig, SFRTask, UserError
 from timm_sfr.cli.timm_options import FOREIGN, RENAMED, TRANSLATED, translate
 from timm_sfr.cli.train import parse, training_parser
 from timm_sfr.config import AugConfig, ModelConfig, OptimConfig, options
 from timm_sfr.data.transforms import Preprocessing
 from timm_sfr.hub.model_folder import resolve_hub
 from timm_sfr.models.loading import new_model
-from timm_sfr.training.optimizer import base_rate, create_optimizer, create_schedule
+from timm_sfr.training.optimizer import base_rate, create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.run import _check_opt, _optimisation
 from timm_sfr.training.run_state import _load_optimizer
+from timm_sfr.training.step import augment
 from timm_sfr.training.trackers import Trackers
 from timm_sfr.utils.options import plain
 
@@ -38,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 # Options of which the list does not know timm's default.
 UNKNOWN = {"--task", "--multilabel-threshold"}
 # Defaults that are written in another way and mean the same.
-SAME = ("decay_epochs", "drop", "checkpoint_interval", "output", "eval_metric")
+SAME = ("decay_epochs", "checkpoint_interval", "output", "eval_metric")
 
 
 def read_list():
@@ -92,7 +93,8 @@ def test_every_option_of_the_train_py_that_is_here_is_known_and_listed():
 def test_the_tables_name_what_exists():
     ours = {name for _, name, _ in options()}
     theirs = {name_of(flags) for flags, _ in read_list()}
-    older = {"native_amp", "aot_autograd", "apex_amp", "amp_impl", "dr", "jsd"}
+    older = {"native_amp", "aot_autograd", "apex_amp", "amp_impl", "dr", "jsd", "bn_tf", "mixup_elem", "num_gpu",
+             "validation_batch_size_multiplier"}  # fmt: skip
     assert set(RENAMED) | set(FOREIGN) | {name_of([flag]) for flag in TRANSLATED} <= theirs | older
     assert set(RENAMED.values()) - {"amp"} <= ours
     assert not ours & set(FOREIGN)
@@ -108,7 +110,13 @@ def test_defaults_that_differ_are_told():
         if name in ours and flags[0] not in UNKNOWN and (default or None) != (plain(ours[name]) or None):
             differ[name] = default
     told = {name: theirs for name, (theirs, _) in DEFAULTS.items()}
-    assert {name: value for name, value in differ.items() if name not in SAME} == told
+    assert {name: value for name, value in differ.items() if name not in SAME} == {
+        # Only for this option are 0 and None, the model's own value, not the same.
+        name: value
+        for name, value in told.items()
+        if name != "drop"
+    }
+    assert timm.create_model("rexnet_100").drop_rate == 0.2 and ours["drop"] is None
 
 
 def test_the_defaults_of_timm_as_a_file_are_a_run_and_say_nothing():
@@ -468,6 +476,41 @@ def test_low_precision_weights_and_the_models_own_size(folder, tmp_path):
     assert same(weights(part), weights(whole))
     model = timm.create_model(f"local-dir:{whole / 'model'}", pretrained=True)
     assert model.patch_embed.img_size == (16, 24) and model.pretrained_cfg["input_size"] == (3, 16, 24)
+
+
+def test_patterns_of_the_fallback_optimizer_mean_the_models_own_names():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3)
+    config = OptimConfig(opt="muon", opt_kwargs={"fallback_list": ["head.*", "patch_embed.*"]})
+    found = []
+    for module in (model, SFRTask(model, input_size=(3, 32, 32), verbose=False).trainable_module):
+        groups = create_optimizer(config, module, 0.1).param_groups
+        found.append(sum(len(group["params"]) for group in groups if group.get("use_fallback")))
+    assert found == [4, 4]
+
+
+def test_a_rate_of_0_is_the_base_rate_as_in_timm():
+    assert learning_rate(OptimConfig(lr=0.0), 256) == learning_rate(OptimConfig(), 256) > 0
+
+
+def test_a_file_of_an_older_timm_works_and_what_it_asks_for_is_refused():
+    old = {"bn_tf": False, "num_gpu": 1, "validation_batch_size_multiplier": 1, "mixup_elem": False, "lr": 0.1}
+    assert translate(old) == ({"lr": 0.1}, [])
+    with pytest.raises(UserError, match=r"--bn-tf: .*--bn-momentum 0\.01"):
+        translate({"bn_tf": True})
+
+
+@pytest.mark.parametrize("name", ["lr", "clip_grad", "epoch_repeats"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_is_finite(name, value):
+    with pytest.raises(UserError, match=f"{name}: expected a finite number; got {value}"):
+        RunConfig.from_flat(translate({name: value})[0])
+
+
+def test_a_batch_is_mixed_before_it_is_erased_as_in_timms_loader():
+    images, target = torch.ones(4, 1, 2, 2), torch.arange(4)
+    erase = lambda x: x * torch.tensor([[1.0, 0.0], [1.0, 1.0]])  # noqa: E731
+    mixed, soft = augment(images, target, erase, lambda x, y: (x * 0.5 + x.flip(0) * 0.5, y), channels_last=True)
+    assert mixed.unique().tolist() == [0, 1] and soft is target
 
 
 def test_what_timm_cannot_make_is_said_by_its_option():

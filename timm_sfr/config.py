@@ -189,7 +189,7 @@ class ModelConfig(Checked):
     mean: tuple[float, ...] | None = option(None, "channel means for normalisation (default: the model's)")
     std: tuple[float, ...] | None = option(None, "channel deviations for normalisation (default: the model's)")
     interpolation: str | None = option(None, "resize interpolation for validation (default: the model's)")
-    crop_pct: float | None = option(None, "centre crop share for validation (default: the model's)")
+    crop_pct: float | None = option(None, "centre crop share for validation (default: the model's)", low=0.01)
     gp: str | None = option(None, "global pooling, such as avg, max or avgmax (default: the model's)")
     drop: float | None = option(None, "dropout rate", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)
@@ -272,7 +272,7 @@ class AugConfig(Checked):
     aa: str | None = option(None, "AutoAugment policy, such as rand-m9-mstd0.5-inc1")
     reprob: float = option(0.0, "random erase probability", low=0, high=1)
     remode: str = option("pixel", "random erase mode", choices=("const", "rand", "pixel"))
-    recount: int = option(1, "random erase count")
+    recount: int = option(1, "random erase count", low=1)
     resplit: bool = option(
         False, "erase nothing in the first view of --aug-splits (without --aug-splits: in the first half of a batch)"
     )
@@ -408,7 +408,7 @@ class OptimConfig(Checked):
         None, "stop after this many epochs; the schedule stays that of --epochs; --resume RUN --stop-epoch MORE continues", low=1
     )
     opt: str = option("sgd", "optimizer, any of timm's")
-    lr: float | None = option(None, "learning rate; overrides lr-base", low=0)
+    lr: float | None = option(None, "learning rate; overrides lr-base unless it is 0", low=0)
     lr_base: float = option(0.1, "base rate: lr = lr_base * global_batch / lr_base_size (square root for adaptive ones)", low=0)
     lr_base_size: int = option(256, "batch size that lr-base is meant for", low=1)
     lr_base_scale: str | None = option(None, "how lr scales with the batch (default: by optimizer)", choices=("linear", "sqrt"))
@@ -444,7 +444,7 @@ class OptimConfig(Checked):
     lr_noise: tuple[float, ...] | None = option(None, "shares of the schedule where noise on the learning rate begins and ends")
     lr_noise_pct: float = option(0.67, "largest noise, as a share of the learning rate")
     lr_noise_std: float = option(1.0, "standard deviation of that noise")
-    lr_cycle_mul: float = option(1.0, "factor from the length of one cycle to that of the next")
+    lr_cycle_mul: float = option(1.0, "factor from the length of one cycle to that of the next", low=0.01)
     lr_cycle_decay: float = option(0.5, "factor from the learning rate of one cycle to that of the next")
     lr_cycle_limit: int = option(1, "cycles of cosine, tanh and poly; each is a whole schedule", low=1)
     lr_k_decay: float = option(1.0, "k-decay of cosine and poly")
@@ -502,7 +502,10 @@ class EngineConfig(Checked):
     wandb_project: str | None = option(None, "project in Weights & Biases (default: WANDB_PROJECT, or timm_sfr)")
     wandb_tags: tuple[str, ...] = option((), "tags of the run in Weights & Biases")
     wandb_resume_id: str | None = option(None, "with --resume: id of the Weights & Biases run to continue (default: this run's)")
-    save_images: bool = option(False, "write the batch as trained on to RUN/train-batch-BATCH.jpg every --log-interval batches")
+    save_images: bool = option(
+        False,
+        "write the batch as trained on to RUN/train-batch-BATCH.jpg every --log-interval batches and at the end of an epoch",
+    )
     val_interval: int = option(1, "epochs between validations", low=1)
     report_interval: int | None = option(
         None, "epochs between refreshes of RUN/report.html (default: as often as 2 % of the time allows; 0: no report)", low=0

@@ -60,6 +60,7 @@ MEANINGLESS = (
     Foreign(("--device-modules",), "PyTorch loads the modules of installed device backends itself", None, "+"),
     Foreign(("--local_rank", "--local-rank"), "launchers give the rank in the environment", 0, None),
     Foreign(("--use-multi-epochs-loader",), "loading processes stay for the whole run in any case"),
+    Foreign(("--num-gpu",), "launchers give the number of processes", 1, None),
     Foreign(("--worker-seeding",), "random numbers depend on the seed, the epoch and the sample, not on workers", "all", None),
 )
 # Not accepted: the line names what takes its place.
@@ -67,6 +68,9 @@ REFUSED = (
     Foreign(("--torchscript",), "TorchScript cannot return features; use --torchcompile, and timm-sfr export for deployment"),
     Foreign(("--aot-autograd",), "newer versions of timm do not have it either; use --torchcompile"),
     Foreign(("--apex-amp",), "NVIDIA's Apex is not supported; use --amp"),
+    Foreign(("--bn-tf",), "newer versions of timm do not have it either; --bn-momentum 0.01 --bn-eps 0.001 is the same"),
+    Foreign(("--mixup-elem",), "newer versions of timm do not have it either; use --mixup-mode elem"),
+    Foreign(("--validation-batch-size-multiplier",), "newer versions of timm do not have it either; use -vb", 1, None),
     Foreign(("--amp-impl",), "NVIDIA's Apex is not supported; use --amp alone", "native", None),
     Foreign(("--target-format",), _LABELS, None, None),
     Foreign(("--naflex-loader",), _NAFLEX),
@@ -143,7 +147,7 @@ def translate(values: Mapping[str, Any], below: Mapping[str, Any] | None = None)
             if not found[name]:
                 del found[name]
         older |= {name} if name != key else set()
-        if found.get(name, value) != value:
+        if name in found and found[name] != value:
             both = " and ".join(flag_of(one) for one in values if RENAMED.get(one, one) == name)
             raise UserError(f"{both}: they are one option; got {found[name]!r} and {value!r}; leave one of them out")
         found[name] = value

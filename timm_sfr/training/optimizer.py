@@ -13,6 +13,7 @@ from torch import nn
 
 from timm_sfr.config import OptimConfig
 from timm_sfr.method.smoothing import warmup_epochs
+from timm_sfr.method.tapped_model import TappedModel
 from timm_sfr.utils.errors import UserError, near_matches
 
 # What a plateau knows of the scores so far.
@@ -20,8 +21,8 @@ PLATEAU = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr
 
 
 def learning_rate(config: OptimConfig, global_batch: float) -> float:
-    """Returns lr if it is set; else lr_base scaled with the global batch, or for adaptive optimizers its root, as in timm."""
-    if config.lr is not None:
+    """Returns lr if it is set and not 0; else lr_base times the share of the global batch, or its root, as in timm."""
+    if config.lr:  # 0 stands for lr_base too, as in timm
         return config.lr
     adaptive = any(part in config.opt.lower() for part in ("ada", "lamb"))
     scale = config.lr_base_scale or ("sqrt" if adaptive else "linear")
@@ -37,6 +38,9 @@ def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch
     arguments, further = {**optimizer_kwargs(config), "lr": lr}, dict(config.opt_kwargs or {})
     for name in {"eps", "betas"} & arguments.keys():  # --opt-eps and --opt-betas win
         further.pop(name, None)
+    if isinstance(module, TappedModel) and further.get("fallback_list"):
+        patterns = further["fallback_list"]
+        further["fallback_list"] = [f"model.{one}" for one in ([patterns] if isinstance(patterns, str) else patterns)]
     try:
         optimizer = create_optimizer_v2(module, **arguments, **further)
     except (ValueError, AssertionError, TypeError, KeyError) as error:
@@ -44,8 +48,9 @@ def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch
         hint = "" if config.opt.lower() in known else near_matches(config.opt, known)
         raise UserError(f"opt: timm cannot make the optimizer {config.opt!r}: {error}{hint}") from error
     if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"opt: {config.opt!r} needs second derivatives, which SFR's feature loss does not have; choose another, "
-                        "such as adamw")  # fmt: skip
+        raise UserError(
+            f"opt: {config.opt!r} needs second derivatives, which are not computed here; choose another, such as adamw"
+        )
     return optimizer
 
 

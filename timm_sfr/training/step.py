@@ -20,15 +20,15 @@ def image_dtype(config: ModelConfig) -> torch.dtype:
 def augment(
     image: Tensor, target: Tensor, erase: Callable[[Tensor], Tensor] | None, mixup: Any, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns a batch after timm's random erasing and mixup, if any, in its memory layout.
+    """Returns a batch after timm's mixup and random erasing, if any, in its memory layout; timm's loader has the same order.
 
     These are images (B, C, H, W), and class indices (B,), or distributions (B, K) after mixup.
     """
-    if erase is not None:
-        image = erase(image)
     if channels_last:
         image = image.contiguous(memory_format=torch.channels_last)
-    return (image, target) if mixup is None else mixup(image, target)
+    if mixup is not None:
+        image, target = mixup(image, target)
+    return (image if erase is None else erase(image)), target
 
 
 def clip_gradients(optim: OptimConfig, accelerator: Any, task: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -68,8 +69,9 @@ def _check_value(value: Any, name: str, choices: tuple[str, ...], low: float | N
         raise UserError(f"{name}: expected one of {', '.join(choices)}; got {value!r}{near_matches(str(value), choices)}")
     if isinstance(value, str):
         return
-    # `not low <= value` rather than `value < low`, so that NaN is out of bounds.
-    if (low is not None and not low <= value) or (high is not None and not value <= high):
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name}: expected a finite number; got {value}")
+    if (low is not None and value < low) or (high is not None and value > high):
         bounds = f"at least {low}" if high is None else f"a value from {low} to {high}"
         raise UserError(f"{name}: expected {bounds}; got {value}")
 
