@@ -163,10 +163,12 @@ def page(found: list[Row]) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"""# Models
 
-This page shows `timm_sfr.SFRTask(timm.create_model(NAME))` with default options, for the smallest classifier in each of the
-{len(found)} modules of timm {timm.__version__}. In {taken} of them it took one real training step (finite loss, feature loss
-above zero, a gradient in every parameter). `python -m benchmarks.families` writes this page; a test compares it with the models.
+This page shows `timm_sfr.SFRTask(timm.create_model(NAME, num_classes=10))` with default options, for the smallest classifier in
+each of the {len(found)} modules of timm {timm.__version__}. In {taken} of them it took one real training step (finite loss,
+feature loss above zero, a gradient in every parameter). `python -m benchmarks.families` writes this page; a test compares it
+with the models.
 
+- **model**: the smallest one, apart from timm's `test_*`.
 - **taps**: indices in `feature_info`, the shallow ones first and the deep one last; **channels**: the number of channels of each.
 - **nodes**: the grid of each tap at the model's own image size; larger grids are average-pooled to at most
   {SFRConfig().max_nodes} nodes.
@@ -177,7 +179,7 @@ above zero, a gradient in every parameter). `python -m benchmarks.families` writ
   found on the meta device. Gemma 4's encoder does not run there, because it reads values of a tensor.
 - **step**: models with more than {LARGE / 1e6:.0f} M parameters took no step here.
 
-`print(timm_sfr.choose_taps(model))` shows the same for any model and image size, and names the rule that chose the taps.
+`timm-sfr taps NAME --img-size PX` shows the same for any model and image size, and names the rule that chose the taps.
 
 {table}
 """

@@ -28,6 +28,7 @@ from timm_sfr.cli.parser import CLOSED_PIPE
 from timm_sfr.hub.push import model_files
 from timm_sfr.models.files import class_list
 from timm_sfr.runs.records import columns, recorded, run_folder, write_summary
+from timm_sfr.training.run import fit
 
 NAME = "resnet20_cifar.sfr_digits"
 
@@ -190,6 +191,15 @@ def test_taps_of_a_run_are_those_of_its_training(finished, command):
     assert [tap["index"] for tap in json.loads(command("taps", finished, "-b", 2, "--json"))["taps"]] == [0, 2]
     assert "matched by gaussian" in command("taps", finished, "-b", 2)
     assert "matched by grid" in command("taps", finished, "-b", 2, "--sfr-matching", "grid")
+    args.write_text(yaml.safe_dump({**yaml.safe_load(args.read_text()), "batch_size": 3, "sfr": False}))
+    assert "for a batch of 3" in (text := command("taps", finished)) and "this run has no feature loss" in text
+
+
+def test_a_run_with_a_task_of_its_own_is_not_continued_with_another(finished):
+    facts = finished / "metrics.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"custom_task": True}))
+    with pytest.raises(timm_sfr.UserError, match=r"resume: .* task of its own; continue it in Python"):
+        fit(timm_sfr.RunConfig.from_flat(yaml.safe_load((finished / "args.yaml").read_text())), finished)
 
 
 def fake_run(place, top1, **options):

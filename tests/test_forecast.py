@@ -80,6 +80,7 @@ def lines_on(model="resnet20_cifar", **options):
         ({"images": 100}, "batch-size: an update would take 128 images and an epoch has 100"),
         ({"images": 200, "grad_accum_steps": 2}, "batch-size: an update would take 256 images"),
         ({"model": "resnet18", "img_size": 32}, "of 32 px end as 1x1 in resnet18, which divides them by 32: .*resnet18_cifar"),
+        ({"model": "resnet18", "img_size": 48}, None),  # 2x2
         ({"model": "resnet18", "img_size": 64}, None),
         ({"model": "resnet20_cifar", "img_size": 32}, None),
         ({"model": "mobilenetv3_small_050", "img_size": 32}, "--model mobilenetv2_cifar"),

@@ -189,7 +189,7 @@ class ModelConfig(Checked):
     mean: tuple[float, ...] | None = option(None, "channel means for normalisation (default: the model's)")
     std: tuple[float, ...] | None = option(None, "channel deviations for normalisation (default: the model's)")
     interpolation: str | None = option(None, "resize interpolation for validation (default: the model's)")
-    crop_pct: float | None = option(None, "centre crop share for validation (default: the model's)", low=0.01)
+    crop_pct: float | None = option(None, "centre crop share for validation (default: the model's)", low=0)
     gp: str | None = option(None, "global pooling, such as avg, max or avgmax (default: the model's)")
     drop: float | None = option(None, "dropout rate", low=0, high=1)
     drop_path: float | None = option(None, "stochastic depth rate", low=0, high=1)

@@ -136,7 +136,8 @@ def picture(plan: TapPlan, features: list[Feature], rows: list[TapRow], name: st
 
 def run(args: Namespace) -> int:
     """Runs the command; returns 0."""
-    own = recorded(args.model, [name for name in TAPS if name.startswith("sfr_")])
+    kept = ("sfr", "sfr_weight", "batch_size", *(name for name in TAPS if name.startswith("sfr_")))
+    own = recorded(args.model, kept)
     config = RunConfig.from_flat({"dataset": "none", "model": args.model, **own, **given(args, TAPS)})
     model: nn.Module = new_model(config.model, 10)
     size = preprocessing(config.model, model).input_size
@@ -150,6 +151,8 @@ def run(args: Namespace) -> int:
         print(json.dumps({"model": args.model, "input_size": size, "why": plan.why, "taps": taps}))
     else:
         print(taps_table(plan, rows, batch, config.sfr.matching))
+        if not (config.sfr.enabled and config.sfr.weight):
+            print("this run has no feature loss; these are the taps that it would have")
     return 0
 
 

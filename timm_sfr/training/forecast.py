@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,9 +93,11 @@ def _size(config: RunConfig, run: Circumstances) -> str | None:
 def _reduction(config: RunConfig, run: Circumstances) -> str | None:
     """Stems made for 224 pixels reduce small images to almost nothing."""
     size, end = _shorter(config), total_reduction(run.model)
-    if size is None or end is None or size > SMALL_IMAGES or size // end[0] > (2 if end[1] else 1):
+    if size is None or end is None or size > SMALL_IMAGES:
         return None
-    grid = max(1, size // end[0])
+    grid = math.ceil(size / end[0])  # a strided layer with padding rounds up
+    if grid > (2 if end[1] else 1):
+        return None
     return (f"model: images of {size} px end as {grid}x{grid} in {config.model.model}, which divides them by {end[0]}: it is "
             f"made for larger images; for small ones use --model {_instead(config.model.model or '')}")  # fmt: skip
 

@@ -56,7 +56,7 @@ from timm_sfr.training.trackers import Trackers
 from timm_sfr.training.trainer import Trainer
 from timm_sfr.utils.console import console_output, counted, show_log, sides
 from timm_sfr.utils.errors import UserError
-from timm_sfr.utils.files import read_yaml
+from timm_sfr.utils.files import read_json, read_yaml
 from timm_sfr.utils.processes import cores, on_main, one_at_a_time
 
 PART_NAMES = ("train", "val", "test")
@@ -118,6 +118,10 @@ def prepare(config: RunConfig, resume: Path | None = None, *, task: TaskMaker | 
     if config.engine.tta > 1:
         raise UserError("tta: training validates every image as it is; leave the option out, and score the finished run with: "
                         f"timm-sfr validate RUN --tta {config.engine.tta}")  # fmt: skip
+    if resume is not None and task is None and read_json(resume / "metrics.json").get("custom_task"):
+        raise UserError(
+            f"resume: {resume} was trained with a task of its own; continue it in Python, with fit(config, RUN, task=...)"
+        )
     accelerator = start(config)
     reachable = config.hub.push_to_hub is not None and on_main(accelerator, lambda: check_push(config.hub))
     learner, built, fitted = assemble(config, accelerator, resume, task=task, data=data, reachable=reachable)
@@ -629,12 +633,12 @@ def _num_classes(config: RunConfig, train: Split) -> int:
 def _headline(config: RunConfig, built: Built, accelerator: Any, parameters: int, epochs: int) -> str:
     """Returns one line that describes the run."""
     task, teacher = built.task, built.teacher
-    if isinstance(task, SFRTask):
+    if built.custom:
+        method = type(task).__name__ + " of one's own"
+    elif isinstance(task, SFRTask):
         sfr, smoothing = task.config, task.smoothing.describe(epochs)
         weight = f"{sfr.weight:g}" if task.balance == 1 else f"{sfr.weight:g} / {config.model.num_classes}"
         method = f"SFR (lambda {weight}, {sfr.matching}, {sfr.channels}; smoothing {smoothing})"
-    elif config.sfr.enabled:
-        method = type(task).__name__
     else:
         method = f"plain training (smoothing {config.sfr.plain_smoothing:g})"
     method += f", {built.loss.describe()}" if built.loss.describe() else ""
