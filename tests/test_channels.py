@@ -60,3 +60,13 @@ def test_errors_say_what_to_do():
         match_channels(deep, 4, "projection")
     with pytest.raises(UserError, match="expected one of groups"):
         match_channels(deep, 4, "group")
+
+
+def test_channel_transport_is_the_same_inside_autocast():
+    shallow = torch.randn(4, 6, 3)
+    deep = shallow.repeat(1, 1, 2)
+    expected = match_channels(deep, 3, "transport", shallow=shallow)
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert torch.allclose(match_channels(deep, 3, "transport", shallow=shallow).float(), expected, atol=0.02)
+        large = torch.randn(512, 196, 4)
+        assert match_channels(large.repeat(1, 1, 2), 4, "transport", shallow=large).isfinite().all()

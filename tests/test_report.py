@@ -123,6 +123,13 @@ def test_curves_are_the_summary(reported):
     assert panels["score"]["top-1"].epochs == [1, 2, 3, 4]
 
 
+def test_tap_matches_leave_no_hooks_on_the_model():
+    layers = torch.nn.Conv2d(3, 4, 3), torch.nn.Conv2d(4, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 16, 5)
+    model = torch.nn.Sequential(*layers)
+    tap_matches(model, choose_taps(model, (3, 8, 8), ("0", "1")), SFRConfig(), torch.randn(2, 3, 8, 8))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("channels", ["groups", "transport"])
 @pytest.mark.parametrize("matching", ["divergence", "emd", "grid", "gaussian"])
 def test_tap_matches_are_what_the_loss_computes(matching, channels):

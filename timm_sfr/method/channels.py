@@ -73,7 +73,7 @@ def transport_channels(deep: Tensor, shallow: Tensor, solver: str = "sinkhorn") 
             f"channel transport needs both taps on the same nodes; got shallow {tuple(shallow.shape)} and deep "
             f"{tuple(deep.shape)} as (batch, nodes, channels)"
         )
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(shallow.device.type, enabled=False):
         cost = 1 - channel_correlation(shallow.float(), deep.float())
         plan = transport_plan(cost[None], solver=solver)[0]
     return deep @ (plan.T * shallow.shape[-1]).to(deep.dtype)

@@ -102,10 +102,11 @@ class Float32Buffers(nn.Module):
     """A module whose own buffers stay in float32 when it, or a module around it, is converted to another type."""
 
     def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Float32Buffers:
+        before = dict(self._buffers)
         super()._apply(fn, *args, **kwargs)
         for name, buffer in self._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                self._buffers[name] = buffer.float()
+            if buffer is not None and buffer.dtype != before[name].dtype:
+                self._buffers[name] = before[name].to(buffer.device)  # not `buffer.float()`, which has been rounded
         return self
 
 

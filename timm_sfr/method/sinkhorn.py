@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Pairs of updates in `entropic`. At the entropy of `sinkhorn_divergence` and uniform weights they keep its gradient
 # within 5 % (tested).
@@ -55,8 +54,11 @@ class _Unit(torch.autograd.Function):
         return u
 
     @staticmethod
-    @once_differentiable  # the scale is a constant here, so a second derivative would be wrong
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # The scale is a constant here, so a second derivative would be wrong. PyTorch's `once_differentiable` does not see
+        # those of `torch.autograd.grad`. A compiled backward pass refuses them itself.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("SFR's feature loss has no second derivatives (create_graph=True)")
         u, inverse = ctx.saved_tensors
         return (gradient - u * (u * gradient).sum(-1, keepdim=True)) * inverse
 

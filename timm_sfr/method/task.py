@@ -67,7 +67,7 @@ class SFRTask(Float32Buffers, EpochTask):
     Images may have any size that the model takes, also another one in each batch. The taps are those of `input_size`. A size
     at which a tap has fewer than 4 locations trains without the feature loss, and a line says so once.
 
-    Call `set_epoch` before each epoch and `end_epoch` after it. Without these calls, lambda stays at its final value,
+    Call `set_epoch` before each epoch and `end_epoch` after it. Without these calls, lambda stays at its full value,
     automatic smoothing at no more than 0.1, and the class table uniform.
 
     Args:

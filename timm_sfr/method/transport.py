@@ -29,7 +29,8 @@ def transport_plan(cost: Tensor, a: Tensor | None = None, b: Tensor | None = Non
     It is computed with autocast off and returned in the dtype of the cost. The solvers:
 
     - ``"auto"``: `assignments`, which is exact, if a and b are both None and N = M <= 4; otherwise ``"sinkhorn"``.
-    - ``"sinkhorn"``: close to the optimum, batched, in float32; compiles.
+    - ``"sinkhorn"``: batched, in float32; compiles. Close to the optimum for costs of similar size, such as distances of
+      features; far from it with a few much larger ones, such as 1e4 for a pair that is forbidden.
     - ``"exact"``: POT's network simplex in float64 on the CPU, one problem at a time. It is the oracle in the tests.
     - ``"triton"``: ``"sinkhorn"`` with one Triton program per problem, on CUDA and for up to 64 x 64 nodes; otherwise
       ``"sinkhorn"`` itself.

@@ -61,7 +61,12 @@ def tap_matches(
     ``channels="projection"``, channels are matched by groups. The `model` is the plain one, in evaluation mode.
     """
     grids = taps.node_grids(config.max_nodes, config.common_grid)
-    _, nodes = TappedModel(model, taps, config)(images)
+    tapped = TappedModel(model, taps, config)
+    try:
+        _, nodes = tapped(images)
+    finally:
+        if tapped.hooks is not None:  # they are on the caller's model
+            tapped.hooks.remove()
     deep, found = nodes[-1].float(), []
     for index, (tap, grid, shallow) in enumerate(zip(taps.shallow, grids, nodes, strict=False)):
         shallow = shallow.float()
