@@ -634,7 +634,7 @@ def _headline(config: RunConfig, built: Built, accelerator: Any, parameters: int
     """Returns one line that describes the run."""
     task, teacher = built.task, built.teacher
     if built.custom:
-        method = type(task).__name__ + " of one's own"
+        method = f"a task of its own, {type(task).__name__}"
     elif isinstance(task, SFRTask):
         sfr, smoothing = task.config, task.smoothing.describe(epochs)
         weight = f"{sfr.weight:g}" if task.balance == 1 else f"{sfr.weight:g} / {config.model.num_classes}"
