@@ -445,7 +445,7 @@ def test_stopped_late_and_resumed_runs(folder, tmp_path):
              "--val-interval", 3, "--checkpoint-hist", 1, "--no-prefetcher")  # fmt: skip
     whole, printed = finished_run(tmp_path / "whole", *words, "--save-images", "--log-interval", 2, "--save-epochs", 1)
     assert printed.count("note: --no-prefetcher has no meaning here") == 1
-    assert sorted(path.name for path in whole.glob("train-batch-*")) == ["train-batch-1.jpg"]
+    assert sorted(path.name for path in whole.glob("train-batch-*")) == ["train-batch-1.jpg", "train-batch-2.jpg"]
     kept = sorted(path.name[:11] for path in (whole / "checkpoints").iterdir())
     assert kept == ["epoch-00001", "epoch-00003"]
     part, printed = finished_run(tmp_path / "part", *words, "--stop-epoch", 2)

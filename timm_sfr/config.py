@@ -388,7 +388,7 @@ class SizeConfig(Checked):
             if values is not None and len(values) != len(sizes):
                 raise UserError(f"{name}: expected {len(sizes)} numbers, one for each of train_img_sizes; got {len(values)}")
         shares = self.train_size_probs or (1.0,)
-        if not (all(0 <= share < float("inf") for share in shares) and sum(shares) > 0):
+        if not (all(share >= 0 for share in shares) and sum(shares) > 0):
             raise UserError(f"train_size_probs: expected shares from 0 on, not all 0; got {self.train_size_probs}")
         progressive = self.train_size_schedule == "progressive"
         if not progressive and (self.train_size_schedule_spread, self.train_size_random_mix) != (0.65, 0.1):
