@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -83,10 +84,13 @@ class TappedModel(nn.Module):
         features = self.to_teacher(self.model.forward_head(final, pre_logits=True))
         return (self.model.forward_head(final), features), maps
 
+    def names_here(self, own: Iterable[str]) -> list[str]:
+        """Returns names of the model's own parameters, or patterns of them, as they are in this module."""
+        return [f"model.{name}" for name in own]
+
     def no_weight_decay(self) -> set[str]:
         """Returns the model's own list under its names here, for timm's optimizer factory."""
-        names = getattr(self.model, "no_weight_decay", set)()
-        return {f"model.{name}" for name in names}
+        return set(self.names_here(getattr(self.model, "no_weight_decay", set)()))
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """Returns the model's layer groups under its names here, for layer-wise learning rates; extras join the last group."""

@@ -38,9 +38,11 @@ def create_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch
     arguments, further = {**optimizer_kwargs(config), "lr": lr}, dict(config.opt_kwargs or {})
     for name in {"eps", "betas"} & arguments.keys():  # --opt-eps and --opt-betas win
         further.pop(name, None)
-    if isinstance(module, TappedModel) and further.get("fallback_list"):
-        patterns = further["fallback_list"]
-        further["fallback_list"] = [f"model.{one}" for one in ([patterns] if isinstance(patterns, str) else patterns)]
+    patterns = further.get("fallback_list")
+    if isinstance(patterns, str):  # timm would take its letters for patterns
+        further["fallback_list"] = patterns = [patterns]
+    if patterns and isinstance(module, TappedModel):
+        further["fallback_list"] = module.names_here(patterns)
     try:
         optimizer = create_optimizer_v2(module, **arguments, **further)
     except (ValueError, AssertionError, TypeError, KeyError) as error:

@@ -87,7 +87,7 @@ class Trainer(Learner):
             # A batch's random numbers depend only on these values, so that a run can resume at any batch.
             reseed(self.config.engine.seed, epoch, step, self.accelerator.process_index)
             image, target = augment(image, target, self.batches.erase, self.mixup, self.config.model.channels_last)
-            if self.config.engine.save_images and ((step + 1) % self.config.engine.log_interval == 0 or step + 1 == steps):
+            if self.config.engine.save_images and (done % self.config.engine.log_interval == 0 or done == steps):
                 self.recorder.save_images(image, step)
             image = image.to(self.dtype)
             # The last group of an epoch may be smaller; its mean is still a mean.
