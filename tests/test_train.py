@@ -6,19 +6,14 @@ import shutil
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 import yaml
 from conftest import TRAIN, adds_up, run, summary, train
 from hub_tools import WITHOUT, logits_by
 from safetensors.torch import load_file
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 
 from benchmarks.faults import differences
-from timm_sfr import RunConfig
 from timm_sfr.method.smoothing import own_epsilon
 from timm_sfr.runs.checkpoints import checkpoints, load_checkpoint
-from timm_sfr.training.run import prepare
 
 
 def test_what_a_run_writes(digits_run):
@@ -108,31 +103,6 @@ def test_options_train(words, tmp_path):
 def test_torchcompile(tmp_path):
     train("--epochs", 1, "--torchcompile", "aot_eager", "--output", tmp_path, "--experiment", "run")
     assert set(load_file(tmp_path / "run/model/model.safetensors")) == set(timm.create_model("resnet20_cifar").state_dict())
-
-
-def test_no_sfr_is_a_plain_timm_loop(tmp_path):
-    """One epoch of the engine against a hand-written loop over the same batches: equal to float rounding."""
-    options = {"sfr": False, "smoothing": 0.0, "epochs": 2, "output": str(tmp_path), "device": "cpu"}
-    trainer = prepare(RunConfig.from_flat(options))
-    model = timm.create_model("resnet20_cifar", num_classes=10)
-    model.load_state_dict(trainer.exported_model().state_dict())
-    optimizer = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=5e-4, momentum=0.9)
-    scheduler, _ = create_scheduler_v2(optimizer, "cosine", 2, warmup_epochs=0, warmup_lr=1e-5, step_on_epochs=False,
-                                       updates_per_epoch=len(trainer.batches))  # fmt: skip
-    means = trainer.train_epoch(0)
-    losses = []
-    model.train()
-    for step, (images, target) in enumerate(trainer.batches.epoch(0)):
-        loss = F.cross_entropy(model(images), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        scheduler.step_update(step + 1)
-        losses.append(loss.item())
-    assert means["loss"] == means["task_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    assert means["sfr_loss"] == means["sfr_weight"] == 0
-    for ours, theirs in zip(trainer.exported_model().state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_non_finite_loss_keeps_the_last_checkpoint(finished):
