@@ -1,5 +1,6 @@
 """The training loop against one written by hand with torch and timm, with each option that changes an update."""
 
+import itertools
 import json
 import math
 import random
@@ -15,8 +16,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, adaptive_clip_grad
 
-from timm_sfr import RunConfig
-from timm_sfr.training.run import prepare
+import timm_sfr.training.trainer as trainer_file
+from timm_sfr import RunConfig, UserError
+from timm_sfr.training.run import fit, prepare
 
 NET = {"layers": (1, 1, 1), "channels": (4, 8, 16)}
 PLAIN = {"sfr": False, "smoothing": 0.0, "epochs": 2, "device": "cpu", "dataset": "digits", "model": "resnet20_cifar",
@@ -217,3 +219,54 @@ def test_a_gradient_that_is_not_finite_moves_neither_the_weights_nor_their_avera
     assert before and seen == [[]] and trainer.guard.skipped == 1
     events = json.loads((trainer.workspace.run / "nonfinite.json").read_text())
     assert [(event["term"], event["update"], event["action"]) for event in events] == [("gradient", 5, "skip")]
+
+
+def test_an_epoch_that_ends_early_is_an_error(tmp_path):
+    trainer = prepared(tmp_path)
+    whole = trainer.batches.epoch
+    trainer.batches.epoch = lambda epoch, start=0: itertools.islice(whole(epoch, start), 10)
+    with pytest.raises(UserError, match=r"expected 11 batches in epoch 1; got 10.*--train-num-samples"):
+        trainer.train_epoch(0)
+
+
+@pytest.mark.parametrize("start,ok", [(1, True), (2, False), (3, False)])
+def test_a_start_epoch_lies_within_the_run(start, ok, tmp_path):
+    config = RunConfig.from_flat(
+        {**PLAIN, "output": str(tmp_path), "experiment": "run", "start_epoch": start, "report_interval": 0}
+    )
+    if ok:
+        assert len((fit(config) / "summary.csv").read_text().splitlines()) == 2
+        return
+    with pytest.raises(UserError, match=f"start-epoch: expected less than 2, the epochs of this run; got {start}"):
+        fit(config)
+
+
+@pytest.mark.parametrize("mode,reduce", [("reduce", [True, True]), ("broadcast", [False, False]), ("none", [])])
+def test_the_statistics_of_batchnorm_are_shared_as_the_option_says(mode, reduce, tmp_path, monkeypatch):
+    """timm's function is tested with two real processes elsewhere; this is what it is called with."""
+    trainer, calls = prepared(tmp_path, dist_bn=mode, model_ema=True), []
+    monkeypatch.setattr(trainer_file, "distribute_bn", lambda module, world, reduce: calls.append((module, world, reduce)))
+    trainer._share_batchnorm()
+    assert not calls, "one process has nothing to share"
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    trainer._share_batchnorm()
+    assert [(world, how) for _, world, how in calls] == [(2, how) for how in reduce]
+    assert [module for module, *_ in calls] == [trainer.module, trainer.task.get_trainable_module(ema=True)][: len(reduce)]
+
+
+def test_batches_of_another_size_count_by_their_share(tmp_path):
+    """The means of the terms are means over images."""
+    trainer = prepared(tmp_path, train_img_sizes=(16, 24), train_batch_sizes=(96, 32))
+    losses = []
+    compute = trainer.task.forward
+
+    def note(images, target):
+        found = compute(images, target)
+        losses.append((found["loss"].item(), len(target)))
+        return found
+
+    trainer.task.forward = note
+    means = trainer.train_epoch(0)
+    count = sum(size for _, size in losses)
+    assert {size for _, size in losses} == {96, 32}
+    assert means["loss"] == pytest.approx(sum(loss * size for loss, size in losses) / count, rel=1e-5)

@@ -163,3 +163,18 @@ def test_evaluation_does_not_count():
 def test_bad_options_are_refused(arguments):
     with pytest.raises(UserError):
         DynamicLabelSmoothing(*arguments)
+
+
+def test_a_mixture_counts_in_the_class_table_for_its_largest_class():
+    smoothing = DynamicLabelSmoothing(3).train()
+    logits = torch.tensor([[4.0, 0.0, 1.0], [0.0, 3.0, 0.0], [0.0, 0.0, 5.0]])
+    target = torch.tensor([[0.6, 0.4, 0.0], [0.7, 0.3, 0.0], [0.1, 0.1, 0.8]])  # right, wrong, right
+    smoothing(logits, target)
+    assert smoothing.counts.tolist() == [1, 0, 1]
+    smoothing.end_epoch()
+    expected = torch.stack([logits[0].softmax(0), torch.full((3,), 1 / 3), logits[2].softmax(0)])
+    assert torch.allclose(smoothing.table, expected)
+    # q of a mixture is the mixture of its classes' rows.
+    smoothing.epsilon_t.fill_(0.5)
+    smoothed, _ = smoothing.targets(logits, target)
+    assert torch.allclose(smoothed, 0.5 * target + 0.5 * target @ expected)

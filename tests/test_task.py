@@ -214,3 +214,34 @@ def test_the_gradient_of_nodes_has_the_layout_of_the_map(layout, grid):
     weights = torch.randn_like(nodes)
     (ours,), (theirs,) = (torch.autograd.grad((one * weights).sum(), to) for one, to in ((to_nodes(x, grid), x), (nodes, y)))
     assert torch.allclose(ours, theirs)
+
+
+def test_compile_compiles_what_trains_and_returns_the_plain_model():
+    task, (images, target) = make(SFRConfig(smoothing=0.1)), batch()
+    expected, calls = task(images, target), []
+
+    def backend(graph, examples):
+        calls.append(len(examples))
+        return graph.forward
+
+    plain = task.plain_model
+    assert task.compile(backend=backend) is plain and not calls
+    found = task(images, target)
+    assert calls and torch.allclose(found["loss"], expected["loss"], atol=1e-5)
+    found["loss"].backward()
+    assert all(parameter.grad is not None for parameter in plain.parameters())
+    assert task.plain_model is plain and set(plain.state_dict()) == set(timm.create_model("resnet20_cifar").state_dict())
+
+
+def test_prepare_distributed_wraps_what_trains_in_ddp(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        task = make()
+        plain = task.plain_model
+        assert task.prepare_distributed(bucket_cap_mb=1) is task
+        assert isinstance(task.trainable_module, torch.nn.parallel.DistributedDataParallel)
+        assert task.trainable_module.bucket_bytes_cap == 2**20 and task.plain_model is plain
+        task(*batch())["loss"].backward()
+        assert all(parameter.grad is not None for parameter in plain.parameters())
+    finally:
+        torch.distributed.destroy_process_group()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from timm_sfr import UserError, emd_l2, gaussian_l2, sinkhorn_divergence, transport_plan
+from timm_sfr.method.feature_loss import divergences
 from timm_sfr.method.sinkhorn import cost_matrix, cross_marginals, round_plan, sinkhorn, uniform_marginals, unit
 from timm_sfr.method.transport import assignments
 
@@ -356,3 +357,15 @@ def test_nan_is_no_dead_feature(loss):
     u, v = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
     u[0, 1, 2] = float("nan")
     assert loss(u, v).isnan() and loss(v, u).isnan()
+
+
+@pytest.mark.parametrize("weights", ["uniform", "cross"])
+@pytest.mark.parametrize(
+    "distance", [sinkhorn_divergence, gaussian_l2, emd_l2, lambda *args, **words: divergences(*args, **words)[0].sum()]
+)
+def test_the_deep_side_and_the_plan_are_constants(distance, weights):
+    shallow, deep = (torch.randn(3, 4, 8, requires_grad=True) for _ in range(2))
+    distance(shallow, deep, weights=weights).backward()
+    assert shallow.grad.abs().sum() > 0 and deep.grad is None
+    assert not divergences(shallow, deep, weights)[1].requires_grad
+    assert not any(mass.requires_grad for mass in cross_marginals(unit(shallow), unit(deep)))
