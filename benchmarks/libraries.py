@@ -12,7 +12,7 @@ import ot
 import torch
 from torch import Tensor
 
-from timm_sfr.method.sinkhorn import sinkhorn, uniform_marginals
+from timm_sfr.method.sinkhorn import UPDATES, sinkhorn, uniform_marginals
 from timm_sfr.method.transport import exact, transport_plan
 
 Solve = Callable[[Tensor], Tensor]
@@ -81,7 +81,7 @@ def ours(cost: Tensor, **options: Any) -> Tensor:
 
 def candidates() -> dict[str, dict[str, Solve]]:
     """Returns the settings of every solver, by its name; the first setting of ours is its default."""
-    updates = [(3, 4, 6), (1, 2), (2, 4), (2, 3, 4), (2, 3, 4, 6), (3, 4, 5, 8), (3, 5, 8, 8, 8)]
+    updates = [UPDATES, (3, 4, 6), (1, 2), (2, 4), (2, 3, 4), (2, 3, 4, 6), (3, 4, 5, 8), (3, 5, 8, 8, 8)]
     found: dict[str, dict[str, Solve]] = {
         OURS: {" + ".join(map(str, counts)): partial(ours, updates=counts) for counts in updates},
         "log domain, annealed": {f"{count}": partial(log_domain, iterations=count) for count in (8, 16, 32, 64)},

@@ -222,9 +222,9 @@ def finished(digits_run, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def real_features(digits_run):
-    """Costs between real tapped features: shallow and matched deep taps of that run's model on validation digits."""
-    model = timm.create_model(f"local-dir:{digits_run[0] / 'model'}", pretrained=True).eval()
+def real_features():
+    """Costs between real tapped features: shallow and matched deep taps of the shipped model on validation digits."""
+    model = timm.create_model("resnet20_cifar.sfr_digits", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     digits = Digits(train=False, mode="RGB")
     images = torch.stack([transform(digits[i][0]) for i in range(64)])

@@ -41,7 +41,7 @@ def test_one_step_with_no_setting(module, request):
     parameters = sum(p.numel() for p in on_meta(name).parameters())
     if parameters > LARGE or (parameters > BIG and request.config.getoption("-m") == "not slow"):
         assert plan_of(name).deep.nodes >= 4
-        return
+        pytest.skip(f"{parameters / 1e6:.0f} M parameters take too long to train: only its taps were chosen")
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=CLASSES)
     task = SFRTask(model, verbose=False)

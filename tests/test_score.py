@@ -114,6 +114,9 @@ def test_a_finished_run_is_scored_when_it_was_not_and_once(tested, tmp_path):
     assert "test-split" not in done.stdout and yaml.safe_load((folder / "args.yaml").read_text())["test_split"] == "test"
     change(folder / "metrics.json", test={**test, "top1": 12.5})
     assert "test top1 12.50" in train("--resume", folder).stdout, "scored a second time"
+    change(folder / "metrics.json", test={**test, "top1": 12.5, "split": "another"})
+    assert f"test top1 {test['top1']:.2f}" in train("--resume", folder).stdout, "the scores of another split are not this one's"
+    change(folder / "metrics.json", test={**test, "top1": 12.5})
     longer = train("--resume", folder, "--epochs", 3).stdout
     best = metrics(folder)["best"]["epoch"]
     assert ("test top1 12.50" in longer) == (best == test["epoch"]) and metrics(folder)["test"]["epoch"] == best

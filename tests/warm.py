@@ -52,7 +52,7 @@ class Warm:
             with tempfile.TemporaryDirectory() as place:
                 said = [Path(place, name) for name in ("stdout", "stderr")]
                 self._ask([list(words), dict(environment), str(folder), *map(str, said)])
-                process = self._answer(60)
+                process = self._answer(300)  # its imports, on a busy machine
                 status = self._answer(timeout)
                 texts = [path.read_text() for path in said]
         except BaseException as error:  # nothing of this command may be taken for an answer to the next

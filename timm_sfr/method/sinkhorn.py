@@ -14,7 +14,7 @@ from torch import Tensor
 # within 5 % (tested).
 ENTROPIC_UPDATES = 8
 # Of `sinkhorn`: pairs of updates per level, the entropy weight of the first level, and the over-relaxation w.
-UPDATES, EPS, RELAXATION = (3, 4, 6), 0.08, 1.6
+UPDATES, EPS, RELAXATION = (4, 6, 8), 0.08, 1.6
 # Over-relaxation can diverge on hard marginals, so no update goes past its goal by more than a factor of e^(0.6 * 3).
 STRETCH = 3.0
 # The least entry of the matrix G that the updates scale; from the second level on, G_ij = P_ij^2 / (a_i b_j). It keeps every
