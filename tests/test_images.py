@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import finished_run
+from conftest import change, finished_run
 from PIL import ExifTags, Image
 
 from timm_sfr import UserError
@@ -198,3 +198,19 @@ def test_an_export_scores_what_validate_says(tmp_path, command, monkeypatch):
     compiled = openvino.Core().compile_model(str(run / "model.onnx"), "CPU")
     images = beside.model_input(Image.open(path), about)
     assert np.allclose(compiled({"images": images})[0], session.run(["logits"], {"images": images})[0], atol=1e-3)
+
+
+def test_predict_reads_images_as_the_run_did(finished, tmp_path, command):
+    """The options on reading in its args.yaml count, unless the command names others."""
+    noise = np.random.default_rng(0)
+    glass = Image.fromarray(noise.integers(0, 256, (24, 24, 4), np.uint8), "RGBA")
+    glass.putalpha(Image.fromarray(np.tile(np.array([0, 90, 255], np.uint8), (24, 8))))
+    glass.save(tmp_path / "glass.png")
+
+    def odds(*words):
+        return json.loads(command("predict", finished, tmp_path / "glass.png", "--json", *words))
+
+    white, black = odds(), odds("--image-background", 0, 0, 0)
+    assert white != black
+    change(finished / "args.yaml", image_background=[0, 0, 0])
+    assert odds() == black and odds("--image-background", 255, 255, 255) == white

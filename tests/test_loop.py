@@ -270,3 +270,24 @@ def test_batches_of_another_size_count_by_their_share(tmp_path):
     count = sum(size for _, size in losses)
     assert {size for _, size in losses} == {96, 32}
     assert means["loss"] == pytest.approx(sum(loss * size for loss, size in losses) / count, rel=1e-5)
+
+
+def test_a_skipped_batch_is_not_in_the_class_table(tmp_path):
+    trainer = prepared(tmp_path, sfr=True, smoothing=None, on_nonfinite="skip")
+    steps, kept, seen = iter(range(11)), {}, []
+    compute = trainer.task.forward
+
+    def spoil(images, target):
+        step, sums = next(steps), trainer.task.get_sums()
+        if step == 5:
+            kept.update({name: value.clone() for name, value in sums.items()})
+            result = compute(images, target)
+            assert not torch.equal(sums["counts"], kept["counts"]), "the batch would be in the table"
+            return {**result, "loss": result["loss"] * math.nan, "task_loss": result["task_loss"] * math.nan}
+        if step == 6:
+            seen.extend(torch.equal(sums[name], kept[name]) for name in ("sums", "counts"))
+        return compute(images, target)
+
+    trainer.task.forward = spoil
+    means = trainer.train_epoch(0)
+    assert seen == [True, True] and trainer.guard.skipped == 1 and math.isfinite(means["loss"])

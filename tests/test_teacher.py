@@ -1,5 +1,6 @@
 """A teacher beside SFR: its terms by hand, what it sees, what it must stay out of, and the script end to end."""
 
+import hashlib
 import json
 import shutil
 
@@ -346,3 +347,17 @@ def test_a_teacher_from_the_hub(hub, digits_run, tmp_path):
     assert "license" not in head and "knowledge-distillation" in head["tags"]
     assert "[`hf-hub:user/closed`](https://huggingface.co/user/closed)" in card
     assert "weights under cc-by-nc-4.0" in card and "There was no teacher" not in card
+
+
+def test_the_teachers_digest_is_that_of_its_weights_and_names():
+    def digest(model):
+        return Teacher(model, Preprocessing((3, 16, 16), (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0), KDConfig(NAME)).facts["sha256"]
+
+    model = timm.create_model(NAME, pretrained=True)
+    whole = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        whole.update(key.encode() + value.contiguous().numpy().tobytes())
+    assert digest(model) == whole.hexdigest()
+    with torch.no_grad():
+        model.fc.bias[3] += 1e-3
+    assert digest(model) != whole.hexdigest()
