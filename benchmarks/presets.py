@@ -82,8 +82,10 @@ PRESETS: dict[str, dict[str, Set]] = {
         "tin100-3k-mix": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, SMALL, MIX),
         # Half the epochs of `tin100-3k`, because a run with twice the width then takes the same time.
         "tin100-3k-wide": Set("tin100", 32, 30, "resnet20_cifar", 24, 64, 0.4, "bf16", 8, WIDE),
-        # The network of `cifar10-full` on the images of `cifar10-2k`, and the reverse: they tell the network from its images.
+        # The network of `cifar10-full` on the images of `cifar10-2k`, also with one block a stage, and the reverse: they tell the
+        # network from its images.
         "cifar10-2k-deep": Set("cifar10", 32, 200, "resnet20_cifar", 48, 64, 0.4, "bf16", 8),
+        "cifar10-2k-three": Set("cifar10", 32, 200, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, (("layers", (1, 1, 1)),)),
         "cifar10-full-small": Set("cifar10", 32, None, "resnet20_cifar", 10, val_interval=10, net=SMALL),
         "cifar10-2k-finetune": FINETUNE,
         "cifar10-10k-finetune": replace(FINETUNE, per_class=1000, epochs=5),
