@@ -86,6 +86,9 @@ PRESETS: dict[str, dict[str, Set]] = {
         # network from its images.
         "cifar10-2k-deep": Set("cifar10", 32, 200, "resnet20_cifar", 48, 64, 0.4, "bf16", 8),
         "cifar10-2k-three": Set("cifar10", 32, 200, "resnet20_cifar", 48, 64, 0.4, "bf16", 8, (("layers", (1, 1, 1)),)),
+        # Other networks of several blocks a stage, and other images.
+        "cifar10-2k-wrn": Set("cifar10", 32, 200, "wrn_16_2_cifar", 48, 64, 0.4, "bf16", 8),
+        "tin100-3k-deep": Set("tin100", 32, 30, "resnet20_cifar", 48, 64, 0.4, "bf16", 8),
         "cifar10-full-small": Set("cifar10", 32, None, "resnet20_cifar", 10, val_interval=10, net=SMALL),
         "cifar10-2k-finetune": FINETUNE,
         "cifar10-10k-finetune": replace(FINETUNE, per_class=1000, epochs=5),
