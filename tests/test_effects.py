@@ -8,9 +8,9 @@ from PIL import Image
 from timm.data import create_transform
 from torch import nn
 
-from timm_sfr import RunConfig
+from timm_sfr import RunConfig, UserError
 from timm_sfr.config import AugConfig, ModelConfig, OptimConfig
-from timm_sfr.data.transforms import Preprocessing, preprocessing
+from timm_sfr.data.transforms import Preprocessing, check_cutmix, create_mixup, preprocessing
 from timm_sfr.models.loading import new_model
 from timm_sfr.training.optimizer import create_optimizer, create_schedule, learning_rate
 from timm_sfr.training.run import prepare
@@ -129,3 +129,26 @@ def test_a_plateau_lowers_the_rate_only_when_the_scores_stop_improving(metric, b
         schedule.after_epoch(epoch, score)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([1.0, 1.0, 0.1])
+
+
+@pytest.mark.parametrize("shares,sides,fits", [
+    ((0.3, 0.31), (16,), False), ((0.3, 0.4), (16,), True), ((0.3, 0.31), (224, 16), False), ((0.3, 0.31), (224,), True),
+])  # fmt: skip
+def test_cutmix_has_pixels_to_cut(shares, sides, fits):
+    """Where timm's own draw would fail, one line says so before training."""
+    mixup = create_mixup(AugConfig(cutmix_minmax=shares), 10)
+    images = [torch.randn(2, 3, side, side) for side in sides]
+    if fits:
+        check_cutmix(AugConfig(cutmix_minmax=shares), sides)
+        assert all(torch.isfinite(mixup(batch, torch.tensor([1, 2]))[0]).all() for batch in images)
+        return
+    with pytest.raises(UserError, match="cutmix-minmax: 0.3 to 0.31 of 16 pixels"):
+        check_cutmix(AugConfig(cutmix_minmax=shares), sides)
+    with pytest.raises(ValueError, match="low >= high"):
+        mixup(images[-1], torch.tensor([1, 2]))
+
+
+def test_a_run_whose_cutmix_has_no_pixels_to_cut_says_so(tmp_path):
+    options = {"dataset": "digits", "img_size": 16, "cutmix_minmax": (0.3, 0.31), "output": str(tmp_path), "device": "cpu"}
+    with pytest.raises(UserError, match=r"further apart, by more than 0\.06"):
+        prepare(RunConfig.from_flat(options))

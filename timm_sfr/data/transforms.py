@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -225,6 +225,15 @@ def create_mixup(aug: AugConfig, num_classes: int, multi_label: bool = False) ->
         num_classes=num_classes,
         multi_label=multi_label,
     )
+
+
+def check_cutmix(aug: AugConfig, sides: Sequence[int]) -> None:
+    """Raises UserError if images with a side in `sides` (pixels) leave ``cutmix_minmax`` no whole number of pixels to cut."""
+    low, high = aug.cutmix_minmax or (0.0, 1.0)
+    side = next((side for side in sides if int(side * low) >= int(side * high)), None)
+    if side is not None:
+        raise UserError(f"cutmix-minmax: {low:g} to {high:g} of {side} pixels has no whole number of pixels to draw; give shares "
+                        f"further apart, by more than {1 / side:.2g}")  # fmt: skip
 
 
 def check_mode(mode: str, channels: int) -> None:

@@ -26,7 +26,7 @@ from timm_sfr.data.folders import SPLIT_FILE
 from timm_sfr.data.loaders import TrainBatches, eval_loader
 from timm_sfr.data.samples import BadImages, bad_images
 from timm_sfr.data.sizes import SizeSchedule
-from timm_sfr.data.transforms import Preprocessing, check_mode, create_mixup, img_mode, preprocessing
+from timm_sfr.data.transforms import Preprocessing, check_cutmix, check_mode, create_mixup, img_mode, preprocessing
 from timm_sfr.hub.card import base_model
 from timm_sfr.hub.model_folder import Exporter, resolve_hub
 from timm_sfr.hub.preflight import check_card, check_push
@@ -390,6 +390,7 @@ def _build(config: RunConfig, accelerator: Any, reachable: bool, task: TaskMaker
     model = new_model(config.model, num_classes)
     prep = preprocessing(config.model, model)
     check_mode(mode, prep.input_size[0])
+    check_cutmix(config.aug, (*prep.input_size[1:], *(config.sizes.train_img_sizes or ())))
     names = _class_names(data.train, num_classes)
     teacher = open_teacher(config.teacher, num_classes, names, prep, accelerator, config.model.channels_last)
     if task is not None and teacher is not None:
