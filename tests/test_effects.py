@@ -142,7 +142,7 @@ def test_cutmix_has_pixels_to_cut(shares, sides, fits):
         check_cutmix(AugConfig(cutmix_minmax=shares), sides)
         assert all(torch.isfinite(mixup(batch, torch.tensor([1, 2]))[0]).all() for batch in images)
         return
-    with pytest.raises(UserError, match="cutmix-minmax: 0.3 to 0.31 of 16 pixels"):
+    with pytest.raises(UserError, match=r"cutmix-minmax: 0\.3 to 0\.31 of 16 pixels"):
         check_cutmix(AugConfig(cutmix_minmax=shares), sides)
     with pytest.raises(ValueError, match="low >= high"):
         mixup(images[-1], torch.tensor([1, 2]))
