@@ -51,6 +51,20 @@ FULL = (
     Column("all 50,000 images of CIFAR-10", "cifar10-full", "full"),
     Column("all 50,000 images of 100 classes of Tiny ImageNet", "tin100-full", "full"),
 )
+# The same network on other images and other networks on the same images, held-out: which network the feature loss helps.
+NETWORKS = (
+    Column("CIFAR-10, 200 a class; one block a stage, 1.15 M", "cifar10-2k", split="heldout"),
+    Column("the same images; `resnet20_cifar` with one block a stage", "cifar10-2k-three", "regimes", "heldout"),
+    Column("the same images; `resnet20_cifar`", "cifar10-2k-deep", "regimes", "heldout"),
+    Column("the same images; `wrn_16_2_cifar`", "cifar10-2k-wrn", "regimes", "heldout"),
+    Column("Tiny ImageNet, 30 a class; `resnet20_cifar`", "tin100-3k-deep", "regimes", "heldout"),
+    Column("all of CIFAR-10, 10 epochs; one block a stage, 1.15 M", "cifar10-full-small", "regimes", "heldout"),
+    Column("all of CIFAR-10, 10 epochs; `resnet20_cifar`", "cifar10-full", "full", "heldout", 10),
+)
+WEIGHTS = {
+    "sfr:weight=0": "no feature loss", "sfr:weight=0.1": "a tenth of its weight", "sfr:weight=0.3": "0.3 of its weight",
+    "sfr:taps=[0,2]": "without the second of two shallow taps", "sfr:taps=[0,1,3]": "without the third of three shallow taps",
+}  # fmt: skip
 OTHER = (
     Column("60 images a class, 48 epochs", "tin100-6k", epochs=48),
     Column("mixup and CutMix", "tin100-3k-mix", "regimes"),
@@ -68,6 +82,7 @@ OVERVIEWS: dict[str, tuple[Sequence[Column], dict[str, str]]] = {
     ),
     "overview-parts": ([Column(name, name) for name in SETS], PARTS),
     "overview-full": (FULL, {name: PEERS[name] for name in ("ce", "ls", "byot", "cskd")}),
+    "overview-networks": (NETWORKS, WEIGHTS),
     "overview-other": (OTHER, {name: PEERS[name] for name in ("ce", "ls")}),
 }
 
