@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import wait
@@ -14,8 +16,17 @@ from timm_sfr.utils.errors import UserError
 T = TypeVar("T")
 
 
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone, even if that was killed; the run goes on from its checkpoint."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only child processes work"
+    wait([parent.sentinel])
+    os._exit(1)
+
+
 def _work(answer: Any, function: Callable[..., Any], *job: Any) -> None:
     """Sends the result of ``function(*job)``, or the error as text, so that one failure does not end the others."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         found = function(*job)
     except UserError as error:

@@ -6,9 +6,14 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -316,3 +321,36 @@ def test_folders_with_other_files_and_without_images(tmp_path):
     (tmp_path / "set" / "train" / "b" / "2.jpg").unlink()
     images, labels, names = decode(tmp_path, "set", "train", 8)
     assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1] and names == ["a", "b"]
+
+
+def _say_and_sleep(place):
+    Path(place).write_text(str(os.getpid()))
+    time.sleep(300)
+
+
+def test_work_ends_with_the_process_that_started_it(tmp_path):
+    """Also if that was killed, which leaves it no time to end anything."""
+    code = f"""if __name__ == "__main__":
+    import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+    from benchmarks.pool import side_by_side
+    from test_comparison import _say_and_sleep
+    list(side_by_side(_say_and_sleep, [{str(tmp_path / "pid")!r}], 1))
+"""
+    (tmp_path / "main.py").write_text(code)
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen([sys.executable, tmp_path / "main.py"], cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+    try:
+        pid = int(_soon(lambda: (tmp_path / "pid").read_text() if (tmp_path / "pid").exists() else ""))
+        assert psutil.pid_exists(pid)
+    finally:
+        process.kill()
+        process.wait()
+    assert _soon(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def _soon(found):
+    """What the function returns, once it is true, within two minutes."""
+    end = time.monotonic() + 120
+    while not (value := found()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return value
